@@ -1,0 +1,84 @@
+"""timm's attention and blocks, run with limits instead of a mask.
+
+Nothing here owns parameters: a pretraining model lends the weights of a stock timm VisionTransformer to these
+functions, so that its encoder stays one that timm can run, save and load by itself.
+"""
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..errors import ModelError
+
+
+def check_encoder(encoder: nn.Module) -> None:
+    """Raise ModelError unless `encoder` is a VisionTransformer whose every block these functions can run."""
+    if not isinstance(encoder, VisionTransformer) or not all(type(b) is Block for b in encoder.blocks):
+        raise ModelError(f'The encoder must be a timm VisionTransformer of plain Blocks, got {type(encoder).__name__}.')
+    attention = encoder.blocks[0].attn
+    if type(attention) is not Attention or not isinstance(getattr(attention, 'norm', nn.Identity()), nn.Identity):
+        raise ModelError('The encoder must use timm\'s plain Attention without scale_attn_norm, got '
+                         f'{type(attention).__name__}.')
+    if getattr(attention, 'gate', None) is not None:
+        raise ModelError('Gated attention is not supported in pretraining.')
+    if attention.attn_drop.p or not isinstance(encoder.patch_drop, nn.Identity):
+        raise ModelError(
+            'Pretraining drops neither attention weights nor patches: leave attn_drop_rate and patch_drop_rate at 0. '
+            'drop_path_rate and proj_drop_rate are available.')
+    if encoder.pos_embed is None or encoder.no_embed_class or encoder.dynamic_img_size:
+        raise ModelError('Pretraining needs a position embedding for every token: leave pos_embed, no_embed_class and '
+                         'dynamic_img_size at their defaults.')
+
+
+def self_attention(attention: Attention, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """`attention` on x [B, N, C], each token seeing its first `limits` [B, N] tokens."""
+    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))  # [B, N, 3, H, D]
+    if isinstance(attention.q_norm, nn.Identity):
+        x = ops.segment_attention_qkvpacked(qkv, limits)
+    else:
+        q, k, v = qkv.unbind(2)
+        x = ops.segment_attention(attention.q_norm(q), attention.k_norm(k), v, limits)
+    return attention.proj_drop(attention.proj(x.flatten(2)))
+
+
+def cross_attention(attention: Attention, x: torch.Tensor, memory: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """The weights of a self-attention put to reading x [B, Nq, C] from memory [B, Nk, C] under limits [B, Nq]."""
+    heads, width = attention.num_heads, x.shape[-1]
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = F.linear(x, weight[:width], q_bias).unflatten(-1, (heads, -1))  # [B, Nq, H, D]
+    kv = F.linear(memory, weight[width:], kv_bias).unflatten(-1, (2, heads, -1))  # [B, Nk, 2, H, D]
+    if isinstance(attention.q_norm, nn.Identity):
+        x = ops.segment_attention_kvpacked(q, kv, limits)
+    else:
+        k, v = kv.unbind(2)
+        x = ops.segment_attention(attention.q_norm(q), attention.k_norm(k), v, limits)
+    return attention.proj_drop(attention.proj(x.flatten(2)))
+
+
+def content_block(block: Block, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """A timm block on x [B, N, C] with self-attention under limits [B, N]."""
+    x = x + block.drop_path1(block.ls1(self_attention(block.attn, block.norm1(x), limits)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def query_block(block: Block, x: torch.Tensor, memory: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """A timm block on queries x [B, Nq, C] that attend to memory [B, Nk, C] under limits [B, Nq] (SAIM Eq. 5).
+
+    One norm serves queries and memory, as in SAIM's published code."""
+    attended = cross_attention(block.attn, block.norm1(x), block.norm1(memory), limits)
+    x = x + block.drop_path1(block.ls1(attended))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def run_block(owner: nn.Module, block: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+    """`block(*args)`, recomputed in the backward pass where `owner.grad_checkpointing` asks for it."""
+    if owner.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)

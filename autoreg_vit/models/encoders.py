@@ -1,0 +1,222 @@
+"""Encoders: timm VisionTransformers with the papers' initialisation, registered with timm.
+
+They keep the parameter names of stock timm models, so their weights load where this package is not installed.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import build_sincos2d_pos_embed, to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
+
+from ..errors import ModelError, ShapeError, suggest
+from .saim_checkpoint import convert_saim_encoder
+
+__all__ = ['SinCosVisionTransformer']  # register_model adds the models
+
+#: timm's own model of the same width, which an exported encoder names as its architecture.
+STOCK_ARCHITECTURES = {
+    192: 'vit_tiny_patch16_224',
+    384: 'vit_small_patch16_224',
+    768: 'vit_base_patch16_224',
+    1024: 'vit_large_patch16_224',
+}
+
+
+class SinCosVisionTransformer(VisionTransformer):
+    """timm's VisionTransformer, initialised as both papers do: Xavier-uniform linear layers (RandSAC B.1) and
+    two-dimensional sine-cosine position embeddings (RandSAC 4.1, SAIM "Image serialization").
+
+    The position embedding is a trainable parameter here; pretraining freezes it. Arguments are those of
+    VisionTransformer, by keyword.
+
+    Raises:
+        ShapeError: for an image that is not a whole number of patches, or a width that heads do not divide.
+    """
+
+    def __init__(self, **kwargs):
+        check_sizes(**{k: kwargs[k] for k in ('img_size', 'patch_size', 'embed_dim', 'num_heads') if k in kwargs})
+        super().__init__(**kwargs)
+        self.init_args = kwargs
+
+    @torch.jit.ignore
+    def init_weights(self, *args, **kwargs) -> None:
+        super().init_weights(*args, **kwargs)
+        self.apply(init_xavier)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        if self.pos_embed is not None:
+            with torch.no_grad():
+                self.pos_embed[:, :prefix] = 0
+                self.pos_embed[:, prefix:] = sincos_position_embedding(self.patch_embed.grid_size, self.embed_dim)
+
+
+def sincos_position_embedding(grid: tuple[int, int], dim: int) -> torch.Tensor:
+    """Fixed position embeddings of the tokens of a grid in raster order, [N, dim]."""
+    if dim % 4:
+        raise ShapeError(f'Sine-cosine position embeddings need a width that 4 divides, got {dim}.')
+    return build_sincos2d_pos_embed(list(grid), dim=dim, interleave_sin_cos=False)
+
+
+def init_xavier(module: nn.Module) -> None:
+    """Xavier-uniform linear layers with zero bias, as RandSAC B.1 and SAIM's published code have it."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_sizes(
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        embed_dim: int = 768,
+        num_heads: int = 12,
+) -> None:
+    """Raise ShapeError for sizes that timm would round down or fail on later."""
+    image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+    if any(p < 1 or s < p or s % p for s, p in zip(image, patch)):
+        near = ' x '.join(str(max(round(s / max(p, 1)), 1) * max(p, 1)) for s, p in zip(image, patch))
+        raise ShapeError(
+            f'An image of {image[0]} x {image[1]} pixels is not a whole number of patches of {patch[0]} x {patch[1]}: '
+            f'use an image of {near} or another patch_size.')
+    if embed_dim % num_heads:
+        fits = [h for h in range(1, embed_dim + 1) if embed_dim % h == 0 and embed_dim // h in (32, 64)]
+        raise ShapeError(
+            f'{num_heads} heads do not divide a width of {embed_dim}: use {" or ".join(map(str, fits)) or 1} heads.')
+
+
+def check_options(name: str, options: dict[str, Any], known: list[str]) -> None:
+    """Raise ModelError for an option that neither this package nor timm knows, with the names nearest to it."""
+    # What timm's factory and builder take before the model sees its arguments.
+    builder = ['cache_dir', 'checkpoint_path', 'exportable', 'feature_cls', 'features_only', 'no_jit', 'out_indices',
+               'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'pretrained_strict', 'scriptable']
+    for option in options:
+        if option not in known and option not in builder:
+            raise ModelError(f'{name} has no option {option!r}. {suggest(option, [*known, *builder])}')
+
+
+ENCODER_OPTIONS = [p for p in inspect.signature(VisionTransformer.__init__).parameters if p != 'self']
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights in this package's, timm's or SAIM's published layout, fitted to the model's patch and image size."""
+    return vit_checkpoint_filter_fn(convert_saim_encoder(state_dict, model), model)
+
+
+def _cfg(size: int = 224, **kwargs) -> dict[str, Any]:
+    return {
+        'url': '', 'num_classes': 0, 'input_size': (3, size, size), 'pool_size': None, 'fixed_input_size': True,
+        'crop_pct': 1.0 if size < 224 else 0.9, 'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD, 'first_conv': 'patch_embed.proj', 'classifier': 'head', 'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    f'vit_{size}_{method}.untrained': _cfg(32 if 'patch4' in size else 224)
+    for method in ('randsac', 'saim')
+    for size in ('tiny', 'small', 'base', 'large', 'tiny_patch4_32', 'small_patch4_32')
+})
+
+
+def _create_encoder(variant: str, pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    check_options(variant, kwargs, ENCODER_OPTIONS)
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model_with_cfg(
+        SinCosVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+_TINY = dict(img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3)
+_SMALL = dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6)
+_BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
+_LARGE = dict(img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
+_CIFAR = dict(img_size=32, patch_size=4)
+# RandSAC B.2: no class token, the average of the encoder's (normalised) tokens is the feature.
+_RANDSAC = dict(class_token=False, global_pool='avg', fc_norm=False)
+# SAIM's published code: the class token is the feature.
+_SAIM = dict(class_token=True, global_pool='token')
+
+
+@register_model
+def vit_tiny_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-Ti/16 at 224, RandSAC."""
+    return _create_encoder('vit_tiny_randsac', pretrained, **{**_TINY, **_RANDSAC, **kwargs})
+
+
+@register_model
+def vit_small_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-S/16 at 224, RandSAC."""
+    return _create_encoder('vit_small_randsac', pretrained, **{**_SMALL, **_RANDSAC, **kwargs})
+
+
+@register_model
+def vit_base_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-B/16 at 224, RandSAC."""
+    return _create_encoder('vit_base_randsac', pretrained, **{**_BASE, **_RANDSAC, **kwargs})
+
+
+@register_model
+def vit_large_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-L/16 at 224, RandSAC."""
+    return _create_encoder('vit_large_randsac', pretrained, **{**_LARGE, **_RANDSAC, **kwargs})
+
+
+@register_model
+def vit_tiny_patch4_32_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-Ti/4 at 32, RandSAC (A.1)."""
+    return _create_encoder('vit_tiny_patch4_32_randsac', pretrained, **{**_TINY, **_CIFAR, **_RANDSAC, **kwargs})
+
+
+@register_model
+def vit_small_patch4_32_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-S/4 at 32, RandSAC (5, low-data pretraining)."""
+    return _create_encoder('vit_small_patch4_32_randsac', pretrained, **{**_SMALL, **_CIFAR, **_RANDSAC, **kwargs})
+
+
+@register_model
+def vit_tiny_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-Ti/16 at 224, SAIM."""
+    return _create_encoder('vit_tiny_saim', pretrained, **{**_TINY, **_SAIM, **kwargs})
+
+
+@register_model
+def vit_small_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-S/16 at 224, SAIM."""
+    return _create_encoder('vit_small_saim', pretrained, **{**_SMALL, **_SAIM, **kwargs})
+
+
+@register_model
+def vit_base_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-B/16 at 224, SAIM."""
+    return _create_encoder('vit_base_saim', pretrained, **{**_BASE, **_SAIM, **kwargs})
+
+
+@register_model
+def vit_large_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-L/16 at 224, SAIM."""
+    return _create_encoder('vit_large_saim', pretrained, **{**_LARGE, **_SAIM, **kwargs})
+
+
+@register_model
+def vit_tiny_patch4_32_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-Ti/4 at 32, SAIM."""
+    return _create_encoder('vit_tiny_patch4_32_saim', pretrained, **{**_TINY, **_CIFAR, **_SAIM, **kwargs})
+
+
+@register_model
+def vit_small_patch4_32_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    """ViT-S/4 at 32, SAIM."""
+    return _create_encoder('vit_small_patch4_32_saim', pretrained, **{**_SMALL, **_CIFAR, **_SAIM, **kwargs})

@@ -1,0 +1,443 @@
+"""Pretraining models: encoder x serialization x decoder x target, registered with timm.
+
+`AutoregressiveViT` composes four independent parts; RandSAC, SAIM and every ablation of both papers are keyword
+arguments of the models registered here (see `compose`).
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Mlp
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
+
+from .. import serialization as order
+from ..errors import ModelError, SerializationError, ShapeError, suggest
+from ..serialization import Serialization
+from .attention import check_encoder, content_block, run_block
+from .decoders import Layout, MaskedDecoder, NextTokenDecoder, ParallelDecoder
+from .encoders import _BASE, _CIFAR, _LARGE, _RANDSAC, _SAIM, _SMALL, _TINY, _cfg
+from .encoders import ENCODER_OPTIONS, SinCosVisionTransformer, check_options, init_xavier
+from .saim_checkpoint import convert_saim_pretraining
+from .targets import PixelTarget
+
+__all__ = ['AutoregressiveViT', 'PretrainOutput', 'compose']  # register_model adds the models
+
+
+class PretrainOutput(NamedTuple):
+    """Result of a pretraining step; predictions and targets are in raster order.
+
+    loss: Mean squared error, a scalar.
+    pred: Predictions [B, N, P * P * C], normalised as the targets are.
+    target: Targets [B, N, P * P * C].
+    ranks: The ranks used, int64 [B, N].
+    """
+    loss: torch.Tensor
+    pred: torch.Tensor
+    target: torch.Tensor
+    ranks: torch.Tensor
+
+
+class AutoregressiveViT(nn.Module):
+    """Autoregressive pretraining of a Vision Transformer over segments of an image.
+
+    Args:
+        encoder: A timm VisionTransformer; its position embedding is frozen here. `model.encoder` stays a model of its
+            own, with plain attention.
+        serialization: How ranks are drawn.
+        decoder: MaskedDecoder, ParallelDecoder or NextTokenDecoder.
+        target: What is predicted.
+        first_segment: 'self', the first segment attends to its own encoding (RandSAC 4.1), or 'none'.
+        head: 'linear', or 'mlp', one hidden layer of the encoder's MLP width (SAIM "Decoder").
+
+    Raises:
+        ModelError: for an encoder or option that cannot be pretrained this way.
+        SerializationError: for an order that the decoder cannot follow.
+    """
+
+    def __init__(
+            self,
+            encoder: VisionTransformer,
+            serialization: Serialization,
+            decoder: nn.Module,
+            target: PixelTarget,
+            first_segment: str = 'self',
+            head: str = 'linear',
+    ):
+        super().__init__()
+        check_encoder(encoder)
+        if isinstance(decoder, NextTokenDecoder) and serialization.name != 'raster':
+            raise SerializationError(
+                f"decoder='none' predicts the next token in raster order, since nothing tells it the position of any "
+                f"other: got serialization={serialization.name!r}. Use serialization='raster', or decoder='masked' or "
+                "'parallel'.")
+        if first_segment not in ('self', 'none'):
+            raise SerializationError(f"first_segment is 'self' or 'none', got {first_segment!r}.")
+        if head not in ('linear', 'mlp'):
+            raise ModelError(f"head is 'linear' or 'mlp', got {head!r}.")
+        self.encoder = encoder
+        self.encoder.pos_embed.requires_grad_(False)
+        self.serialization = serialization
+        self.decoder = decoder
+        self.target = target
+        self.first_segment = first_segment
+        values = target.patch_size[0] * target.patch_size[1] * encoder.patch_embed.proj.in_channels
+        if head == 'mlp':
+            self.head = Mlp(decoder.dim, encoder.blocks[0].mlp.fc1.out_features, values)
+        else:
+            self.head = nn.Linear(decoder.dim, values)
+        self.head.apply(init_xavier)
+        self.num_classes = 0
+        self.num_features = encoder.num_features
+
+    def forward(self, images: torch.Tensor, ranks: torch.Tensor | None = None) -> PretrainOutput:
+        """Predict every token from the segments before its own.
+
+        Args:
+            images: [B, C, H, W], floating point, of the encoder's image size.
+            ranks: int64 [B, N] in raster order; drawn from the model's serialization where None.
+
+        Raises:
+            ShapeError: for images or ranks of another shape or dtype.
+            SerializationError: for ranks that the decoder cannot follow.
+        """
+        self._check_images(images)
+        layout, ranks = self._layout(images, ranks)
+        features = self.decoder(self.encode(images, layout), layout, self.encoder)
+        pred = layout.unsort(self.head(features))
+        target = self.target(images)
+        return PretrainOutput(self.target.loss(pred, target), pred, target, ranks)
+
+    def encode(self, images: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+        """The input of the encoder's first block and the output of every block under source limits, each
+        [B, prefix + N, C] in sorted order."""
+        encoder, prefix = self.encoder, self.encoder.num_prefix_tokens
+        x = layout.sort(encoder.patch_embed(images) + encoder.pos_embed[:, prefix:])
+        if prefix:
+            tokens = [t for t in (encoder.cls_token, encoder.reg_token) if t is not None]
+            front = torch.cat(tokens, dim=1) + encoder.pos_embed[:, :prefix]
+            x = torch.cat([front.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        x = encoder.norm_pre(encoder.pos_drop(x))
+        hidden = [x]
+        for block in encoder.blocks:
+            hidden.append(run_block(encoder, content_block, block, hidden[-1], layout.encoder_limits))
+        return hidden
+
+    def draw_ranks(
+            self,
+            batch: int,
+            *,
+            generator: torch.Generator | None = None,
+            device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """Ranks of `batch` images from the model's serialization, int64 [batch, N]."""
+        return self.serialization(batch, generator=generator, device=device)
+
+    def _layout(self, images: torch.Tensor, ranks: torch.Tensor | None) -> tuple[Layout, torch.Tensor]:
+        batch, tokens = images.shape[0], self.encoder.patch_embed.num_patches
+        if ranks is None:
+            ranks = self.draw_ranks(batch, device=images.device)
+        else:
+            order.check_ranks(ranks, batch, tokens)
+            ranks = ranks.to(images.device)
+            if isinstance(self.decoder, NextTokenDecoder) and not (ranks == torch.arange(
+                    tokens, device=ranks.device)).all():
+                raise SerializationError("decoder='none' follows raster order alone: leave ranks out.")
+        prefix = self.encoder.num_prefix_tokens
+        permutation, sorted_ranks = order.sort_by_rank(ranks)
+        return Layout(
+            order=permutation,
+            encoder_limits=order.source_limits(sorted_ranks, prefix),
+            query_limits=order.source_limits(sorted_ranks),
+            memory_limits=order.memory_limits(sorted_ranks, self.first_segment, prefix),
+        ), ranks
+
+    def _check_images(self, images: torch.Tensor) -> None:
+        channels, size = self.encoder.patch_embed.proj.in_channels, tuple(self.encoder.patch_embed.img_size)
+        if images.ndim != 4 or images.shape[1] != channels or tuple(images.shape[2:]) != size:
+            raise ShapeError(
+                f'This model takes images [B, {channels}, {size[0]}, {size[1]}], got {list(images.shape)}. Create it '
+                'with another img_size or in_chans, or call model.set_input_size((height, width)).')
+        if not images.is_floating_point():
+            raise ShapeError(f'Images must be floating point and normalised, got {images.dtype}.')
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Change the image size in pixels: position embeddings are resampled or recomputed, and the serialization
+        draws on the new grid."""
+        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        patch = tuple(self.encoder.patch_embed.patch_size)
+        if any(s < p or s % p for s, p in zip(img_size, patch)):
+            raise ShapeError(f'An image of {img_size} pixels is not a whole number of patches of {patch}.')
+        grid = (img_size[0] // patch[0], img_size[1] // patch[1])
+        self.serialization = replace(self.serialization, grid=grid)
+        self.encoder.set_input_size(img_size=img_size)
+        if isinstance(self.decoder, MaskedDecoder):
+            self.decoder.set_grid(grid)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute encoder and decoder blocks in the backward pass."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizer factory leaves without weight decay."""
+        return {f'encoder.{n}' for n in self.encoder.no_weight_decay()} | {
+            'decoder.pos_embed', 'decoder.mix', 'decoder.start'}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for timm's layer decay: encoder blocks, then decoder blocks, then head."""
+        return dict(
+            stem=r'^encoder\.(cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
+            blocks=[(r'^encoder\.blocks\.(\d+)', None), (r'^encoder\.norm', (99998,)),
+                    (r'^decoder', (99999,)), (r'^head', (100000,))],
+        )
+
+
+def compose(
+        *,
+        serialization: str,
+        decoder: str,
+        segments: int | Sequence[int] | None = None,
+        shuffle: bool = False,
+        decoder_depth: int | None = None,
+        decoder_dim: int | None = None,
+        decoder_heads: int | None = None,
+        memory: str | None = None,
+        shared: bool = False,
+        first_segment: str = 'self',
+        head: str = 'linear',
+        norm_pix: bool = True,
+        blur: Sequence[float] | bool | None = None,
+        **encoder_options,
+) -> AutoregressiveViT:
+    """A pretraining model from keyword arguments; those of `timm.create_model('randsac_vit_tiny', ...)` end here.
+
+    Args:
+        serialization: 'raster', 'random', 'squares' or 'blobs' (RandSAC 3.1-3.3; SAIM "Stochastic prediction").
+        decoder: 'masked' (RandSAC 4.1), 'parallel' (SAIM; RandSAC's two-stream with shared=True) or 'none' (ViT-iGPT,
+            raster order only).
+        segments: Segments a level of squares or blobs, finest first (RandSAC 3.3, Table 7).
+        shuffle: Break the coherence of squares or blobs (RandSAC Table 6).
+        decoder_depth: Layers of the decoder; for 'parallel' a divisor of the encoder's depth (SAIM Table 3), all of it
+            by default.
+        decoder_dim: Width of the masked decoder, the encoder's by default.
+        decoder_heads: Heads of the masked decoder, the encoder's by default.
+        memory: 'mix' (RandSAC 4.2, default) or 'last' for 'masked'; for 'parallel' 'output' (SAIM's published code,
+            default) or 'input' (SAIM Eq. 5 and XLNet, default with shared=True) of the encoder block beside.
+        shared: Decode with the encoder's own blocks (RandSAC Table 8, SAIM Table 3).
+        first_segment: 'self' lets it attend to its own encoding (RandSAC 4.1), 'none' does not (SAIM).
+        head: 'linear' or 'mlp' (SAIM).
+        norm_pix: Normalise target patches (RandSAC 5, Tables 12-14; SAIM's published command).
+        blur: Gaussian kernel size and sigma on the target image (SAIM Eq. 7, Table 3), or False. timm drops arguments
+            that are None, so turning SAIM's blur off through timm.create_model takes False.
+        **encoder_options: Arguments of timm's VisionTransformer: img_size, patch_size, in_chans, embed_dim, depth, ...
+
+    Raises:
+        ModelError, SerializationError, ShapeError: for values that do not work, or options without effect here.
+    """
+    encoder = SinCosVisionTransformer(**{**encoder_options, 'num_classes': 0})
+    grid = tuple(encoder.patch_embed.grid_size)
+    given = dict(decoder_depth=decoder_depth, decoder_dim=decoder_dim, decoder_heads=decoder_heads, memory=memory,
+                 shared=shared or None)
+    takes = {'masked': ('decoder_depth', 'decoder_dim', 'decoder_heads', 'memory'),
+             'parallel': ('decoder_depth', 'memory', 'shared'), 'none': ()}
+    if decoder not in takes:
+        raise ModelError(f"decoder is 'masked', 'parallel' or 'none', got {decoder!r}.")
+    for option, value in given.items():
+        if value is not None and option not in takes[decoder]:
+            raise ModelError(f'{option}={value!r} has no effect with decoder={decoder!r}: leave it out. That decoder '
+                             f'takes {", ".join(takes[decoder]) or "no options"}.')
+    if decoder == 'masked':
+        part = MaskedDecoder(encoder, decoder_dim or encoder.embed_dim, 3 if decoder_depth is None else decoder_depth,
+                             decoder_heads or encoder.blocks[0].attn.num_heads, memory or 'mix')
+    elif decoder == 'parallel':
+        part = ParallelDecoder(encoder, len(encoder.blocks) if decoder_depth is None else decoder_depth, shared,
+                               memory or ('input' if shared else 'output'))
+    else:
+        part = NextTokenDecoder(encoder)
+    return AutoregressiveViT(
+        encoder,
+        Serialization(serialization, grid, segments, shuffle),
+        part,
+        PixelTarget(tuple(encoder.patch_embed.patch_size), encoder.in_chans, norm_pix, blur or None),
+        first_segment,
+        head,
+    )
+
+
+PRETRAINING_OPTIONS = [p for p in inspect.signature(compose).parameters if p != 'encoder_options']
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: AutoregressiveViT) -> dict[str, torch.Tensor]:
+    """Weights in this package's or SAIM's published layout, fitted to the model's patch and image size."""
+    state_dict = convert_saim_pretraining(state_dict, model)
+    prefix = 'encoder.'
+    encoder = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    fitted = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+    fitted.update({prefix + k: v for k, v in vit_checkpoint_filter_fn(encoder, model.encoder).items()})
+    if 'decoder.pos_embed' in fitted:
+        fitted['decoder.pos_embed'] = model.decoder.pos_embed  # fixed: a function of the grid alone
+    return fitted
+
+
+# Decoders of the papers: CIFAR-10 (RandSAC A.1), low-data (5), ImageNet-100 (A.1: twice the heads), ImageNet-1K (5).
+# vit_tiny at 224 takes CIFAR-10's and vit_large ImageNet-1K's: the papers have neither.
+_DECODERS = {
+    'vit_tiny': dict(decoder_depth=3),
+    'vit_small': dict(decoder_depth=4, decoder_heads=12),
+    'vit_base': dict(decoder_depth=4, decoder_dim=512, decoder_heads=16),
+    'vit_large': dict(decoder_depth=4, decoder_dim=512, decoder_heads=16),
+    'vit_tiny_patch4_32': dict(decoder_depth=3),
+    'vit_small_patch4_32': dict(decoder_depth=6),
+}
+_ENCODERS = {
+    'vit_tiny': _TINY,
+    'vit_small': _SMALL,
+    'vit_base': _BASE,
+    'vit_large': _LARGE,
+    'vit_tiny_patch4_32': {**_TINY, **_CIFAR},
+    'vit_small_patch4_32': {**_SMALL, **_CIFAR},
+}
+_METHODS = {
+    'randsac': dict(**_RANDSAC, serialization='blobs', decoder='masked', first_segment='self', head='linear',
+                    norm_pix=True),
+    'saim': dict(**_SAIM, serialization='random', decoder='parallel', first_segment='none', head='mlp', norm_pix=True,
+                 blur=(9, 1.0)),
+}
+
+default_cfgs = generate_default_cfgs({
+    f'{method}_{size}.untrained': _cfg(
+        32 if 'patch4' in size else 224, first_conv='encoder.patch_embed.proj', classifier=None)
+    for method in _METHODS
+    for size in _ENCODERS
+})
+
+
+def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    head_options = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
+    known = [o for o in PRETRAINING_OPTIONS + ENCODER_OPTIONS if o not in head_options]
+    check_options(variant, kwargs, known)
+    if kwargs.get('features_only'):
+        raise ModelError(f'{variant} is a pretraining model: take features from its encoder, or from '
+                         f'timm.create_model("{"_".join(variant.split("_")[1:] + variant.split("_")[:1])}", '
+                         'features_only=True).')
+    method, size = variant.split('_', 1)
+    options = {**_METHODS[method], **_ENCODERS[size]}
+    # Defaults that belong to one decoder or serialization stay out of the way of another.
+    if kwargs.get('decoder', options['decoder']) == 'masked':
+        options = {**options, **_DECODERS[size]}
+    if kwargs.get('serialization', options['serialization']) == 'blobs':
+        options['segments'] = (11, 7, 3) if size in ('vit_base', 'vit_large') else (11, 5)
+    options.update(kwargs)
+    model = build_model_with_cfg(
+        compose,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        kwargs_filter=('num_classes',),
+        **options,
+    )
+    model.init_args = {k: v for k, v in options.items() if k in known}
+    return model
+
+
+def pretraining_models() -> list[str]:
+    """Names of the registered pretraining models."""
+    return list(default_cfgs)
+
+
+def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
+    """`timm.create_model` for pretraining models.
+
+    Raises:
+        ModelError: for a name or tag that is not registered, naming the nearest ones.
+    """
+    import timm
+
+    base, _, tag = name.partition('.')
+    if base not in default_cfgs:
+        encoder = f' {name!r} is an encoder, which learns nothing by itself.' if timm.is_model(base) else ''
+        raise ModelError(f'Unknown pretraining model {name!r}.{encoder} {suggest(base, pretraining_models())}')
+    if tag and tag not in default_cfgs[base].cfgs:
+        raise ModelError(f'{base!r} has no tag {tag!r}. {suggest(tag, list(default_cfgs[base].cfgs))}')
+    return timm.create_model(name, **kwargs)
+
+
+@register_model
+def randsac_vit_tiny(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-Ti/16 at 224."""
+    return _create_pretraining('randsac_vit_tiny', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_small(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-S/16 at 224 (ImageNet-100, A.1)."""
+    return _create_pretraining('randsac_vit_small', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_base(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-B/16 at 224 (ImageNet-1K, 5)."""
+    return _create_pretraining('randsac_vit_base', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_large(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-L/16 at 224."""
+    return _create_pretraining('randsac_vit_large', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-Ti/4 at 32 (CIFAR-10, A.1)."""
+    return _create_pretraining('randsac_vit_tiny_patch4_32', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_small_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-S/4 at 32 (low-data pretraining, 5)."""
+    return _create_pretraining('randsac_vit_small_patch4_32', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_tiny(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-Ti/16 at 224."""
+    return _create_pretraining('saim_vit_tiny', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_small(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-S/16 at 224."""
+    return _create_pretraining('saim_vit_small', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_base(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-B/16 at 224 (ImageNet-1K)."""
+    return _create_pretraining('saim_vit_base', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_large(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-L/16 at 224."""
+    return _create_pretraining('saim_vit_large', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-Ti/4 at 32."""
+    return _create_pretraining('saim_vit_tiny_patch4_32', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_small_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-S/4 at 32."""
+    return _create_pretraining('saim_vit_small_patch4_32', pretrained, **kwargs)

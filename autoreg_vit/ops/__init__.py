@@ -1,0 +1,14 @@
+"""Segment attention: the one attention operation behind every encoder and decoder of this package."""
+
+from .api import (
+    IMPLEMENTATIONS,
+    choose_implementation,
+    segment_attention,
+    segment_attention_kvpacked,
+    segment_attention_qkvpacked,
+)
+
+__all__ = [
+    'IMPLEMENTATIONS', 'choose_implementation', 'segment_attention', 'segment_attention_kvpacked',
+    'segment_attention_qkvpacked',
+]

@@ -1,0 +1,335 @@
+"""Ranks, order and limits: the one place that says what they mean.
+
+A serialization gives every token of an image a **rank**, the position of its segment in the order of prediction.
+Tokens of one segment share a rank and are predicted together; segments are predicted one after the other. Ranks are
+int64 [B, N], dense (0 ... K-1 without gaps), in raster order, drawn anew for every image.
+
+**Order**: tokens sorted by rank. **Limits**: in sorted order every attention mask of RandSAC and SAIM is a prefix;
+query i may attend to the first `limits[b, i]` keys, and no mask needs to be stored.
+
+All functions are vectorised over the batch, run on any device without synchronising with the host, and draw only from
+`generator` (PyTorch's default generator of the device where none is given).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import SerializationError, ShapeError, suggest
+
+__all__ = [
+    'Serialization', 'blobs', 'check_ranks', 'memory_limits', 'random', 'raster', 'sort_by_rank', 'source_limits',
+    'squares',
+]
+
+
+def raster(
+        batch: int,
+        grid: tuple[int, int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Row by row, one token a segment: rank = token index (iGPT; RandSAC 3.1). Draws nothing.
+
+    Returns:
+        Ranks, int64 [batch, grid[0] * grid[1]].
+    """
+    return torch.arange(_tokens(grid), device=device).expand(batch, -1).contiguous()
+
+
+def random(
+        batch: int,
+        grid: tuple[int, int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """A uniformly random permutation of single tokens (SAIM Eq. 2; RandSAC Table 2, patch-random).
+
+    Returns:
+        Ranks, int64 [batch, grid[0] * grid[1]].
+    """
+    return _permutations(batch, _tokens(grid), generator, device)
+
+
+def squares(
+        batch: int,
+        grid: tuple[int, int],
+        segments: int | Sequence[int],
+        *,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Square segments in random order (RandSAC 3.2, Table 4), with any number of coarser levels (3.3).
+
+    Args:
+        batch: Number of images.
+        grid: Rows and columns of tokens.
+        segments: Number of squares, finest level first; each must tile the grid. RandSAC's square side M gives
+            grid[0] * grid[1] / M**2 squares. A square belongs to the coarser square that holds its centre.
+        shuffle: Permute tokens between segments, keeping the segments' sizes (RandSAC Table 6, bottom).
+
+    Returns:
+        Ranks, int64 [batch, grid[0] * grid[1]].
+
+    Raises:
+        SerializationError: if the squares do not tile the grid or the hierarchy does not shrink.
+    """
+    segments = _check_segments('squares', segments, grid)
+    height, width = grid
+    # Token centres in units of tokens, so that centres of squares are exact.
+    points = _token_points(torch.arange(height, device=device) + 0.5, torch.arange(width, device=device) + 0.5)
+
+    def assign(points: torch.Tensor, count: int) -> torch.Tensor:
+        side = _square_side(count, grid)
+        cell = (points / side).floor().long()
+        return cell[..., 0] * (width // side) + cell[..., 1]
+
+    return _segment_ranks(points.expand(batch, -1, -1), segments, assign, shuffle, generator)
+
+
+def blobs(
+        batch: int,
+        grid: tuple[int, int],
+        segments: int | Sequence[int],
+        *,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Elliptical segments of a random mixture of Gaussians in random order (RandSAC 3.2, Eq. 1), with any number of
+    coarser levels (3.3, Table 7).
+
+    A token belongs to the Gaussian of highest density. Means are drawn from U(-1.75, 1.75) and standard deviations
+    from U(0.5, 1) on a grid that spans [-2, 2] both ways. Gaussians that win no token vanish, so an image may have
+    fewer segments than asked for. A coarser level draws Gaussians anew and assigns each finer segment by its centre,
+    the mean position of its tokens (the paper says only "following the same logic").
+
+    Args:
+        batch: Number of images.
+        grid: Rows and columns of tokens.
+        segments: Number of Gaussians, finest level first: 11, (11, 5), (11, 7, 3).
+        shuffle: Permute tokens between segments, keeping the segments' sizes (RandSAC Table 6, bottom).
+
+    Returns:
+        Ranks, int64 [batch, grid[0] * grid[1]].
+
+    Raises:
+        SerializationError: if there are more segments than tokens or the hierarchy does not shrink.
+    """
+    segments = _check_segments('blobs', segments, grid)
+    points = _token_points(*(_span(size, device) for size in grid))
+
+    def assign(points: torch.Tensor, count: int) -> torch.Tensor:
+        draws = torch.rand(batch, 1, count, 4, generator=generator, device=device)
+        mean = draws[..., :2] * 3.5 - 1.75
+        std = draws[..., 2:] * 0.5 + 0.5
+        # log density without the constant that all Gaussians share
+        log_density = -std.log() - ((points[:, :, None] - mean) / std).square() / 2  # [B, N, K, 2]
+        return log_density.sum(-1).argmax(-1)
+
+    return _segment_ranks(points.expand(batch, -1, -1), segments, assign, shuffle, generator)
+
+
+@dataclass(frozen=True)
+class Serialization:
+    """A named serialization with its options, checked once against the grid it will be drawn on.
+
+    Args:
+        name: raster, random, squares or blobs.
+        grid: Rows and columns of tokens.
+        segments: Segments a level, finest first; for squares and blobs only.
+        shuffle: Break the segments' coherence; for squares and blobs only.
+
+    Raises:
+        SerializationError: naming the value and what would do.
+    """
+    name: str
+    grid: tuple[int, int]
+    segments: tuple[int, ...] | None = None
+    shuffle: bool = False
+
+    def __post_init__(self):
+        if self.name not in _SERIALIZATIONS:
+            raise SerializationError(
+                f'Unknown serialization {self.name!r}. {suggest(str(self.name), list(_SERIALIZATIONS))}')
+        if self.name in _SEGMENTED:
+            object.__setattr__(self, 'segments', _check_segments(self.name, self.segments, self.grid))
+        elif self.segments is not None or self.shuffle:
+            raise SerializationError(
+                f'serialization={self.name!r} predicts single tokens: it takes neither segments '
+                f'(got {self.segments!r}) nor shuffle (got {self.shuffle}). Use squares or blobs.')
+
+    def __call__(
+            self,
+            batch: int,
+            *,
+            generator: torch.Generator | None = None,
+            device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """Ranks, int64 [batch, N]."""
+        options = {'segments': self.segments, 'shuffle': self.shuffle} if self.name in _SEGMENTED else {}
+        return _SERIALIZATIONS[self.name](batch, self.grid, generator=generator, device=device, **options)
+
+
+def check_ranks(ranks: torch.Tensor, batch: int, tokens: int) -> None:
+    """Raise ShapeError unless `ranks` is an int64 tensor [batch, tokens]."""
+    if not isinstance(ranks, torch.Tensor) or ranks.dtype != torch.int64 or ranks.shape != (batch, tokens):
+        got = f'{ranks.dtype} {tuple(ranks.shape)}' if isinstance(ranks, torch.Tensor) else type(ranks).__name__
+        raise ShapeError(
+            f'ranks must be torch.int64 of shape {(batch, tokens)}, one row an image and one column a token; got {got}. '
+            'Draw them with autoreg_vit.serialization or model.draw_ranks(batch).')
+
+
+def sort_by_rank(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order and sorted ranks, both [B, N]: `sorted = ranks.gather(1, order)`; tokens of one segment stay in raster
+    order."""
+    sorted_ranks, order = torch.sort(ranks, dim=1, stable=True)
+    return order, sorted_ranks
+
+
+def source_limits(sorted_ranks: torch.Tensor, prefix: int = 0) -> torch.Tensor:
+    """How many keys a content token may attend to: those of rank <= its own, up to the end of its segment.
+
+    This is RandSAC's source mask (4.1, Fig. 4) and SAIM's content mask (Eq. 3).
+
+    Args:
+        sorted_ranks: int64 [B, N], ascending.
+        prefix: Number of class and register tokens in front, seen by all and seeing only each other (SAIM's published
+            code). They count as keys and have the first rows of the result.
+
+    Returns:
+        Limits, int32 [B, prefix + N].
+    """
+    limits = torch.searchsorted(sorted_ranks, sorted_ranks, right=True, out_int32=True) + prefix
+    return torch.cat([limits.new_full((limits.shape[0], prefix), prefix), limits], dim=1) if prefix else limits
+
+
+def memory_limits(sorted_ranks: torch.Tensor, first_segment: str = 'none', prefix: int = 0) -> torch.Tensor:
+    """How many encoded tokens the prediction of a token may attend to: those of rank < its own, up to the start of its
+    segment.
+
+    This is RandSAC's memory mask (4.1, Fig. 4) and SAIM's query mask.
+
+    Args:
+        sorted_ranks: int64 [B, N], ascending.
+        first_segment: 'self' lets the first segment attend to its own encoding (RandSAC 4.1), 'none' leaves it without
+            any but the prefix.
+        prefix: Number of class and register tokens in front of the keys, seen by all (SAIM's published code).
+
+    Returns:
+        Limits, int32 [B, N]; predictions have no prefix of their own.
+    """
+    limits = torch.searchsorted(sorted_ranks, sorted_ranks, out_int32=True)
+    if first_segment == 'self':
+        limits = torch.where(limits == 0, source_limits(sorted_ranks), limits)
+    elif first_segment != 'none':
+        raise SerializationError(f"first_segment must be 'self' or 'none', got {first_segment!r}.")
+    return limits + prefix
+
+
+def _tokens(grid: tuple[int, int]) -> int:
+    height, width = grid
+    if height < 1 or width < 1:
+        raise ShapeError(f'A grid has at least one row and one column of tokens, got {tuple(grid)}.')
+    return height * width
+
+
+def _span(size: int, device) -> torch.Tensor:
+    """`size` evenly spaced positions from -2 to 2; a single one stands in the middle."""
+    return torch.linspace(-2, 2, size, device=device) if size > 1 else torch.zeros(1, device=device)
+
+
+def _token_points(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Positions of the tokens in raster order, [1, N, 2]: row, column."""
+    return torch.cartesian_prod(rows, columns)[None]
+
+
+def _permutations(batch: int, size: int, generator, device) -> torch.Tensor:
+    return torch.rand(batch, size, generator=generator, device=device).argsort(dim=1)
+
+
+def _segment_ranks(
+        points: torch.Tensor,
+        segments: tuple[int, ...],
+        assign: Callable[[torch.Tensor, int], torch.Tensor],
+        shuffle: bool,
+        generator: torch.Generator | None,
+) -> torch.Tensor:
+    """Ranks of a hierarchy in random order: partitions at random, and at random the segments inside each.
+
+    Args:
+        points: Token positions [B, N, 2].
+        segments: Segments a level, finest first.
+        assign: From one point a token [B, N, 2] and a number of segments to labels [B, N].
+    """
+    batch, tokens, _ = points.shape
+    levels, centres = [], points
+    for count in segments:
+        labels = assign(centres, count)
+        levels.append(labels)
+        # Every token moves to its segment's centre, so that a segment's tokens stay together on the next level.
+        member = (labels[..., None] == torch.arange(count, device=points.device)).to(points.dtype)  # [B, N, K]
+        sums = member.transpose(1, 2) @ points
+        sizes = member.sum(1).clamp(min=1)[..., None]
+        centres = (sums / sizes).gather(1, labels[..., None].expand(-1, -1, 2))
+    key = torch.zeros(batch, tokens, dtype=torch.int64, device=points.device)
+    for count, labels in zip(reversed(segments), reversed(levels)):
+        visit = _permutations(batch, count, generator, points.device)
+        key = key * count + visit.gather(1, labels)
+    if shuffle:
+        key = key.gather(1, _permutations(batch, tokens, generator, points.device))
+    return _dense(key)
+
+
+def _dense(key: torch.Tensor) -> torch.Tensor:
+    """Dense ranks of the keys in each row: equal keys share a rank, and empty segments leave no gap."""
+    ascending, order = key.sort(dim=1)
+    steps = torch.zeros_like(key)
+    steps[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
+    return torch.empty_like(key).scatter_(1, order, steps.cumsum(1))
+
+
+def _square_side(count: int, grid: tuple[int, int]) -> int:
+    """Side of `count` squares that tile the grid, in tokens; 0 if none do."""
+    side = math.isqrt(_tokens(grid) // count)
+    tiles = side > 0 and grid[0] % side == 0 and grid[1] % side == 0 and side * side * count == _tokens(grid)
+    return side if tiles else 0
+
+
+def _check_segments(name: str, segments: int | Sequence[int] | None, grid: tuple[int, int]) -> tuple[int, ...]:
+    tokens = _tokens(grid)
+    if isinstance(segments, int) and not isinstance(segments, bool):
+        segments = (segments,)
+    if not isinstance(segments, Sequence) or isinstance(segments, str) or len(segments) == 0:
+        raise SerializationError(
+            f'{name} needs the number of segments of each level, finest first, such as 11 or (11, 5); '
+            f'got segments={segments!r}.')
+    segments = tuple(segments)
+    for count in segments:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+            raise SerializationError(
+                f'Each level needs a whole number of at least 2 segments (with one there is nothing to predict from); '
+                f'got {count!r} in segments={segments}.')
+        if count > tokens:
+            raise SerializationError(
+                f'{count} segments do not fit on a grid of {grid[0]} x {grid[1]} = {tokens} tokens: use at most '
+                f'{tokens}, a larger image or a smaller patch.')
+        if name == 'squares' and not _square_side(count, grid):
+            fits = [tokens // side ** 2 for side in range(1, min(grid) + 1) if _square_side(tokens // side ** 2, grid) == side]
+            raise SerializationError(
+                f'{count} squares do not tile a grid of {grid[0]} x {grid[1]} tokens. Possible here: '
+                f'{", ".join(str(n) for n in fits if n > 1)}. Blobs take any number.')
+    if any(fine <= coarse for fine, coarse in zip(segments, segments[1:])):
+        raise SerializationError(
+            f'A hierarchy goes from fine to coarse, each level with fewer segments than the one before; '
+            f'got segments={segments}. Write (11, 5), not (5, 11).')
+    return segments
+
+
+_SEGMENTED = {'squares': squares, 'blobs': blobs}
+_SERIALIZATIONS = {'raster': raster, 'random': random, **_SEGMENTED}

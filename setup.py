@@ -1,0 +1,39 @@
+"""Packaging of autoreg-vit. The version lives in autoreg_vit/version.py."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r"__version__ = '(.+)'", (here / 'autoreg_vit' / 'version.py').read_text())[1]
+
+train = ['matplotlib>=3.8', 'pyyaml>=6.0', 'scikit-learn>=1.4', 'tqdm>=4.66']
+
+setup(
+    name='autoreg-vit',
+    version=version,
+    description='Autoregressive self-supervised pretraining of Vision Transformers for timm: RandSAC, SAIM and between',
+    long_description=(here / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    python_requires='>=3.10',
+    packages=find_packages(include=['autoreg_vit', 'autoreg_vit.*']),
+    package_data={'autoreg_vit.train': ['recipes/*.yaml']},
+    install_requires=[
+        'torch>=2.11',
+        'torchvision',
+        'timm>=1.0.23',
+        'safetensors',
+        'huggingface-hub',
+        'triton>=3.6; platform_system == "Linux"',
+    ],
+    extras_require={'train': train, 'dev': [*train, 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.12']},
+    entry_points={'console_scripts': ['autoreg-vit = autoreg_vit.train.cli:main']},
+    classifiers=[
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)
