@@ -1,0 +1,92 @@
+"""Folders that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from ..errors import ModelError
+from .encoders import STOCK_ARCHITECTURES, SinCosVisionTransformer
+from .pretraining import AutoregressiveViT
+
+
+def export_encoder(encoder: SinCosVisionTransformer, folder: str | Path, **pretrained_cfg) -> None:
+    """Write an encoder as a stock timm ViT, which loads where this package is not installed.
+
+    Args:
+        encoder: Stand-alone, or `model.encoder` of a pretraining model.
+        folder: Replaced if it exists.
+        **pretrained_cfg: Entries of timm's configuration to set, such as mean and std.
+    """
+    # For a width of no stock model any of them serves as a base: every size is written out in the arguments.
+    architecture = STOCK_ARCHITECTURES.get(encoder.embed_dim, STOCK_ARCHITECTURES[192])
+    args = {**encoder.init_args, **_current_size(encoder), 'global_pool': encoder.global_pool}
+    # transformers passes num_classes itself and fails on a second one.
+    args.pop('num_classes', None)
+    _write(folder, encoder.state_dict(), architecture, args, {
+        'first_conv': 'patch_embed.proj', 'classifier': 'head', **pretrained_cfg,
+    }, encoder)
+
+
+def export_pretraining(model: AutoregressiveViT, folder: str | Path, **pretrained_cfg) -> None:
+    """Write a whole pretraining model, encoder and decoder; this package must be imported where it is loaded."""
+    if not hasattr(model, 'init_args'):
+        raise ModelError('Only models made by timm.create_model can be exported: a composed one has no name to load by.')
+    args = {**model.init_args, **_current_size(model.encoder)}
+    if model.target.blur is None:
+        args['blur'] = False  # timm drops None, and the model's default may be a blur
+    _write(folder, model.state_dict(), model.pretrained_cfg['architecture'], args, {
+        'first_conv': 'encoder.patch_embed.proj', 'classifier': None, **pretrained_cfg,
+    }, model.encoder)
+
+
+def _current_size(encoder: VisionTransformer) -> dict[str, Any]:
+    embed = encoder.patch_embed
+    return {'img_size': list(embed.img_size), 'patch_size': list(embed.patch_size),
+            'in_chans': embed.proj.in_channels}
+
+
+def _write(
+        folder: str | Path,
+        state_dict: dict[str, torch.Tensor],
+        architecture: str,
+        model_args: dict[str, Any],
+        pretrained_cfg: dict[str, Any],
+        encoder: VisionTransformer,
+) -> None:
+    channels = encoder.patch_embed.proj.in_channels
+    config = {
+        'architecture': architecture,
+        'num_classes': encoder.num_classes,
+        'num_features': encoder.num_features,
+        'global_pool': encoder.global_pool,
+        'model_args': {k: v for k, v in model_args.items() if v is not None},
+        'pretrained_cfg': {
+            'input_size': [channels, *encoder.patch_embed.img_size],
+            'fixed_input_size': True,
+            'crop_pct': 1.0,
+            'interpolation': 'bicubic',
+            'mean': [0.5] * channels,
+            'std': [0.5] * channels,
+            'num_classes': encoder.num_classes,
+            **pretrained_cfg,
+        },
+    }
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and moved into place whole, so that a stopped export leaves the last one.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as scratch:
+        new = Path(scratch) / folder.name
+        new.mkdir()
+        # A tensor shared or viewed must be stored once and whole.
+        save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, new / 'model.safetensors')
+        os.chmod(new / 'model.safetensors', 0o644)
+        (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        if folder.exists():
+            os.replace(folder, Path(scratch) / 'old')
+        os.replace(new, folder)

@@ -1,0 +1,200 @@
+"""Settings of a run: a dataclass whose fields are recipe keys and command-line flags alike."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError, suggest
+
+RECIPES = Path(__file__).parent / 'recipes'
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={'help': help})
+
+
+@dataclass
+class PretrainConfig:
+    """Settings of `autoreg-vit pretrain`. What is None is left to the model's or the paper's own default."""
+
+    model: str = _option('randsac_vit_tiny_patch4_32', 'pretraining model, a timm name')
+    img_size: tuple[int, ...] | None = _option(None, 'image height and width in pixels, or one number for both')
+    patch_size: int | None = _option(None, 'patch size in pixels')
+    in_chans: int | None = _option(None, 'image channels: 3, or 1 for grey')
+    embed_dim: int | None = _option(None, 'encoder width')
+    depth: int | None = _option(None, 'encoder blocks')
+    num_heads: int | None = _option(None, 'encoder heads')
+    serialization: str | None = _option(None, 'order of prediction: raster, random, squares or blobs')
+    segments: tuple[int, ...] | None = _option(None, 'segments of squares or blobs a level, finest first: 11 5')
+    shuffle: bool | None = _option(None, 'break the coherence of segments (RandSAC Table 6)')
+    decoder: str | None = _option(None, 'masked, parallel or none')
+    decoder_depth: int | None = _option(None, 'decoder layers')
+    decoder_dim: int | None = _option(None, 'decoder width')
+    decoder_heads: int | None = _option(None, 'decoder heads')
+    memory: str | None = _option(None, 'what the decoder reads: mix or last (masked), output or input (parallel)')
+    shared: bool | None = _option(None, 'decode with the encoder\'s own weights (two-stream)')
+    first_segment: str | None = _option(None, 'what the first segment attends to: self or none')
+    head: str | None = _option(None, 'prediction head: linear or mlp')
+    norm_pix: bool | None = _option(None, 'normalise target patches')
+    blur: tuple[float, ...] | None = _option(None, 'kernel size and sigma of the target\'s blur; 0 turns it off')
+    drop_path_rate: float | None = _option(None, 'stochastic depth of the encoder')
+    grad_checkpointing: bool = _option(False, 'recompute blocks in the backward pass to save memory')
+
+    dataset: str | None = _option(
+        None, 'digits, folder (the default with --data-dir), or a timm data set name: torch/NAME, hfds/NAME, wds/NAME')
+    data_dir: str | None = _option(None, 'folder of images, flat or one folder a class, with or without splits')
+    train_split: str = _option('train', 'split to train on')
+    eval_split: str | None = _option(
+        None, 'split to report accuracies on; without one, a fifth of the labelled training images')
+    eval_images: int = _option(10000, 'images used for accuracies at most, of either split')
+    eval_every: int = _option(0, 'report accuracies every so many epochs; 0, only before and after training')
+    download: bool = _option(False, 'let torch/... data sets download themselves')
+    workers: int | None = _option(None, 'processes that load images; none on a CPU by default, else up to 8')
+    crop_scale: tuple[float, ...] | None = _option(
+        None, 'area of random crops; by default 0.2 1.0 (RandSAC 5) or 0.67 1.0 (SAIM)')
+    hflip: float = _option(0.5, 'probability of a horizontal flip')
+
+    epochs: int = _option(100, 'passes over the training images')
+    batch_size: int = _option(256, 'images a forward pass')
+    accumulate: int = _option(1, 'forward passes an optimizer step; the batch of a step is their product')
+    opt: str = _option('adamw', 'optimizer, a timm name')
+    lr: float = _option(1e-3, 'learning rate for 256 images a step, scaled linearly')
+    weight_decay: float = _option(0.05, 'weight decay')
+    betas: tuple[float, ...] = _option((0.9, 0.999), 'Adam\'s betas')
+    warmup_epochs: float = _option(10, 'epochs of linear warm-up from 0')
+    precision: str = _option('auto', 'auto, float32 or bfloat16 autocast')
+    seed: int = _option(0, 'seed of initialisation, order of images, augmentation and ranks')
+    device: str = _option('auto', 'auto, cpu, cuda, cuda:1, ...')
+    output_dir: str | None = _option(None, 'folder of the run; by default a new one under runs/')
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for item in fields(self):
+            setattr(self, item.name, _convert(item.name, getattr(self, item.name), hints[item.name]))
+        for name in ('epochs', 'batch_size', 'accumulate', 'eval_images'):
+            if getattr(self, name) < 1:
+                raise ConfigError(f'{name} must be at least 1, got {getattr(self, name)}.')
+        for name in ('lr', 'weight_decay', 'warmup_epochs', 'eval_every'):
+            if getattr(self, name) < 0:
+                raise ConfigError(f'{name} cannot be negative, got {getattr(self, name)}.')
+        if not 0 <= self.hflip <= 1:
+            raise ConfigError(f'hflip is a probability between 0 and 1, got {self.hflip}.')
+        if self.crop_scale is not None and not (len(self.crop_scale) == 2
+                                                and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
+            raise ConfigError(f'crop_scale is two areas between 0 and 1, the smaller first; got {self.crop_scale}.')
+        if self.img_size is not None and len(self.img_size) not in (1, 2):
+            raise ConfigError(f'img_size is one number or height and width, got {self.img_size}.')
+        if len(self.betas) != 2:
+            raise ConfigError(f'betas are two numbers, got {self.betas}.')
+        if self.precision not in ('auto', 'float32', 'bfloat16'):
+            raise ConfigError(f"precision is 'auto', 'float32' or 'bfloat16', got {self.precision!r}.")
+
+    def model_options(self) -> dict[str, Any]:
+        """Keyword arguments for `timm.create_model` that were given."""
+        names = [f.name for f in fields(self)]
+        names = names[names.index('img_size'):names.index('grad_checkpointing')]
+        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if 'img_size' in options:
+            options['img_size'] = options['img_size'] * 2 if len(options['img_size']) == 1 else options['img_size']
+        if 'blur' in options and options['blur'][0] == 0:
+            options['blur'] = False
+        return options
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Settings from a bundled recipe or a YAML file.
+
+    Raises:
+        ConfigError: for a recipe that is neither, or that is not a mapping of settings.
+    """
+    path = RECIPES / f'{name}.yaml'
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f'No recipe {name!r}: it is neither a file nor bundled. {suggest(name, bundled_recipes())}')
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f'{path} is not valid YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(recipe, dict):
+        raise ConfigError(f'{path} must hold settings as "key: value" lines, got {type(recipe).__name__}.')
+    return recipe
+
+
+def bundled_recipes() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob('*.yaml'))
+
+
+def make_config(config_class: type, recipe: dict[str, Any], flags: dict[str, Any]) -> Any:
+    """A config from a recipe with flags over it.
+
+    Raises:
+        ConfigError: for an unknown key or a value of the wrong type.
+    """
+    known = [f.name for f in fields(config_class)]
+    for key in recipe:
+        if key not in known:
+            raise ConfigError(f'Unknown recipe key {key!r}. {suggest(str(key), known)}')
+    return config_class(**{**recipe, **flags})
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write the resolved settings as a recipe."""
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding='utf-8')
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One flag a field, spelt as its recipe key; flags that are not given stay out of the namespace."""
+    hints = typing.get_type_hints(config_class)
+    for item in fields(config_class):
+        kind, several = _element(hints[item.name])
+        default = '' if item.default is None else f' ({_show(item.default)})'
+        options: dict[str, Any] = dict(default=argparse.SUPPRESS, help=item.metadata['help'] + default)
+        if kind is bool:
+            options['action'] = argparse.BooleanOptionalAction
+        else:
+            options.update(type=kind, metavar=item.name.split('_')[-1].upper())
+            if several:
+                options['nargs'] = '+'
+        parser.add_argument('--' + item.name.replace('_', '-'), **options)
+
+
+def _element(hint: Any) -> tuple[type, bool]:
+    """Element type of a field and whether it holds several."""
+    if isinstance(hint, types.UnionType):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    kind, several = _element(hint)
+    if value is None:
+        if isinstance(hint, types.UnionType):
+            return None
+        raise ConfigError(f'{name} needs a value of type {kind.__name__}, got nothing.')
+    if several:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(name, v, kind) for v in values)
+    if kind is float and isinstance(value, str):
+        try:  # YAML reads 1e-3 as text
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f'{name} must be of type {kind.__name__}, got {value!r} of type {type(value).__name__}.')
+    return value
+
+
+def _show(value: Any) -> str:
+    return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,205 @@
+"""Images for pretraining and evaluation: folders, timm's data sets, and scikit-learn's bundled digits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torchvision.datasets import ImageFolder, VisionDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import Compose
+
+from ..errors import DataError, suggest
+
+SPLIT_NAMES = ('train', 'training', 'val', 'valid', 'validation', 'test')
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model takes: pixels as (height, width), channels, and the normalisation of each channel."""
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self):
+        if self.channels not in (1, 3):
+            raise DataError(f'Image files have 1 (grey) or 3 (RGB) channels, and this model takes {self.channels}. '
+                            'Use in_chans 1 or 3 here, or train on tensors of your own with the model itself.')
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> 'ImageSpec':
+        """Of a pretraining model, from its encoder's size and its configured normalisation."""
+        embed, cfg = model.encoder.patch_embed, model.pretrained_cfg
+        channels = embed.proj.in_channels
+        mean, std = cfg['mean'], cfg['std']
+        if channels == 1:
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        return cls(tuple(embed.img_size), channels, tuple(mean), tuple(std))
+
+
+class ToMode:
+    """Convert PIL images to grey or RGB; a named class so that loader processes can receive it."""
+
+    def __init__(self, channels: int):
+        self.mode = 'L' if channels == 1 else 'RGB'
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image if image.mode == self.mode else image.convert(self.mode)
+
+
+def training_transform(spec: ImageSpec, crop_scale: tuple[float, float], hflip: float) -> Callable:
+    """Random resized crop and horizontal flip, the whole augmentation of both papers (RandSAC 5, SAIM "Training
+    configurations")."""
+    return Compose([ToMode(spec.channels), create_transform(
+        (spec.channels, *spec.size), is_training=True, scale=crop_scale, ratio=(3 / 4, 4 / 3), hflip=hflip,
+        color_jitter=None, interpolation='bicubic', mean=spec.mean, std=spec.std)])
+
+
+def evaluation_transform(spec: ImageSpec) -> Callable:
+    """The whole image, resized to the model's size and cropped in the middle."""
+    return Compose([ToMode(spec.channels), create_transform(
+        (spec.channels, *spec.size), is_training=False, crop_pct=1.0, crop_mode='center', interpolation='bicubic',
+        mean=spec.mean, std=spec.std)])
+
+
+def open_dataset(
+        name: str,
+        data_dir: str | None,
+        split: str,
+        transform: Callable,
+        download: bool = False,
+) -> Dataset:
+    """A data set of (image, label).
+
+    Args:
+        name: 'digits', 'folder', or a timm name such as 'torch/cifar10', 'hfds/...', 'wds/...'.
+        data_dir: Folder of the data; for 'folder' one of class folders or of images, or with such a folder a split.
+        split: Name of the split.
+        transform: From PIL images to tensors.
+        download: Let torchvision data sets download themselves.
+
+    Raises:
+        DataError: for data that is not there, is empty or has no such split.
+    """
+    if name == 'digits':
+        return Digits(split, transform)
+    if name == 'folder':
+        return _open_folder(data_dir, split, transform)
+    if '/' not in name:
+        raise DataError(f'Unknown data set {name!r}: it is digits, folder, or a timm name such as torch/cifar10, '
+                        f'hfds/NAME or wds/NAME. {suggest(name, ["digits", "folder"])}')
+    try:
+        dataset = create_dataset(name, root=data_dir, split=split, transform=transform, download=download)
+    except (AssertionError, ImportError, RuntimeError, OSError, ValueError) as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise DataError(f'Cannot open data set {name!r}, split {split!r}, under {data_dir!r}: {reason}') from error
+    dataset.transform = transform  # torchvision data sets behind timm take it here
+    return dataset
+
+
+class Digits(VisionDataset):
+    """scikit-learn's bundled digits, 8 x 8 grey: the first 1,437 to train on, the last 360, by other writers, to test."""
+
+    def __init__(self, split: str, transform: Callable):
+        from sklearn.datasets import load_digits
+
+        super().__init__(transform=transform)
+        parts = {'train': slice(0, 1437), 'test': slice(1437, None)}
+        if split not in parts:
+            raise DataError(f"The digits have the splits 'train' and 'test', got {split!r}.")
+        digits = load_digits()
+        self.images = (digits.images[parts[split]] * (255 / 16)).astype(np.uint8)
+        self.targets = digits.target[parts[split]].tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.targets[index]
+
+
+class FlatFolder(VisionDataset):
+    """Images of a folder and its subfolders, without labels (-1)."""
+
+    def __init__(self, root: Path, transform: Callable):
+        super().__init__(root, transform=transform)
+        self.samples = sorted(p for p in root.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        if not self.samples:
+            raise DataError(f'No images in {root}: expected files ending in {", ".join(IMG_EXTENSIONS)}.')
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self.samples[index]) as image:
+            return self.transform(image.copy()), -1
+
+
+def _open_image(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def _open_folder(data_dir: str | None, split: str, transform: Callable) -> Dataset:
+    if data_dir is None:
+        raise DataError("dataset='folder' needs --data-dir, the folder of the images.")
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise DataError(f'No folder {root}: --data-dir names the folder of the images.')
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    if split in folders:
+        root = root / split
+        folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    elif split != 'train' or set(folders) & set(SPLIT_NAMES):
+        raise DataError(f'{root} has no split {split!r}: it holds {", ".join(folders[:10]) or "no folders"}. '
+                        'Name one with --train-split or --eval-split.')
+    if len(folders) < 2:
+        return FlatFolder(root, transform)
+    try:
+        return ImageFolder(str(root), transform=transform, loader=_open_image)
+    except FileNotFoundError as error:
+        raise DataError(f'Class folders without images under {root}: {" ".join(str(error).split())}') from error
+
+
+def labels_of(dataset: Dataset) -> np.ndarray | None:
+    """Labels of a map-style data set [images], or None if it has none or only one class."""
+    if isinstance(dataset, (IterableDataset, FlatFolder)):
+        return None
+    labels = getattr(dataset, 'targets', None)
+    if labels is None and hasattr(dataset, 'reader'):
+        labels = [dataset.reader[i][1] for i in range(len(dataset))]
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    return labels if len(np.unique(labels)) > 1 else None
+
+
+def sample(dataset: Dataset, most: int, seed: int) -> Dataset:
+    """At most `most` images of a map-style data set, the same ones for the same seed."""
+    if len(dataset) <= most:
+        return dataset
+    generator = torch.Generator().manual_seed(seed)
+    return Subset(dataset, sorted(torch.randperm(len(dataset), generator=generator)[:most].tolist()))
+
+
+def training_loader(dataset: Dataset, batch_size: int, workers: int, seed: int, pin_memory: bool) -> DataLoader:
+    """Shuffled batches of whole size, in an order and with an augmentation that `seed` decides.
+
+    Raises:
+        DataError: for fewer images than a batch.
+    """
+    iterable = isinstance(dataset, IterableDataset)
+    if iterable:
+        dataset.set_loader_cfg(num_workers=workers)
+    elif len(dataset) < batch_size:
+        raise DataError(f'{len(dataset)} training images are fewer than a batch of {batch_size}: use '
+                        f'--batch-size {len(dataset)} or less.')
+    return DataLoader(
+        dataset, batch_size, shuffle=not iterable, num_workers=workers, drop_last=True, pin_memory=pin_memory,
+        persistent_workers=workers > 0, generator=torch.Generator().manual_seed(seed))
