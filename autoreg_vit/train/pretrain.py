@@ -74,10 +74,14 @@ def pretrain(config: PretrainConfig) -> Path:
 
     # 4. The optimizer.
     optimizer = _create_optimizer(config, model)
-    warmup = min(config.warmup_epochs, config.epochs)
+    if config.warmup_epochs > config.epochs / 2:
+        _say(f'Warm-up shortened from {config.warmup_epochs:g} to {config.epochs / 2:g} epochs, half of the run.')
+        config.warmup_epochs = config.epochs / 2
+    # The cosine begins where the warm-up ends (warmup_prefix) and falls to 0 at the last step.
     schedule, _ = create_scheduler_v2(
-        optimizer, sched='cosine', num_epochs=config.epochs, warmup_epochs=warmup, warmup_lr=0.0, min_lr=0.0,
-        step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+        optimizer, sched='cosine', num_epochs=config.epochs - config.warmup_epochs, warmup_prefix=True,
+        warmup_epochs=config.warmup_epochs, warmup_lr=0.0, min_lr=0.0, step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch)
 
     # 5. The run.
     folder = new_run_folder(config.output_dir, f'{config.model}-{Path(config.dataset).name}')

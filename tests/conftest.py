@@ -1,0 +1,36 @@
+"""Fixtures of all tests: no network, a fixed seed, and models that run in milliseconds."""
+
+import os
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+import pytest
+import torch
+from torch import nn
+
+import autoreg_vit  # noqa: F401  registers the models with timm
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> dict:
+    """Options of a ViT on a grid of 4 x 4 tokens of 2 x 2 grey pixels."""
+    return {'img_size': 8, 'patch_size': 2, 'in_chans': 1, 'embed_dim': 32, 'depth': 4, 'num_heads': 2}
+
+
+@pytest.fixture
+def randomise():
+    """A function that redraws every parameter, so that no property holds by initialisation alone."""
+
+    def redraw(module: nn.Module, std: float = 0.3) -> nn.Module:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_(std=std)
+        return module
+
+    return redraw
