@@ -14,6 +14,7 @@ All functions are vectorised over the batch, run on any device without synchroni
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -181,8 +182,8 @@ def check_ranks(ranks: torch.Tensor, batch: int, tokens: int) -> None:
     if not isinstance(ranks, torch.Tensor) or ranks.dtype != torch.int64 or ranks.shape != (batch, tokens):
         got = f'{ranks.dtype} {tuple(ranks.shape)}' if isinstance(ranks, torch.Tensor) else type(ranks).__name__
         raise ShapeError(
-            f'ranks must be torch.int64 of shape {(batch, tokens)}, one row an image and one column a token; got {got}. '
-            'Draw them with autoreg_vit.serialization or model.draw_ranks(batch).')
+            f'ranks must be torch.int64 of shape {(batch, tokens)}, one row an image and one column a token; got '
+            f'{got}. Draw them with autoreg_vit.serialization or model.draw_ranks(batch).')
 
 
 def sort_by_rank(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -320,11 +321,12 @@ def _check_segments(name: str, segments: int | Sequence[int] | None, grid: tuple
                 f'{count} segments do not fit on a grid of {grid[0]} x {grid[1]} = {tokens} tokens: use at most '
                 f'{tokens}, a larger image or a smaller patch.')
         if name == 'squares' and not _square_side(count, grid):
-            fits = [tokens // side ** 2 for side in range(1, min(grid) + 1) if _square_side(tokens // side ** 2, grid) == side]
+            fits = [tokens // side ** 2 for side in range(1, min(grid) + 1)
+                    if grid[0] % side == 0 and grid[1] % side == 0]
             raise SerializationError(
                 f'{count} squares do not tile a grid of {grid[0]} x {grid[1]} tokens. Possible here: '
                 f'{", ".join(str(n) for n in fits if n > 1)}. Blobs take any number.')
-    if any(fine <= coarse for fine, coarse in zip(segments, segments[1:])):
+    if any(fine <= coarse for fine, coarse in pairwise(segments)):
         raise SerializationError(
             f'A hierarchy goes from fine to coarse, each level with fewer segments than the one before; '
             f'got segments={segments}. Write (11, 5), not (5, 11).')

@@ -57,9 +57,9 @@ def main() -> None:
     for order in args.orders:
         lines = [json.loads(line) for line in Path(args.work_dir, order, 'log.jsonl').read_text().splitlines()]
         evaluations = [line for line in lines if line['event'] == 'evaluation']
-        epochs = [line for line in lines if line['event'] == 'epoch']
+        steps = [line for line in lines if 'loss' in line]
         rows.append({
-            'order': order, 'images_seen': epochs[-1]['images'], 'loss': round(epochs[-1]['loss'], 4),
+            'order': order, 'images_seen': steps[-1]['images'], 'last_loss': round(steps[-1]['loss'], 4),
             'minutes_of_training': round((evaluations[-1]['time'] - evaluations[0]['time']) / 60, 1),
             **{f'{metric}_{when}': round(line[metric], 2) for metric in ('linear', 'knn')
                for when, line in (('untrained', evaluations[0]), ('pretrained', evaluations[-1]))},

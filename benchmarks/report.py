@@ -18,7 +18,8 @@ RESULTS = Path(__file__).parent / 'results'
 def provenance() -> dict[str, Any]:
     """Hardware, versions, commit and date of a run."""
     def git(*arguments: str) -> str:
-        return subprocess.run(['git', *arguments], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        run = subprocess.run(['git', *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return run.stdout.strip()
 
     return {
         'date': datetime.date.today().isoformat(),

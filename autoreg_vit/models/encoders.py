@@ -19,6 +19,22 @@ from .saim_checkpoint import convert_saim_encoder
 
 __all__ = ['SinCosVisionTransformer']  # register_model adds the models
 
+#: Arguments of each size. Patch 16 at 224 pixels; patch 4 at 32 for CIFAR (RandSAC A.1 and 5).
+SIZES = {
+    'vit_tiny': dict(img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    'vit_small': dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    'vit_base': dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    'vit_large': dict(img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+    'vit_tiny_patch4_32': dict(img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3),
+    'vit_small_patch4_32': dict(img_size=32, patch_size=4, embed_dim=384, depth=12, num_heads=6),
+}
+#: What the encoders of each method add.
+METHODS = {
+    # RandSAC B.2: no class token; the average of the encoder's normalised tokens is the feature.
+    'randsac': dict(class_token=False, global_pool='avg', fc_norm=False),
+    # SAIM's published code: the class token is the feature.
+    'saim': dict(class_token=True, global_pool='token'),
+}
 #: timm's own model of the same width, which an exported encoder names as its architecture.
 STOCK_ARCHITECTURES = {
     192: 'vit_tiny_patch16_224',
@@ -110,24 +126,25 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return vit_checkpoint_filter_fn(convert_saim_encoder(state_dict, model), model)
 
 
-def _cfg(size: int = 224, **kwargs) -> dict[str, Any]:
+def default_cfg(size: str, **kwargs) -> dict[str, Any]:
+    """timm's pretrained configuration of a size, without weights."""
+    pixels = SIZES[size]['img_size']
     return {
-        'url': '', 'num_classes': 0, 'input_size': (3, size, size), 'pool_size': None, 'fixed_input_size': True,
-        'crop_pct': 1.0 if size < 224 else 0.9, 'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN,
+        'url': '', 'num_classes': 0, 'input_size': (3, pixels, pixels), 'pool_size': None, 'fixed_input_size': True,
+        'crop_pct': 0.9 if pixels == 224 else 1.0, 'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN,
         'std': IMAGENET_DEFAULT_STD, 'first_conv': 'patch_embed.proj', 'classifier': 'head', 'license': 'apache-2.0',
         **kwargs,
     }
 
 
 default_cfgs = generate_default_cfgs({
-    f'vit_{size}_{method}.untrained': _cfg(32 if 'patch4' in size else 224)
-    for method in ('randsac', 'saim')
-    for size in ('tiny', 'small', 'base', 'large', 'tiny_patch4_32', 'small_patch4_32')
+    f'{size}_{method}.untrained': default_cfg(size) for method in METHODS for size in SIZES
 })
 
 
 def _create_encoder(variant: str, pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     check_options(variant, kwargs, ENCODER_OPTIONS)
+    size, method = variant.rsplit('_', 1)
     out_indices = kwargs.pop('out_indices', 3)
     return build_model_with_cfg(
         SinCosVisionTransformer,
@@ -135,88 +152,77 @@ def _create_encoder(variant: str, pretrained: bool = False, **kwargs) -> SinCosV
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
+        **{**SIZES[size], **METHODS[method], **kwargs},
     )
-
-
-_TINY = dict(img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3)
-_SMALL = dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6)
-_BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
-_LARGE = dict(img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
-_CIFAR = dict(img_size=32, patch_size=4)
-# RandSAC B.2: no class token, the average of the encoder's (normalised) tokens is the feature.
-_RANDSAC = dict(class_token=False, global_pool='avg', fc_norm=False)
-# SAIM's published code: the class token is the feature.
-_SAIM = dict(class_token=True, global_pool='token')
 
 
 @register_model
 def vit_tiny_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-Ti/16 at 224, RandSAC."""
-    return _create_encoder('vit_tiny_randsac', pretrained, **{**_TINY, **_RANDSAC, **kwargs})
+    return _create_encoder('vit_tiny_randsac', pretrained, **kwargs)
 
 
 @register_model
 def vit_small_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-S/16 at 224, RandSAC."""
-    return _create_encoder('vit_small_randsac', pretrained, **{**_SMALL, **_RANDSAC, **kwargs})
+    return _create_encoder('vit_small_randsac', pretrained, **kwargs)
 
 
 @register_model
 def vit_base_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-B/16 at 224, RandSAC."""
-    return _create_encoder('vit_base_randsac', pretrained, **{**_BASE, **_RANDSAC, **kwargs})
+    return _create_encoder('vit_base_randsac', pretrained, **kwargs)
 
 
 @register_model
 def vit_large_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-L/16 at 224, RandSAC."""
-    return _create_encoder('vit_large_randsac', pretrained, **{**_LARGE, **_RANDSAC, **kwargs})
+    return _create_encoder('vit_large_randsac', pretrained, **kwargs)
 
 
 @register_model
 def vit_tiny_patch4_32_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-Ti/4 at 32, RandSAC (A.1)."""
-    return _create_encoder('vit_tiny_patch4_32_randsac', pretrained, **{**_TINY, **_CIFAR, **_RANDSAC, **kwargs})
+    return _create_encoder('vit_tiny_patch4_32_randsac', pretrained, **kwargs)
 
 
 @register_model
 def vit_small_patch4_32_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-S/4 at 32, RandSAC (5, low-data pretraining)."""
-    return _create_encoder('vit_small_patch4_32_randsac', pretrained, **{**_SMALL, **_CIFAR, **_RANDSAC, **kwargs})
+    return _create_encoder('vit_small_patch4_32_randsac', pretrained, **kwargs)
 
 
 @register_model
 def vit_tiny_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-Ti/16 at 224, SAIM."""
-    return _create_encoder('vit_tiny_saim', pretrained, **{**_TINY, **_SAIM, **kwargs})
+    return _create_encoder('vit_tiny_saim', pretrained, **kwargs)
 
 
 @register_model
 def vit_small_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-S/16 at 224, SAIM."""
-    return _create_encoder('vit_small_saim', pretrained, **{**_SMALL, **_SAIM, **kwargs})
+    return _create_encoder('vit_small_saim', pretrained, **kwargs)
 
 
 @register_model
 def vit_base_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-B/16 at 224, SAIM."""
-    return _create_encoder('vit_base_saim', pretrained, **{**_BASE, **_SAIM, **kwargs})
+    return _create_encoder('vit_base_saim', pretrained, **kwargs)
 
 
 @register_model
 def vit_large_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-L/16 at 224, SAIM."""
-    return _create_encoder('vit_large_saim', pretrained, **{**_LARGE, **_SAIM, **kwargs})
+    return _create_encoder('vit_large_saim', pretrained, **kwargs)
 
 
 @register_model
 def vit_tiny_patch4_32_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-Ti/4 at 32, SAIM."""
-    return _create_encoder('vit_tiny_patch4_32_saim', pretrained, **{**_TINY, **_CIFAR, **_SAIM, **kwargs})
+    return _create_encoder('vit_tiny_patch4_32_saim', pretrained, **kwargs)
 
 
 @register_model
 def vit_small_patch4_32_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     """ViT-S/4 at 32, SAIM."""
-    return _create_encoder('vit_small_patch4_32_saim', pretrained, **{**_SMALL, **_CIFAR, **_SAIM, **kwargs})
+    return _create_encoder('vit_small_patch4_32_saim', pretrained, **kwargs)

@@ -36,7 +36,7 @@ def export_encoder(encoder: SinCosVisionTransformer, folder: str | Path, **pretr
 def export_pretraining(model: AutoregressiveViT, folder: str | Path, **pretrained_cfg) -> None:
     """Write a whole pretraining model, encoder and decoder; this package must be imported where it is loaded."""
     if not hasattr(model, 'init_args'):
-        raise ModelError('Only models made by timm.create_model can be exported: a composed one has no name to load by.')
+        raise ModelError('Only models made by timm.create_model can be exported: others have no name to load by.')
     args = {**model.init_args, **_current_size(model.encoder)}
     if model.target.blur is None:
         args['blur'] = False  # timm drops None, and the model's default may be a blur

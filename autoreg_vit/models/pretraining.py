@@ -21,8 +21,15 @@ from ..errors import ModelError, SerializationError, ShapeError, suggest
 from ..serialization import Serialization
 from .attention import check_encoder, content_block, run_block
 from .decoders import Layout, MaskedDecoder, NextTokenDecoder, ParallelDecoder
-from .encoders import _BASE, _CIFAR, _LARGE, _RANDSAC, _SAIM, _SMALL, _TINY, _cfg
-from .encoders import ENCODER_OPTIONS, SinCosVisionTransformer, check_options, init_xavier
+from .encoders import (
+    ENCODER_OPTIONS,
+    METHODS,
+    SIZES,
+    SinCosVisionTransformer,
+    check_options,
+    default_cfg,
+    init_xavier,
+)
 from .saim_checkpoint import convert_saim_pretraining
 from .targets import PixelTarget
 
@@ -298,39 +305,29 @@ _DECODERS = {
     'vit_tiny_patch4_32': dict(decoder_depth=3),
     'vit_small_patch4_32': dict(decoder_depth=6),
 }
-_ENCODERS = {
-    'vit_tiny': _TINY,
-    'vit_small': _SMALL,
-    'vit_base': _BASE,
-    'vit_large': _LARGE,
-    'vit_tiny_patch4_32': {**_TINY, **_CIFAR},
-    'vit_small_patch4_32': {**_SMALL, **_CIFAR},
-}
-_METHODS = {
-    'randsac': dict(**_RANDSAC, serialization='blobs', decoder='masked', first_segment='self', head='linear',
-                    norm_pix=True),
-    'saim': dict(**_SAIM, serialization='random', decoder='parallel', first_segment='none', head='mlp', norm_pix=True,
+_DESIGNS = {
+    'randsac': dict(serialization='blobs', decoder='masked', first_segment='self', head='linear', norm_pix=True),
+    'saim': dict(serialization='random', decoder='parallel', first_segment='none', head='mlp', norm_pix=True,
                  blur=(9, 1.0)),
 }
 
 default_cfgs = generate_default_cfgs({
-    f'{method}_{size}.untrained': _cfg(
-        32 if 'patch4' in size else 224, first_conv='encoder.patch_embed.proj', classifier=None)
-    for method in _METHODS
-    for size in _ENCODERS
+    f'{method}_{size}.untrained': default_cfg(size, first_conv='encoder.patch_embed.proj', classifier=None)
+    for method in _DESIGNS
+    for size in SIZES
 })
 
 
 def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    head_options = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
-    known = [o for o in PRETRAINING_OPTIONS + ENCODER_OPTIONS if o not in head_options]
+    # What belongs to an encoder's classifier has no place here.
+    classifier = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
+    known = [option for option in PRETRAINING_OPTIONS + ENCODER_OPTIONS if option not in classifier]
     check_options(variant, kwargs, known)
+    method, size = variant.split('_', 1)
     if kwargs.get('features_only'):
         raise ModelError(f'{variant} is a pretraining model: take features from its encoder, or from '
-                         f'timm.create_model("{"_".join(variant.split("_")[1:] + variant.split("_")[:1])}", '
-                         'features_only=True).')
-    method, size = variant.split('_', 1)
-    options = {**_METHODS[method], **_ENCODERS[size]}
+                         f"timm.create_model('{size}_{method}', features_only=True).")
+    options = {**SIZES[size], **METHODS[method], **_DESIGNS[method]}
     # Defaults that belong to one decoder or serialization stay out of the way of another.
     if kwargs.get('decoder', options['decoder']) == 'masked':
         options = {**options, **_DECODERS[size]}

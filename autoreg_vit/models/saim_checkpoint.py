@@ -64,7 +64,8 @@ def _join_qkv(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             parts = [f'{match[1]}{letter}.{match[3]}' for letter in 'qkv']
             missing = [p for p in parts if p not in state_dict]
             if missing:
-                raise CheckpointError(f'The SAIM checkpoint has {key} but lacks {", ".join(missing)}: it is incomplete.')
+                raise CheckpointError(
+                    f'The SAIM checkpoint is incomplete: it has {key} but lacks {", ".join(missing)}.')
             joined[f'{match[1]}qkv.{match[3]}'] = torch.cat([state_dict[p] for p in parts])
     return joined
 

@@ -58,7 +58,8 @@ class PixelTarget(nn.Module):
             raise ModelError('norm_pix=True leaves nothing of a patch that is one value: set norm_pix=False.')
         if blur is not None and (len(blur) != 2 or int(blur[0]) != blur[0] or blur[0] % 2 != 1 or blur[0] < 1
                                  or blur[1] <= 0):
-            raise ModelError(f'blur is an odd kernel size and a positive sigma in pixels, such as (9, 1.0); got {blur}.')
+            raise ModelError(
+                f'blur is an odd kernel size and a positive sigma in pixels, such as (9, 1.0); got {blur}.')
         self.patch_size = patch_size
         self.norm_pix = norm_pix
         self.blur = None if blur is None else (int(blur[0]), float(blur[1]))

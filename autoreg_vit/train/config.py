@@ -71,13 +71,14 @@ class PretrainConfig:
     precision: str = _option('auto', 'auto, float32 or bfloat16 autocast')
     seed: int = _option(0, 'seed of initialisation, order of images, augmentation and ranks')
     device: str = _option('auto', 'auto, cpu, cuda, cuda:1, ...')
+    log_every: int = _option(20, 'steps a line of log.jsonl averages over')
     output_dir: str | None = _option(None, 'folder of the run; by default a new one under runs/')
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for item in fields(self):
             setattr(self, item.name, _convert(item.name, getattr(self, item.name), hints[item.name]))
-        for name in ('epochs', 'batch_size', 'accumulate', 'eval_images'):
+        for name in ('epochs', 'batch_size', 'accumulate', 'eval_images', 'log_every'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'{name} must be at least 1, got {getattr(self, name)}.')
         for name in ('lr', 'weight_decay', 'warmup_epochs', 'eval_every'):

@@ -103,7 +103,7 @@ def open_dataset(
 
 
 class Digits(VisionDataset):
-    """scikit-learn's bundled digits, 8 x 8 grey: the first 1,437 to train on, the last 360, by other writers, to test."""
+    """scikit-learn's bundled digits, 8 x 8 grey: the first 1,437 to train on, the last 360 to test."""
 
     def __init__(self, split: str, transform: Callable):
         from sklearn.datasets import load_digits

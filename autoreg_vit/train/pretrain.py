@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -52,7 +51,7 @@ def pretrain(config: PretrainConfig) -> Path:
         config.workers = 0 if device.type == 'cpu' else min(os.cpu_count() or 1, 8)
     if device.type == 'cpu':
         keep_freed_memory()
-    torch.manual_seed(config.seed)
+    timm.utils.random_seed(config.seed)
 
     # 2. The model.
     model = create_pretraining_model(config.model, **config.model_options()).to(device)
@@ -109,12 +108,14 @@ def pretrain(config: PretrainConfig) -> Path:
     evaluate(images=0)
     ranks_generator = torch.Generator(device).manual_seed(config.seed)
     images_seen = update = 0
-    progress = tqdm(total=config.epochs * updates_per_epoch, unit='step', disable=None, file=sys.stderr)
+    updates = config.epochs * updates_per_epoch
+    # In a file, a line a minute instead of a bar that redraws itself.
+    progress = tqdm(total=updates, unit='step', mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True)
     model.train()
     try:
+        losses, since = [], time.perf_counter()
+        step_loss = torch.zeros((), device=device)
         for epoch in range(config.epochs):
-            losses, epoch_start = [], time.perf_counter()
-            step_loss = torch.zeros((), device=device)
             for batch, (images, _) in enumerate(loader):
                 if batch == updates_per_epoch * config.accumulate:
                     break  # too few batches left for a step
@@ -138,13 +139,19 @@ def pretrain(config: PretrainConfig) -> Path:
                 losses.append(step_loss.item())
                 step_loss.zero_()
                 progress.update()
-                rate = len(losses) * config.batch_size * config.accumulate / (time.perf_counter() - epoch_start)
-                progress.set_postfix_str(f'epoch {epoch + 1}/{config.epochs}, loss {losses[-1]:.4f}, {rate:.0f} images/s')
-            log.write(event='epoch', epoch=epoch + 1, step=update, images=images_seen, loss=sum(losses) / len(losses),
-                      lr=optimizer.param_groups[0]['lr'], images_per_second=rate)
+                if update % config.log_every == 0 or update == updates:
+                    rate = len(losses) * config.batch_size * config.accumulate / (time.perf_counter() - since)
+                    log.write(event='step', step=update, epoch=round(update / updates_per_epoch, 3),
+                              images=images_seen, loss=sum(losses) / len(losses), lr=optimizer.param_groups[0]['lr'],
+                              images_per_second=round(rate, 1))
+                    progress.set_postfix_str(f'epoch {epoch + 1}/{config.epochs}, loss {log.lines[-1]["loss"]:.4f}, '
+                                             f'{rate:.0f} images/s', refresh=False)
+                    losses, since = [], time.perf_counter()
+            paused = time.perf_counter()
             save()
             if config.eval_every and (epoch + 1) % config.eval_every == 0 and epoch + 1 < config.epochs:
                 evaluate(images_seen)
+            since += time.perf_counter() - paused
     except KeyboardInterrupt:
         progress.close()
         _say(f'\nStopped. {_kept(folder)}')
@@ -228,7 +235,7 @@ def _create_optimizer(config: PretrainConfig, model: AutoregressiveViT) -> torch
 def _report(folder: Path, log: Log) -> None:
     evaluations = [line for line in log.lines if line.get('event') == 'evaluation']
     losses = [line['loss'] for line in log.lines if 'loss' in line]
-    _say(f'\nLoss {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last.')
+    _say(f'\nLoss {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end.')
     if evaluations:
         before, after = evaluations[0], evaluations[-1]
         _say('Accuracy of frozen features   untrained   pretrained')
