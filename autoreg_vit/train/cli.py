@@ -10,13 +10,9 @@ from ..errors import UsageError, suggest
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, with the flags nearest to a misspelt one."""
+    """Errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        words = message.split()
-        if message.startswith('unrecognized arguments:'):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            message += f'. {suggest(words[2], flags)}'
         raise UsageError(' '.join(message.split()))
 
 
@@ -53,7 +49,10 @@ def _run(arguments: list[str]) -> int:
     command.add_argument('--config', metavar='RECIPE',
                          help=f'a YAML file or a bundled recipe ({", ".join(bundled_recipes())}); flags override it')
     add_flags(command, PretrainConfig)
-    flags = vars(parser.parse_args(arguments))
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UsageError(f'Unknown argument {unknown[0]!r}. {suggest(unknown[0], list(command._option_string_actions))}')
+    flags = vars(namespace)
     del flags['command'], flags['debug']
     recipe = flags.pop('config', None)
     if recipe is None and not {'dataset', 'data_dir'} & set(flags):

@@ -73,6 +73,10 @@ def open_dataset(
         split: str,
         transform: Callable,
         download: bool = False,
+        *,
+        training: bool = False,
+        batch_size: int = 1,
+        seed: int = 0,
 ) -> Dataset:
     """A data set of (image, label).
 
@@ -82,6 +86,9 @@ def open_dataset(
         split: Name of the split.
         transform: From PIL images to tensors.
         download: Let torchvision data sets download themselves.
+        training: Shuffle data sets that are streams (wds, hfids, tfds).
+        batch_size: Of the loader; streams share out whole batches to its processes.
+        seed: Of the shuffling of streams.
 
     Raises:
         DataError: for data that is not there, is empty or has no such split.
@@ -94,8 +101,10 @@ def open_dataset(
         raise DataError(f'Unknown data set {name!r}: it is digits, folder, or a timm name such as torch/cifar10, '
                         f'hfds/NAME or wds/NAME. {suggest(name, ["digits", "folder"])}')
     try:
-        dataset = create_dataset(name, root=data_dir, split=split, transform=transform, download=download)
-    except (AssertionError, ImportError, RuntimeError, OSError, ValueError) as error:
+        dataset = create_dataset(
+            name, root=data_dir, split=split, transform=transform, download=download, is_training=training,
+            batch_size=batch_size, seed=seed)
+    except (AssertionError, ImportError, RuntimeError, OSError, TypeError, ValueError) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise DataError(f'Cannot open data set {name!r}, split {split!r}, under {data_dir!r}: {reason}') from error
     dataset.transform = transform  # torchvision data sets behind timm take it here

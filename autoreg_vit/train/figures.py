@@ -58,10 +58,10 @@ def serialization_figure(model: AutoregressiveViT, images: torch.Tensor, spec: I
     axes = figure.subplots(rows, draws + 1, squeeze=False)
     figure.suptitle(f'{_describe(model)}: tokens of one colour and number are predicted together', fontsize=10)
     for row in range(rows):
-        _show(axes[row, 0], images[row], spec)
+        show_image(axes[row, 0], images[row], spec)
         for column, ranks in enumerate(model.draw_ranks(draws).view(draws, *grid), start=1):
-            _show(axes[row, column], images[row], spec)
-            _show_ranks(axes[row, column], ranks.numpy())
+            show_image(axes[row, column], images[row], spec)
+            show_ranks(axes[row, column], ranks.numpy())
     axes[0, 0].set_title('image', fontsize=9)
     for column in range(1, draws + 1):
         axes[0, column].set_title(f'draw {column}', fontsize=9)
@@ -101,17 +101,17 @@ def reconstruction_figure(model: AutoregressiveViT, images: torch.Tensor, spec: 
         caption += '; patch-normalised predictions shown with the true mean and variance of each patch'
     figure.suptitle(f'{_describe(model)}\n{caption}', fontsize=9)
     for row, image in enumerate(images):
-        _show(axes[row, 0], image, spec)
-        _show(axes[row, 1], image, spec)
-        _show_ranks(axes[row, 1], ranks[row].view(grid).numpy())
+        show_image(axes[row, 0], image, spec)
+        show_image(axes[row, 1], image, spec)
+        show_ranks(axes[row, 1], ranks[row].view(grid).numpy())
         by_rank = ranks[row].sort().values
         for column, stage in enumerate(stages, start=2):
             # The whole segment that holds the token at this point of the order.
             last = by_rank[max(int(stage * len(by_rank)) - 1, 0)]
             hidden = ranks[row] > last
-            _show(axes[row, column], unpatchify(pred[row:row + 1], grid, target.patch_size)[0], spec,
+            show_image(axes[row, column], unpatchify(pred[row:row + 1], grid, target.patch_size)[0], spec,
                   hidden.view(grid).numpy())
-        _show(axes[row, len(titles) - 1], unpatchify(truth[row:row + 1], grid, target.patch_size)[0], spec)
+        show_image(axes[row, len(titles) - 1], unpatchify(truth[row:row + 1], grid, target.patch_size)[0], spec)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=7)
     figure.savefig(path, dpi=130)
@@ -123,7 +123,7 @@ def _describe(model: AutoregressiveViT) -> str:
         ', shuffled' if order.shuffle else '')
 
 
-def _show(axis, image: torch.Tensor, spec: ImageSpec, hidden: np.ndarray | None = None) -> None:
+def show_image(axis, image: torch.Tensor, spec: ImageSpec, hidden: np.ndarray | None = None) -> None:
     """Draw a normalised image [C, H, W]; tokens of `hidden` [rows, columns] are left grey."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     pixels = (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
@@ -135,7 +135,7 @@ def _show(axis, image: torch.Tensor, spec: ImageSpec, hidden: np.ndarray | None 
     axis.set_axis_off()
 
 
-def _show_ranks(axis, ranks: np.ndarray) -> None:
+def show_ranks(axis, ranks: np.ndarray) -> None:
     """Colour tokens by rank and number segments at their centres, over an image drawn on the unit square."""
     rows, columns = ranks.shape
     count = ranks.max() + 1

@@ -63,8 +63,10 @@ def pretrain(config: PretrainConfig) -> Path:
         config.dataset = 'digits' if config.data_dir is None else 'folder'
     if config.crop_scale is None:
         config.crop_scale = (0.67, 1.0) if config.model.startswith('saim') else (0.2, 1.0)
-    train_set = data.open_dataset(config.dataset, config.data_dir, config.train_split,
-                                  data.training_transform(spec, config.crop_scale, config.hflip), config.download)
+    train_set = data.open_dataset(
+        config.dataset, config.data_dir, config.train_split,
+        data.training_transform(spec, config.crop_scale, config.hflip), config.download,
+        training=True, batch_size=config.batch_size, seed=config.seed)
     loader = data.training_loader(train_set, config.batch_size, config.workers, config.seed, device.type == 'cuda')
     updates_per_epoch = len(loader) // config.accumulate
     if updates_per_epoch == 0:
