@@ -291,7 +291,7 @@ def test_qkvpacked(impl, shape, scale, device):
     qkv = torch.stack([q, k, v], dim=2).requires_grad_()
     packed_out = segment_attention_qkvpacked(qkv, limits, scale=scale, impl=impl)
     packed_out.backward(grad)
-    assert_near([packed_out.detach(), qkv.grad], [out, torch.stack(gradients, dim=2)], 1e-6)
+    assert_near([packed_out.detach(), qkv.grad], [out, torch.stack(gradients, dim=2)], 1e-5)
 
 
 @every_implementation
@@ -302,7 +302,7 @@ def test_kvpacked(impl, shape, scale, device):
     q, kv = q.requires_grad_(), torch.stack([k, v], dim=2).requires_grad_()
     packed_out = segment_attention_kvpacked(q, kv, limits, scale=scale, impl=impl)
     packed_out.backward(grad)
-    assert_near([packed_out.detach(), q.grad, kv.grad], [out, gradients[0], torch.stack(gradients[1:], dim=2)], 1e-6)
+    assert_near([packed_out.detach(), q.grad, kv.grad], [out, gradients[0], torch.stack(gradients[1:], dim=2)], 1e-5)
 
 
 # The choice of an implementation

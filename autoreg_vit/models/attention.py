@@ -31,6 +31,9 @@ def check_encoder(encoder: nn.Module) -> None:
         raise ModelError(
             'Pretraining drops neither attention weights nor patches: leave attn_drop_rate and patch_drop_rate at 0. '
             'drop_path_rate and proj_drop_rate are available.')
+    if isinstance(encoder.norm, nn.Identity) or encoder.num_classes:
+        raise ModelError('Pretraining ends in the encoder\'s norm and has no classifier: create the encoder with '
+                         f'num_classes=0 (got {encoder.num_classes}) and, where it pools by average, fc_norm=False.')
     if encoder.pos_embed is None or encoder.no_embed_class or encoder.dynamic_img_size:
         raise ModelError('Pretraining needs a position embedding for every token: leave pos_embed, no_embed_class and '
                          'dynamic_img_size at their defaults.')

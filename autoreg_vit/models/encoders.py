@@ -33,7 +33,7 @@ METHODS = {
     # RandSAC B.2: no class token; the average of the encoder's normalised tokens is the feature.
     'randsac': dict(class_token=False, global_pool='avg', fc_norm=False),
     # SAIM's published code: the class token is the feature.
-    'saim': dict(class_token=True, global_pool='token'),
+    'saim': dict(class_token=True, global_pool='token', fc_norm=False),
 }
 #: timm's own model of the same width, which an exported encoder names as its architecture.
 STOCK_ARCHITECTURES = {
@@ -60,7 +60,6 @@ class SinCosVisionTransformer(VisionTransformer):
         super().__init__(**kwargs)
         self.init_args = kwargs
 
-    @torch.jit.ignore
     def init_weights(self, *args, **kwargs) -> None:
         super().init_weights(*args, **kwargs)
         self.apply(init_xavier)

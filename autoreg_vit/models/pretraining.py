@@ -186,19 +186,16 @@ class AutoregressiveViT(nn.Module):
         if isinstance(self.decoder, MaskedDecoder):
             self.decoder.set_grid(grid)
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute encoder and decoder blocks in the backward pass."""
         self.encoder.set_grad_checkpointing(enable)
         self.decoder.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizer factory leaves without weight decay."""
         return {f'encoder.{n}' for n in self.encoder.no_weight_decay()} | {
             'decoder.pos_embed', 'decoder.mix', 'decoder.start'}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for timm's layer decay: encoder blocks, then decoder blocks, then head."""
         return dict(
@@ -285,7 +282,7 @@ PRETRAINING_OPTIONS = [p for p in inspect.signature(compose).parameters if p != 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: AutoregressiveViT) -> dict[str, torch.Tensor]:
     """Weights in this package's or SAIM's published layout, fitted to the model's patch and image size."""
-    state_dict = convert_saim_pretraining(state_dict, model)
+    state_dict = convert_saim_pretraining(state_dict)
     prefix = 'encoder.'
     encoder = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
     fitted = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}

@@ -16,34 +16,34 @@ _logger = logging.getLogger(__name__)
 
 
 def is_saim_layout(state_dict: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict has SAIM's separate projections."""
     return 'blocks.0.attn.q.weight' in state_dict
 
 
 def convert_saim_encoder(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The encoder's weights of a published SAIM checkpoint, pretrained or fine-tuned; any other layout is returned as
-    it is. Keys that are left out or that the checkpoint lacks are logged by name."""
+    it is. What belongs to pretraining alone is left out and logged by name; anything else that does not fit is left for
+    the loader to refuse."""
     if not is_saim_layout(state_dict):
         return state_dict
-    converted = _join_qkv(state_dict)
-    wanted = model.state_dict()
-    if 'head.weight' in wanted and 'head.weight' not in converted:
-        # A pretraining checkpoint has no classifier: keep the model's own.
-        converted.update({k: wanted[k] for k in ('head.weight', 'head.bias')})
-    kept = {k: v for k, v in converted.items() if k in wanted}
-    _report(converted, kept, wanted)
-    return kept
+    converted = _drop(_join_qkv(state_dict), ('query_blocks.', 'prediction_head.', 'gaussian_blur.'))
+    own = model.state_dict()
+    if 'head.weight' in own and 'head.weight' not in converted:
+        _logger.warning('SAIM checkpoint: it has no classifier; head.weight and head.bias stay untrained.')
+        converted.update({k: own[k] for k in ('head.weight', 'head.bias')})
+    if 'head.weight' not in own:
+        converted = _drop(converted, ('head.',))
+    return converted
 
 
-def convert_saim_pretraining(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def convert_saim_pretraining(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A published SAIM pretraining checkpoint, encoder, query blocks and prediction head, in the names of
-    `AutoregressiveViT`; any other layout is returned as it is."""
+    `AutoregressiveViT`; any other layout is returned as it is. The blur's kernel, which is computed here, is left out
+    and logged by name."""
     if not is_saim_layout(state_dict):
         return state_dict
-    converted = {_pretraining_name(k): v for k, v in _join_qkv(state_dict).items()}
-    wanted = model.state_dict()
-    kept = {k: v for k, v in converted.items() if k in wanted}
-    _report(converted, kept, wanted)
-    return kept
+    kept = _drop(_join_qkv(state_dict), ('gaussian_blur.',))
+    return {_pretraining_name(k): v for k, v in kept.items()}
 
 
 def _pretraining_name(key: str) -> str:
@@ -70,13 +70,9 @@ def _join_qkv(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return joined
 
 
-def _report(converted: dict, kept: dict, wanted: dict) -> None:
-    dropped = sorted(k for k in converted if k not in kept)
-    missing = sorted(k for k in wanted if k not in kept)
-    _logger.warning('SAIM checkpoint: %d tensors loaded.', len(kept))
+def _drop(state_dict: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    dropped = sorted(k for k in state_dict if k.startswith(prefixes))
     if dropped:
-        _logger.warning('SAIM checkpoint: %d tensors have no place in this model and were dropped: %s', len(dropped),
+        _logger.warning('SAIM checkpoint: %d tensors have no place in this model and are left out: %s', len(dropped),
                         ', '.join(dropped))
-    if missing:
-        _logger.warning('SAIM checkpoint: %d tensors of this model are not in the checkpoint: %s', len(missing),
-                        ', '.join(missing))
+    return {k: v for k, v in state_dict.items() if k not in dropped}

@@ -74,9 +74,9 @@ def segment_attention_kvpacked(
 def choose_implementation(q: torch.Tensor, k: torch.Tensor) -> str:
     """What `impl='auto'` takes for queries [B, Nq, H, D] and keys [B, Nk, H, D].
 
-    On a CPU, SDPA's kernel in half precision is several times slower than matrix products at a few hundred keys, while
-    in float32 it is level at 64 keys and ahead beyond (`benchmarks/train_step.py` times both). float64 is for checking,
-    where the oracle is wanted.
+    On a CPU in half precision, SDPA's kernel is several times slower than plain matrix products at a few hundred keys;
+    in float32 it is level at 64 keys and ahead beyond (`benchmarks/train_step.py` times both in the precision that the
+    machine trains in). float64 is for checking, where the oracle is wanted.
     """
     if q.dtype == torch.float64:
         return 'eager'

@@ -17,5 +17,5 @@ def segment_attention(
     # The lowest finite score, not -inf: a row that sees nothing then has probabilities, which the second fill removes
     # together with their gradient, instead of NaN. Elsewhere exp(lowest - maximum) is an exact zero already.
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    probabilities = scores.softmax(dim=-1).masked_fill(limits[:, None, :, None] == 0, 0)
+    probabilities = scores.softmax(dim=-1).masked_fill(limits[:, None, :, None] <= 0, 0)
     return (probabilities @ v).transpose(1, 2)

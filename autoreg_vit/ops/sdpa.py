@@ -12,7 +12,7 @@ def segment_attention(
         scale: float,
 ) -> torch.Tensor:
     """See `autoreg_vit.ops.segment_attention`; arguments are taken as already checked."""
-    empty = limits[:, None, :, None] == 0
+    empty = limits[:, None, :, None] <= 0
     visible = torch.arange(k.shape[1], device=k.device) < limits[:, None, :, None]  # [B, 1, Nq, Nk]
     # Backends disagree about rows that see nothing: let them see everything and clear the result.
     x = F.scaled_dot_product_attention(

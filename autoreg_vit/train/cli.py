@@ -51,7 +51,8 @@ def _run(arguments: list[str]) -> int:
     add_flags(command, PretrainConfig)
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise UsageError(f'Unknown argument {unknown[0]!r}. {suggest(unknown[0], list(command._option_string_actions))}')
+        flags = [flag for action in command._actions for flag in action.option_strings]
+        raise UsageError(f'Unknown argument {unknown[0]!r}. {suggest(unknown[0], flags)}')
     flags = vars(namespace)
     del flags['command'], flags['debug']
     recipe = flags.pop('config', None)
