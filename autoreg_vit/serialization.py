@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 
@@ -155,9 +156,10 @@ class Serialization:
     shuffle: bool = False
 
     def __post_init__(self):
-        if self.name not in _SERIALIZATIONS:
+        if not isinstance(self.name, str) or self.name not in _SERIALIZATIONS:
             raise SerializationError(
                 f'Unknown serialization {self.name!r}. {suggest(str(self.name), list(_SERIALIZATIONS))}')
+        _tokens(self.grid)
         if self.name in _SEGMENTED:
             object.__setattr__(self, 'segments', _check_segments(self.name, self.segments, self.grid))
         elif self.segments is not None or self.shuffle:
@@ -274,10 +276,11 @@ def _segment_ranks(
         labels = assign(centres, count)
         levels.append(labels)
         # Every token moves to its segment's centre, so that a segment's tokens stay together on the next level.
-        member = (labels[..., None] == torch.arange(count, device=points.device)).to(points.dtype)  # [B, N, K]
-        sums = member.transpose(1, 2) @ points
-        sizes = member.sum(1).clamp(min=1)[..., None]
-        centres = (sums / sizes).gather(1, labels[..., None].expand(-1, -1, 2))
+        # No matrix product, which autocast and TF32 would round, and no scatter, which is not deterministic on a GPU.
+        member = labels[..., None, None] == torch.arange(count, device=points.device)[:, None]  # [B, N, K, 1]
+        sizes = member.sum(1).clamp(min=1)
+        means = (member * points[:, :, None]).sum(1) / sizes  # [B, K, 2]
+        centres = means.gather(1, labels[..., None].expand(-1, -1, 2))
     key = torch.zeros(batch, tokens, dtype=torch.int64, device=points.device)
     for count, labels in zip(reversed(segments), reversed(levels)):
         visit = _permutations(batch, count, generator, points.device)
@@ -304,18 +307,17 @@ def _square_side(count: int, grid: tuple[int, int]) -> int:
 
 def _check_segments(name: str, segments: int | Sequence[int] | None, grid: tuple[int, int]) -> tuple[int, ...]:
     tokens = _tokens(grid)
-    if isinstance(segments, int) and not isinstance(segments, bool):
+    if isinstance(segments, Integral) and not isinstance(segments, bool):
         segments = (segments,)
     if not isinstance(segments, Sequence) or isinstance(segments, str) or len(segments) == 0:
         raise SerializationError(
             f'{name} needs the number of segments of each level, finest first, such as 11 or (11, 5); '
             f'got segments={segments!r}.')
-    segments = tuple(segments)
     for count in segments:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 2:
             raise SerializationError(
                 f'Each level needs a whole number of at least 2 segments (with one there is nothing to predict from); '
-                f'got {count!r} in segments={segments}.')
+                f'got {count!r} in segments={tuple(segments)}.')
         if count > tokens:
             raise SerializationError(
                 f'{count} segments do not fit on a grid of {grid[0]} x {grid[1]} = {tokens} tokens: use at most '
@@ -326,6 +328,7 @@ def _check_segments(name: str, segments: int | Sequence[int] | None, grid: tuple
             raise SerializationError(
                 f'{count} squares do not tile a grid of {grid[0]} x {grid[1]} tokens. Possible here: '
                 f'{", ".join(str(n) for n in fits if n > 1)}. Blobs take any number.')
+    segments = tuple(int(count) for count in segments)
     if any(fine <= coarse for fine, coarse in pairwise(segments)):
         raise SerializationError(
             f'A hierarchy goes from fine to coarse, each level with fewer segments than the one before; '

@@ -55,6 +55,7 @@ def segment_attention_qkvpacked(
         impl: str = 'auto',
 ) -> torch.Tensor:
     """Self-attention on one projection's own layout: `qkv` [B, N, 3, H, D] → [B, N, H, D]; see `segment_attention`."""
+    _check_packed('qkv', qkv, 3)
     return segment_attention(*qkv.unbind(2), limits, scale=scale, impl=impl)
 
 
@@ -68,6 +69,7 @@ def segment_attention_kvpacked(
 ) -> torch.Tensor:
     """Cross-attention with keys and values in one projection's own layout: `q` [B, Nq, H, D], `kv` [B, Nk, 2, H, D] →
     [B, Nq, H, D]; see `segment_attention`."""
+    _check_packed('kv', kv, 2)
     return segment_attention(q, *kv.unbind(2), limits, scale=scale, impl=impl)
 
 
@@ -83,6 +85,11 @@ def choose_implementation(q: torch.Tensor, k: torch.Tensor) -> str:
     if q.device.type == 'cpu' and q.dtype in (torch.bfloat16, torch.float16) and k.shape[1] <= 256:
         return 'eager'
     return 'sdpa'
+
+
+def _check_packed(name: str, packed: torch.Tensor, parts: int) -> None:
+    if packed.ndim != 5 or packed.shape[2] != parts:
+        raise ShapeError(f'{name} must have the shape [B, N, {parts}, H, D], got {tuple(packed.shape)}.')
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor) -> None:
