@@ -22,8 +22,8 @@ import torch
 from .errors import SerializationError, ShapeError, suggest
 
 __all__ = [
-    'Serialization', 'blobs', 'check_ranks', 'memory_limits', 'random', 'raster', 'sort_by_rank', 'source_limits',
-    'squares',
+    'Layout', 'Serialization', 'blobs', 'check_ranks', 'memory_limits', 'random', 'raster', 'sort_by_rank',
+    'source_limits', 'squares',
 ]
 
 
@@ -177,6 +177,40 @@ class Serialization:
         """Ranks, int64 [batch, N]."""
         options = {'segments': self.segments, 'shuffle': self.shuffle} if self.name in _SEGMENTED else {}
         return _SERIALIZATIONS[self.name](batch, self.grid, generator=generator, device=device, **options)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch sorted by rank: its order and the limits that follow, for an encoder with `prefix` class and register
+    tokens in front.
+
+    Args:
+        order: Raster index of each token in sorted order, int64 [B, N].
+        encoder_limits: Source limits of the encoder's tokens, int32 [B, prefix + N].
+        query_limits: Source limits among predictions, which have no prefix, int32 [B, N].
+        memory_limits: Memory limits of predictions over the encoder's tokens, prefix included, int32 [B, N].
+    """
+    order: torch.Tensor
+    encoder_limits: torch.Tensor
+    query_limits: torch.Tensor
+    memory_limits: torch.Tensor
+
+    @classmethod
+    def of(cls, ranks: torch.Tensor, first_segment: str = 'self', prefix: int = 0) -> 'Layout':
+        """The layout of ranks [B, N]; see `memory_limits` for `first_segment`."""
+        order, sorted_ranks = sort_by_rank(ranks)
+        return cls(order, source_limits(sorted_ranks, prefix), source_limits(sorted_ranks),
+                   memory_limits(sorted_ranks, first_segment, prefix))
+
+    def sort(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [B or 1, N, C] from raster order to sorted order, [B, N, C]."""
+        x = x.expand(self.order.shape[0], -1, -1)
+        return x.gather(1, self.order[..., None].expand(-1, -1, x.shape[-1]))
+
+    def unsort(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, N, C] from sorted order to raster order."""
+        inverse = self.order.argsort(dim=1)
+        return x.gather(1, inverse[..., None].expand_as(x))
 
 
 def check_ranks(ranks: torch.Tensor, batch: int, tokens: int) -> None:

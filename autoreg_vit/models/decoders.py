@@ -6,7 +6,6 @@ encoder is lent, not owned, so that shared weights are stored once.
 """
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from timm.layers import Attention, LayerNorm, Mlp
@@ -15,32 +14,9 @@ from torch import nn
 
 from .. import ops
 from ..errors import ModelError
+from ..serialization import Layout
 from .attention import query_block, run_block, self_attention
 from .encoders import check_sizes, init_xavier, sincos_position_embedding
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a batch is sorted: order [B, N] and the limits that follow from its ranks (see `autoreg_vit.serialization`).
-
-    `encoder_limits` [B, prefix + N] and `query_limits` [B, N] are source limits with and without prefix tokens,
-    `memory_limits` [B, N] counts encoded tokens, prefix included; all int32.
-    """
-    order: torch.Tensor
-    encoder_limits: torch.Tensor
-    query_limits: torch.Tensor
-    memory_limits: torch.Tensor
-
-    def sort(self, x: torch.Tensor) -> torch.Tensor:
-        """Raster order [B or 1, N, C] to sorted order [B, N, C]."""
-        x = x.expand(self.order.shape[0], -1, -1)
-        return x.gather(1, self.order[..., None].expand(-1, -1, x.shape[-1]))
-
-    def unsort(self, x: torch.Tensor) -> torch.Tensor:
-        """Sorted order [B, N, C] to raster order."""
-        inverse = torch.empty_like(self.order).scatter_(
-            1, self.order, torch.arange(self.order.shape[1], device=self.order.device).expand_as(self.order))
-        return x.gather(1, inverse[..., None].expand_as(x))
 
 
 class CrossAttention(nn.Module):

@@ -16,11 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .. import serialization as order
 from ..errors import ModelError, SerializationError, ShapeError, suggest
-from ..serialization import Serialization
+from ..serialization import Layout, Serialization, check_ranks
 from .attention import check_encoder, content_block, run_block
-from .decoders import Layout, MaskedDecoder, NextTokenDecoder, ParallelDecoder
+from .decoders import MaskedDecoder, NextTokenDecoder, ParallelDecoder
 from .encoders import (
     ENCODER_OPTIONS,
     METHODS,
@@ -114,7 +113,12 @@ class AutoregressiveViT(nn.Module):
             SerializationError: for ranks that the decoder cannot follow.
         """
         self._check_images(images)
-        layout, ranks = self._layout(images, ranks)
+        if ranks is None:
+            ranks = self.draw_ranks(len(images), device=images.device)
+        else:
+            self._check_ranks(ranks, len(images))
+            ranks = ranks.to(images.device)
+        layout = Layout.of(ranks, self.first_segment, self.encoder.num_prefix_tokens)
         features = self.decoder(self.encode(images, layout), layout, self.encoder)
         pred = layout.unsort(self.head(features))
         target = self.target(images)
@@ -145,24 +149,11 @@ class AutoregressiveViT(nn.Module):
         """Ranks of `batch` images from the model's serialization, int64 [batch, N]."""
         return self.serialization(batch, generator=generator, device=device)
 
-    def _layout(self, images: torch.Tensor, ranks: torch.Tensor | None) -> tuple[Layout, torch.Tensor]:
-        batch, tokens = images.shape[0], self.encoder.patch_embed.num_patches
-        if ranks is None:
-            ranks = self.draw_ranks(batch, device=images.device)
-        else:
-            order.check_ranks(ranks, batch, tokens)
-            ranks = ranks.to(images.device)
-            if isinstance(self.decoder, NextTokenDecoder) and not (ranks == torch.arange(
-                    tokens, device=ranks.device)).all():
-                raise SerializationError("decoder='none' follows raster order alone: leave ranks out.")
-        prefix = self.encoder.num_prefix_tokens
-        permutation, sorted_ranks = order.sort_by_rank(ranks)
-        return Layout(
-            order=permutation,
-            encoder_limits=order.source_limits(sorted_ranks, prefix),
-            query_limits=order.source_limits(sorted_ranks),
-            memory_limits=order.memory_limits(sorted_ranks, self.first_segment, prefix),
-        ), ranks
+    def _check_ranks(self, ranks: torch.Tensor, batch: int) -> None:
+        tokens = self.encoder.patch_embed.num_patches
+        check_ranks(ranks, batch, tokens)
+        if isinstance(self.decoder, NextTokenDecoder) and (ranks != torch.arange(tokens, device=ranks.device)).any():
+            raise SerializationError("decoder='none' follows raster order alone: leave ranks out.")
 
     def _check_images(self, images: torch.Tensor) -> None:
         channels, size = self.encoder.patch_embed.proj.in_channels, tuple(self.encoder.patch_embed.img_size)

@@ -7,8 +7,10 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from ..models import AutoregressiveViT
+from ..models.decoders import MaskedDecoder, ParallelDecoder
 from ..models.targets import unpatchify
 from .data import ImageSpec
 
@@ -97,6 +99,8 @@ def reconstruction_figure(model: AutoregressiveViT, images: torch.Tensor, spec: 
     figure = Figure(figsize=(1.5 * len(titles), 1.5 * len(images) + 0.7), layout='constrained')
     axes = figure.subplots(len(images), len(titles), squeeze=False)
     caption = 'each token predicted from the true pixels of earlier segments'
+    if model.first_segment == 'self' and isinstance(model.decoder, MaskedDecoder | ParallelDecoder):
+        caption += ', of the first segment from its own'
     if target.norm_pix:
         caption += '; patch-normalised predictions shown with the true mean and variance of each patch'
     figure.suptitle(f'{_describe(model)}\n{caption}', fontsize=9)
@@ -149,9 +153,4 @@ def show_ranks(axis, ranks: np.ndarray) -> None:
         distance = (y - y[member].mean()) ** 2 + (x - x[member].mean()) ** 2
         at = np.unravel_index(np.where(member, distance, np.inf).argmin(), ranks.shape)
         axis.text(x[at], y[at], str(rank + 1), ha='center', va='center', fontsize=7, color='white', fontweight='bold',
-                  path_effects=[_outline()])
-
-
-def _outline():
-    from matplotlib.patheffects import withStroke
-    return withStroke(linewidth=1.5, foreground='black')
+                  path_effects=[withStroke(linewidth=1.5, foreground='black')])
