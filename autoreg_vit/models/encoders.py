@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from ..errors import ModelError, ShapeError, suggest
+from ..errors import CheckpointError, ModelError, ShapeError, suggest
 from .saim_checkpoint import convert_saim_encoder
 
 __all__ = ['SinCosVisionTransformer']  # register_model adds the models
@@ -122,7 +122,20 @@ ENCODER_OPTIONS = [p for p in inspect.signature(VisionTransformer.__init__).para
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights in this package's, timm's or SAIM's published layout, fitted to the model's patch and image size."""
-    return vit_checkpoint_filter_fn(convert_saim_encoder(state_dict, model), model)
+    fitted = vit_checkpoint_filter_fn(convert_saim_encoder(state_dict, model), model)
+    _check_keys(fitted, model)
+    return fitted
+
+
+def _check_keys(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise CheckpointError unless the state dict has the model's parameters and no others, the classifier aside. timm
+    itself only warns where it adapts a classifier."""
+    own, given = ({key for key in keys if not key.startswith('head.')} for keys in (model.state_dict(), state_dict))
+    if own != given:
+        missing, unexpected = (', '.join(sorted(keys)) or 'none' for keys in (own - given, given - own))
+        raise CheckpointError(
+            f'The checkpoint is of another architecture. Missing: {missing}. Unexpected: {unexpected}. Create the '
+            'model with the depth and options that it was trained with.')
 
 
 def default_cfg(size: str, **kwargs) -> dict[str, Any]:

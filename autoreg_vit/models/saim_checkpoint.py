@@ -15,15 +15,17 @@ from ..errors import CheckpointError
 _logger = logging.getLogger(__name__)
 
 
+_PROJECTION = re.compile(r'(.*\.attn\.)([qkv])\.(weight|bias)')
+
+
 def is_saim_layout(state_dict: dict[str, torch.Tensor]) -> bool:
     """Whether a state dict has SAIM's separate projections."""
-    return 'blocks.0.attn.q.weight' in state_dict
+    return any(_PROJECTION.fullmatch(key) for key in state_dict)
 
 
 def convert_saim_encoder(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The encoder's weights of a published SAIM checkpoint, pretrained or fine-tuned; any other layout is returned as
-    it is. What belongs to pretraining alone is left out and logged by name; anything else that does not fit is left for
-    the loader to refuse."""
+    it is. What belongs to pretraining alone is left out and logged by name."""
     if not is_saim_layout(state_dict):
         return state_dict
     converted = _drop(_join_qkv(state_dict), ('query_blocks.', 'prediction_head.', 'gaussian_blur.'))
@@ -57,16 +59,16 @@ def _pretraining_name(key: str) -> str:
 def _join_qkv(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     joined = {}
     for key, value in state_dict.items():
-        match = re.fullmatch(r'(.*\.attn\.)([qkv])\.(weight|bias)', key)
+        match = _PROJECTION.fullmatch(key)
         if match is None:
             joined[key] = value
-        elif match[2] == 'q':
-            parts = [f'{match[1]}{letter}.{match[3]}' for letter in 'qkv']
-            missing = [p for p in parts if p not in state_dict]
-            if missing:
-                raise CheckpointError(
-                    f'The SAIM checkpoint is incomplete: it has {key} but lacks {", ".join(missing)}.')
-            joined[f'{match[1]}qkv.{match[3]}'] = torch.cat([state_dict[p] for p in parts])
+            continue
+        parts = [f'{match[1]}{letter}.{match[3]}' for letter in 'qkv']
+        missing = [part for part in parts if part not in state_dict]
+        if missing:
+            raise CheckpointError(f'The SAIM checkpoint is incomplete: it has {key} but lacks {", ".join(missing)}.')
+        if match[2] == 'q':
+            joined[f'{match[1]}qkv.{match[3]}'] = torch.cat([state_dict[part] for part in parts])
     return joined
 
 
