@@ -78,8 +78,8 @@ class MaskedDecoder(nn.Module):
         super().__init__()
         if memory not in ('mix', 'last'):
             raise ModelError(f"memory of the masked decoder is 'mix' or 'last', got {memory!r}.")
-        if depth < 1:
-            raise ModelError(f'decoder_depth must be at least 1, got {depth}.')
+        if not isinstance(depth, int) or depth < 1:
+            raise ModelError(f'decoder_depth must be a whole number of at least 1, got {depth}.')
         check_sizes(embed_dim=dim, num_heads=num_heads)
         self.dim = dim
         self.memory = memory
@@ -136,7 +136,7 @@ class ParallelDecoder(nn.Module):
         encoder_depth = len(encoder.blocks)
         if memory not in ('output', 'input'):
             raise ModelError(f"memory of the parallel decoder is 'output' or 'input', got {memory!r}.")
-        if depth < 1 or encoder_depth % depth:
+        if not isinstance(depth, int) or depth < 1 or encoder_depth % depth:
             fits = [d for d in range(1, encoder_depth + 1) if encoder_depth % d == 0]
             raise ModelError(f'decoder_depth of the parallel decoder must divide the {encoder_depth} encoder blocks: '
                              f'one of {fits}, got {depth}.')

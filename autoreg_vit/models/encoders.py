@@ -53,10 +53,13 @@ class SinCosVisionTransformer(VisionTransformer):
 
     Raises:
         ShapeError: for an image that is not a whole number of patches, or a width that heads do not divide.
+        ModelError: for an encoder without blocks.
     """
 
     def __init__(self, **kwargs):
         check_sizes(**{k: kwargs[k] for k in ('img_size', 'patch_size', 'embed_dim', 'num_heads') if k in kwargs})
+        if kwargs.get('depth', 12) < 1:
+            raise ModelError(f'depth must be at least 1 block, got {kwargs["depth"]}.')
         super().__init__(**kwargs)
         self.init_args = kwargs
 
@@ -101,7 +104,7 @@ def check_sizes(
         raise ShapeError(
             f'An image of {image[0]} x {image[1]} pixels is not a whole number of patches of {patch[0]} x {patch[1]}: '
             f'use an image of {near} or another patch_size.')
-    if embed_dim % num_heads:
+    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
         fits = [h for h in range(1, embed_dim + 1) if embed_dim % h == 0 and embed_dim // h in (32, 64)]
         raise ShapeError(
             f'{num_heads} heads do not divide a width of {embed_dim}: use {" or ".join(map(str, fits)) or 1} heads.')

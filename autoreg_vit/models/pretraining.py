@@ -190,7 +190,7 @@ class AutoregressiveViT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for timm's layer decay: encoder blocks, then decoder blocks, then head."""
         return dict(
-            stem=r'^encoder\.(cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
+            stem=r'^encoder\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
             blocks=[(r'^encoder\.blocks\.(\d+)', None), (r'^encoder\.norm', (99998,)),
                     (r'^decoder', (99999,)), (r'^head', (100000,))],
         )
@@ -251,8 +251,13 @@ def compose(
             raise ModelError(f'{option}={value!r} has no effect with decoder={decoder!r}: leave it out. That decoder '
                              f'takes {", ".join(takes[decoder]) or "no options"}.')
     if decoder == 'masked':
-        part = MaskedDecoder(encoder, decoder_dim or encoder.embed_dim, 3 if decoder_depth is None else decoder_depth,
-                             decoder_heads or encoder.blocks[0].attn.num_heads, memory or 'mix')
+        part = MaskedDecoder(
+            encoder,
+            encoder.embed_dim if decoder_dim is None else decoder_dim,
+            3 if decoder_depth is None else decoder_depth,
+            encoder.blocks[0].attn.num_heads if decoder_heads is None else decoder_heads,
+            memory or 'mix',
+        )
     elif decoder == 'parallel':
         part = ParallelDecoder(encoder, len(encoder.blocks) if decoder_depth is None else decoder_depth, shared,
                                memory or ('input' if shared else 'output'))

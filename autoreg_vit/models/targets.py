@@ -32,6 +32,16 @@ def gaussian_blur(images: torch.Tensor, kernel_size: int, sigma: float) -> torch
     return F.conv2d(rows, kernel.transpose(2, 3), padding=(padding, 0), groups=images.shape[1])
 
 
+def _check_blur(blur: tuple[int, float]) -> tuple[int, float]:
+    try:
+        kernel_size, sigma = blur
+        if kernel_size % 2 == 1 and kernel_size > 0 and sigma > 0:
+            return int(kernel_size), float(sigma)
+    except (TypeError, ValueError):
+        pass
+    raise ModelError(f'blur is an odd kernel size and a positive sigma in pixels, such as (9, 1.0); got {blur!r}.')
+
+
 class PixelTarget(nn.Module):
     """Target and loss of pixel prediction.
 
@@ -56,13 +66,9 @@ class PixelTarget(nn.Module):
         super().__init__()
         if norm_pix and patch_size[0] * patch_size[1] * channels == 1:
             raise ModelError('norm_pix=True leaves nothing of a patch that is one value: set norm_pix=False.')
-        if blur is not None and (len(blur) != 2 or int(blur[0]) != blur[0] or blur[0] % 2 != 1 or blur[0] < 1
-                                 or blur[1] <= 0):
-            raise ModelError(
-                f'blur is an odd kernel size and a positive sigma in pixels, such as (9, 1.0); got {blur}.')
         self.patch_size = patch_size
         self.norm_pix = norm_pix
-        self.blur = None if blur is None else (int(blur[0]), float(blur[1]))
+        self.blur = None if blur is None else _check_blur(blur)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, C, H, W] to targets, float32 or wider, [B, N, P * P * C] in raster order; sends no gradient."""
