@@ -1,6 +1,6 @@
 """Images a second of a whole pretraining step, against the published design and this machine's matrix products.
 
-    python benchmarks/train_step.py [--batch-size 128] [--rounds 9] [--output FILE]
+    python benchmarks/train_step.py [--batch-size 64] [--rounds 9] [--output FILE]
 
 For RandSAC and SAIM with ViT-Tiny at 32 x 32, each variant lives in a process of its own and takes one step a round, in
 turn, so that a machine whose speed drifts treats all alike; ratios are taken round by round.
@@ -116,7 +116,7 @@ def spread(values: list[float], digits: int = 3) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--output', default=str(RESULTS / 'train_step-cpu.json'))
     args = parser.parse_args()
