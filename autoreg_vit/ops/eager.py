@@ -14,8 +14,9 @@ def segment_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
     scores = (q * scale) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
     hidden = torch.arange(k.shape[2], device=k.device) >= limits[:, None, :, None]
-    # The lowest finite score, not -inf: a row that sees nothing then has probabilities, which the second fill removes
-    # together with their gradient, instead of NaN. Elsewhere exp(lowest - maximum) is an exact zero already.
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    probabilities = scores.softmax(dim=-1).masked_fill(limits[:, None, :, None] <= 0, 0)
-    return (probabilities @ v).transpose(1, 2)
+    # The lowest finite score, not -inf, so that a row that sees nothing has no NaN; elsewhere exp(lowest - maximum) is
+    # an exact zero already. Both fills are in place: a step on a CPU is bound by memory here.
+    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+    x = scores.softmax(dim=-1) @ v  # [B, H, Nq, D]
+    # Clearing the output of empty rows cuts their gradient too.
+    return x.masked_fill_(limits[:, None, :, None] <= 0, 0).transpose(1, 2)
