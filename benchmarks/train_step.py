@@ -1,9 +1,10 @@
 """Images a second of a whole pretraining step, against the published design and this machine's matrix products.
 
-    python benchmarks/train_step.py [--batch-size 64] [--rounds 9] [--output FILE]
+    python benchmarks/train_step.py [--batch-size 64] [--rounds 5] [--output FILE]
 
-For RandSAC and SAIM with ViT-Tiny at 32 x 32, each variant lives in a process of its own and takes one step a round, in
-turn, so that a machine whose speed drifts treats all alike; ratios are taken round by round.
+For RandSAC and SAIM with ViT-Tiny at 32 x 32, each variant lives in a process of its own and takes a turn a round, so
+that a machine whose speed drifts treats all alike; ratios are taken round by round. A turn is one step to warm up, since
+the memory of a waiting process may be taken away, and the median of three that count.
 
 - package: the step as `autoreg-vit pretrain` runs it;
 - eager: the same with the eager implementation of segment attention;
@@ -53,7 +54,7 @@ class DenseAttention:
         return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 def worker(pipe, model_name: str, variant: str, batch_size: int, threads: int) -> None:
-    """Answer each message with the seconds of one step; the first answer is its FLOPs."""
+    """Answer each message with the seconds of a step; the first answer is its FLOPs."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if variant in ('package', 'eager'):
@@ -86,9 +87,13 @@ def worker(pipe, model_name: str, variant: str, batch_size: int, threads: int) -
         step()
     pipe.send(counter.get_total_flops())
     while pipe.recv() == 'step':
-        start = time.perf_counter()
         step()
-        pipe.send(time.perf_counter() - start)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        pipe.send(statistics.median(times))
 
 def matmul_flops(dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of five products of 2048 x 2048 matrices."""
@@ -110,14 +115,13 @@ def serialization_seconds(model_name: str, batch_size: int) -> float:
     return statistics.median(times)
 
 def spread(values: list[float], digits: int = 3) -> dict[str, float]:
-    fifths = statistics.quantiles(values, n=5)
-    return {'p20': round(fifths[0], digits), 'median': round(statistics.median(values), digits),
-            'p80': round(fifths[3], digits)}
+    return {'min': round(min(values), digits), 'median': round(statistics.median(values), digits),
+            'max': round(max(values), digits)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--output', default=str(RESULTS / 'train_step-cpu.json'))
     args = parser.parse_args()
     context = multiprocessing.get_context('spawn')
@@ -131,13 +135,11 @@ def main() -> None:
             context.Process(target=worker, args=(theirs, model_name, variant, args.batch_size, threads),
                             daemon=True).start()
             flops[variant] = pipes[variant].recv()
-        for number in range(args.rounds + 1):
+        for _ in range(args.rounds):
             ceilings.append(matmul_flops(dtype))
             for variant, pipe in pipes.items():
                 pipe.send('step')
-                elapsed = pipe.recv()
-                if number:  # the first round warms up
-                    seconds[variant].append(elapsed)
+                seconds[variant].append(pipe.recv())
         for pipe in pipes.values():
             pipe.send('stop')
         ceiling = max(ceilings)
