@@ -3,8 +3,8 @@
     python benchmarks/train_step.py [--batch-size 64] [--rounds 5] [--output FILE]
 
 For RandSAC and SAIM with ViT-Tiny at 32 x 32, each variant lives in a process of its own and takes a turn a round, so
-that a machine whose speed drifts treats all alike; ratios are taken round by round. A turn is one step to warm up, since
-the memory of a waiting process may be taken away, and the median of three that count.
+that a machine whose speed drifts treats all alike; ratios are taken round by round. A turn is one step to warm up,
+since the memory of a waiting process may be taken away, and the median of three that count.
 
 - package: the step as `autoreg-vit pretrain` runs it;
 - eager: the same with the eager implementation of segment attention;

@@ -1,0 +1,422 @@
+"""Encoders as timm's own model tests see them, and as stock timm models see their weights."""
+
+import copy
+import itertools
+import json
+import math
+
+import pytest
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import group_parameters, save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from autoreg_vit.errors import ModelError, ShapeError
+from autoreg_vit.models import SinCosVisionTransformer
+
+SIZES = {  # width, depth, heads
+    'tiny': (192, 12, 3), 'small': (384, 12, 6), 'base': (768, 12, 12), 'large': (1024, 24, 16),
+    'tiny_patch4_32': (192, 12, 3), 'small_patch4_32': (384, 12, 6),
+}
+ALL = [f'vit_{size}_{method}' for size in SIZES for method in ('randsac', 'saim')]
+TINY = [name for name in ALL if 'tiny' in name]
+CIFAR = ['vit_tiny_patch4_32_randsac', 'vit_tiny_patch4_32_saim']
+
+
+def build(name: str, **options) -> SinCosVisionTransformer:
+    return timm.create_model(name, **options).eval()
+
+
+def images(model: nn.Module, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_architecture(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    size = name.removeprefix('vit_').rsplit('_', 1)[0]
+    width, depth, heads = SIZES[size]
+    pixels, patch = (32, 4) if 'patch4' in size else (224, 16)
+    assert isinstance(model, SinCosVisionTransformer)
+    assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (width, depth, heads)
+    assert model.blocks[0].mlp.fc1.out_features == 4 * width
+    assert model.blocks[0].norm1.eps == model.norm.eps == 1e-6
+    assert (model.patch_embed.img_size, model.patch_embed.patch_size) == ((pixels, pixels), (patch, patch))
+    assert (model.cls_token is None) == name.endswith('randsac')
+    assert model.global_pool == ('avg' if name.endswith('randsac') else 'token')
+    assert isinstance(model.norm, nn.LayerNorm)
+    assert isinstance(model.fc_norm, nn.Identity)
+    assert (model.num_classes, model.num_features, model.head_hidden_size) == (0, width, width)
+    assert isinstance(model.head, nn.Identity)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_default_configuration(name):
+    cfg = timm.get_pretrained_cfg(name)
+    pixels = 32 if 'patch4' in name else 224
+    assert (cfg.architecture, cfg.tag) == (name, 'untrained')
+    assert cfg.input_size == (3, pixels, pixels)
+    assert cfg.fixed_input_size
+    assert (cfg.mean, cfg.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert (cfg.first_conv, cfg.classifier, cfg.num_classes) == ('patch_embed.proj', 'head', 0)
+    with torch.device('meta'):
+        model = timm.create_model(f'{name}.untrained', num_classes=5)
+    assert model.get_submodule(cfg.first_conv).in_channels == 3
+    assert model.get_submodule(cfg.classifier).out_features == 5
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_forward(name):
+    model = build(name)
+    x = images(model)
+    with torch.no_grad():
+        features, output = model.forward_features(x), model(x)
+    assert features.shape == (2, model.patch_embed.num_patches + model.num_prefix_tokens, 192)
+    assert output.shape == (2, 192)
+    assert torch.isfinite(output).all()
+    # RandSAC B.2: the average of the normalised tokens; SAIM: the class token
+    expected = features.mean(1) if name.endswith('randsac') else features[:, 0]
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_backward_and_gradient_checkpointing(name):
+    model = build(name, num_classes=42, depth=4).train()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    x = images(model)
+    output, again = model(x), twin(x)
+    output.mean().backward()
+    again.mean().backward()
+
+    assert output.shape == (2, 42)
+    torch.testing.assert_close(output, again)
+    for (key, ours), theirs in zip(model.named_parameters(), twin.parameters()):
+        assert ours.grad is not None, key
+        assert torch.isfinite(ours.grad).all(), key
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=key)
+
+
+@pytest.mark.parametrize('name', CIFAR)
+def test_heads(name):
+    model = build(name, num_classes=5)
+    x = images(model)
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert model(x).shape == (2, 5)
+    assert pooled.shape == (2, model.head_hidden_size)
+    assert torch.equal(model.head(pooled), model(x))
+    assert model.get_classifier() is model.head
+
+    model.reset_classifier(7)
+    assert (model.num_classes, model(x).shape) == (7, (2, 7))
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(0, '')
+    assert torch.equal(model(x), features)
+
+
+@pytest.mark.parametrize('name', CIFAR)
+@pytest.mark.parametrize('channels', [1, 5])
+def test_channels(name, channels):
+    model = build(name, in_chans=channels)
+    assert model(images(model)).shape == (2, 192)
+
+
+@pytest.mark.parametrize('channels', [1, 6])
+@pytest.mark.parametrize('name', CIFAR)
+def test_pretrained_weights_adapt_to_channels_and_classes(name, channels, tmp_path):
+    model = build(name)
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+
+    adapted = build(name, in_chans=channels, num_classes=5, pretrained=True,
+                    pretrained_cfg_overlay={'file': str(tmp_path / 'weights.pth')})
+
+    assert adapted(images(adapted)).shape == (2, 5)
+    assert torch.equal(adapted.blocks[3].mlp.fc1.weight, model.blocks[3].mlp.fc1.weight)
+    kernel = model.patch_embed.proj.weight
+    expected = kernel.sum(1, keepdim=True) if channels == 1 else kernel.repeat(1, 2, 1, 1) / 2
+    torch.testing.assert_close(adapted.patch_embed.proj.weight, expected)
+
+
+@pytest.mark.parametrize('name', CIFAR)
+def test_intermediate_features(name):
+    model = build(name)
+    x = images(model)
+    last, features = model.forward_intermediates(x, indices=[2, 5, 11], norm=True)
+    assert torch.equal(last, model.forward_features(x))
+    assert [tuple(f.shape) for f in features] == [(2, 192, 8, 8)] * 3
+    tokens = last[:, model.num_prefix_tokens:]
+    torch.testing.assert_close(features[-1].flatten(2).transpose(1, 2), tokens)
+    assert not torch.allclose(features[0], features[1])
+    only = model.forward_intermediates(x, indices=[2], norm=True, intermediates_only=True)
+    assert torch.equal(only[0], features[0])
+
+
+@pytest.mark.parametrize('name', CIFAR)
+@pytest.mark.parametrize('indices', [None, (0, 4), [11]])
+def test_features_only(name, indices):
+    model = timm.create_model(name, features_only=True, **({} if indices is None else {'out_indices': indices})).eval()
+    features = model(torch.randn(2, 3, 32, 32))
+    # three layers by default, as timm's own models of this family have
+    assert len(features) == (3 if indices is None else len(indices))
+    assert [f.shape[1] for f in features] == model.feature_info.channels() == [192] * len(features)
+    assert model.feature_info.reduction() == [4] * len(features)
+    assert all(f.shape == (2, 192, 8, 8) for f in features)
+    if indices is not None:
+        assert model.feature_info.module_name() == [f'blocks.{i}' for i in indices]
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('name', CIFAR)
+def test_torchscript(name):
+    model = build(name, depth=2, num_classes=5)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
+
+
+@pytest.mark.parametrize('name', CIFAR)
+def test_fx(name):
+    model = build(name, depth=2)
+    x = images(model)
+    names = {'blocks.0': 'first', 'norm': 'last'}
+    with torch.no_grad():
+        nodes = create_feature_extractor(model, names)(x)
+        torch.testing.assert_close(nodes['last'], model.forward_features(x))
+    assert nodes['first'].shape == nodes['last'].shape
+
+
+@pytest.mark.parametrize('name', CIFAR)
+@pytest.mark.parametrize(('options', 'size', 'grid'), [
+    ({'img_size': (32, 48)}, (32, 48), (8, 12)),
+    ({'img_size': 64, 'patch_size': 8}, (64, 64), (8, 8)),
+    ({'patch_size': (2, 4)}, (32, 32), (16, 8)),
+    ({'img_size': 30, 'patch_size': 6}, (30, 30), (5, 5)),
+    ({'dynamic_img_size': True}, (48, 24), (8, 8)),
+])
+def test_image_and_patch_sizes(name, options, size, grid):
+    model = build(name, depth=2, **options)
+    assert model.patch_embed.grid_size == grid
+    x = torch.randn(2, 3, *size)
+    assert model(x).shape == (2, 192)
+    tokens = grid[0] * grid[1] if 'dynamic_img_size' not in options else 12 * 6
+    assert model.forward_features(x).shape == (2, tokens + model.num_prefix_tokens, 192)
+
+
+@pytest.mark.parametrize('name', CIFAR)
+def test_set_input_size(name):
+    model = build(name, depth=2)
+    before = model.pos_embed.detach().clone()
+    model.set_input_size(img_size=(48, 24))
+    assert model.patch_embed.grid_size == (12, 6)
+    assert model(torch.randn(2, 3, 48, 24)).shape == (2, 192)
+    assert torch.equal(model.pos_embed[:, :model.num_prefix_tokens], before[:, :model.num_prefix_tokens])
+    with pytest.raises(AssertionError, match='32'):
+        model(torch.randn(2, 3, 32, 32))
+    model.set_input_size(patch_size=8, img_size=32)
+    assert model.patch_embed.grid_size == (4, 4)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 192)
+
+
+@pytest.mark.parametrize('name', CIFAR)
+@pytest.mark.parametrize('options', [{'img_size': (48, 32)}, {'patch_size': 8}, {'img_size': 64, 'patch_size': 8}])
+def test_pretrained_weights_fit_other_sizes(name, options, tmp_path):
+    model = build(name, depth=2)
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    resized = build(name, depth=2, **options, pretrained=True,
+                    pretrained_cfg_overlay={'file': str(tmp_path / 'weights.pth')})
+    assert resized(images(resized)).shape == (2, 192)
+    assert torch.equal(resized.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+    if options == {'img_size': 64, 'patch_size': 8}:
+        torch.testing.assert_close(resized.pos_embed, model.pos_embed)  # the same grid
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_missing_weights_are_said_so(name):
+    with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}'):
+        timm.create_model(name, pretrained=True)
+    with pytest.raises(RuntimeError, match='Invalid pretrained tag'):
+        timm.create_model(f'{name}.nowhere')
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ModelError, match=r"no option 'depht'.*'depth'"):
+        timm.create_model('vit_tiny_randsac', depht=3)
+    with pytest.raises(ShapeError, match='5 heads do not divide a width of 192'):
+        timm.create_model('vit_tiny_randsac', num_heads=5)
+    with pytest.raises(ShapeError, match='230 x 230'):
+        timm.create_model('vit_tiny_randsac', img_size=230)
+
+
+@pytest.mark.parametrize('name', CIFAR)
+@pytest.mark.parametrize('options', [{'num_classes': 5}, {'num_classes': 5, 'reg_tokens': 2}])
+def test_layer_groups(name, options):
+    """Layer decay covers every parameter: rates rise from the stem over the blocks to the head."""
+    model = build(name, depth=3, **options)
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(layers) == {key for key, _ in model.named_parameters()}
+    assert layers['patch_embed.proj.weight'] == layers['pos_embed'] == 0
+    assert [layers[f'blocks.{i}.norm1.weight'] for i in range(3)] == [1, 2, 3]
+    assert layers['head.weight'] == max(layers.values())
+
+    optimizer = create_optimizer_v2(model, 'adamw', lr=1e-3, weight_decay=0.05, layer_decay=0.65)
+    names = {id(p): key for key, p in model.named_parameters()}
+    groups = {names[id(p)]: group for group in optimizer.param_groups for p in group['params']}
+    assert set(groups) == set(layers)
+    for key, group in groups.items():
+        assert group['lr_scale'] == pytest.approx(0.65 ** (max(layers.values()) - layers[key])), key
+        is_matrix = key.endswith('weight') and model.get_parameter(key).ndim > 1
+        assert group['weight_decay'] == (0.05 if is_matrix else 0), key
+
+
+@pytest.mark.parametrize('name', CIFAR)
+def test_no_weight_decay_names_parameters(name):
+    model = build(name)
+    exempt = model.no_weight_decay()
+    assert 'pos_embed' in exempt
+    assert ('cls_token' in {key for key, _ in model.named_parameters()} & exempt) == name.endswith('saim')
+
+
+def hashed(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Numbers in [-1, 1) from a formula, since random generators may change with the version of PyTorch."""
+    index = torch.arange(math.prod(shape), dtype=torch.float64)
+    return ((torch.sin(index * 12.9898 + seed * 78.233) * 43758.5453) % 1 * 2 - 1).reshape(shape)
+
+
+def fill(model: nn.Module) -> None:
+    for seed, (key, value) in enumerate(sorted(model.state_dict().items())):
+        numbers = hashed(value.shape, seed) * 0.2
+        value.copy_(1 + numbers if 'norm' in key and key.endswith('weight') else numbers)
+
+
+GOLDEN = {
+    'vit_tiny_patch4_32_randsac': (
+        [-0.86745, -0.47893, 1.66735, 0.0355, -0.7153, -0.44571, 1.33192, -0.00038],
+        [0.81466, 0.93895, 0.9713, 1.50626, -0.05521, 0.20419],
+    ),
+    'vit_tiny_patch4_32_saim': (
+        [0.67234, 0.12525, 1.37962, -1.6901, 0.30463, -1.53501, 1.54502, -0.72311],
+        [1.49301, 2.00007, 1.8808, 1.80939, 1.06794, 0.82985],
+    ),
+}
+
+
+@pytest.mark.parametrize('name', CIFAR)
+def test_golden_tensors(name):
+    model = build(name)
+    fill(model)
+    x = hashed((2, 3, 32, 32), 1000).float()
+    with torch.no_grad():
+        output, features = model(x), model.forward_features(x)
+    pooled, tokens = GOLDEN[name]
+    torch.testing.assert_close(output[:, [0, 1, 190, 191]].flatten().tolist(), pooled, rtol=0, atol=1e-4)
+    torch.testing.assert_close(features[:, [0, 1, -1], 7].flatten().tolist(), tokens, rtol=0, atol=1e-4)
+
+
+def stock(name: str, **options) -> VisionTransformer:
+    """timm's own model of the same architecture, as one without this package has it."""
+    base = name.rsplit('_', 1)[0].removesuffix('_patch4_32')
+    if 'patch4_32' in name:
+        options = {'img_size': 32, 'patch_size': 4, **options}
+    if name.endswith('randsac'):
+        options = {'class_token': False, 'global_pool': 'avg', 'fc_norm': False, **options}
+    return timm.create_model(f'{base}_patch16_224', num_classes=0, **options).eval()
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_parameter_names_are_those_of_stock_models(name):
+    with torch.device('meta'):
+        ours, theirs = timm.create_model(name).state_dict(), stock(name).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_stock_models_run_our_weights(name):
+    model, other = build(name), stock(name)
+    other.load_state_dict(model.state_dict())
+    x = images(model)
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x))
+        assert torch.equal(other.forward_features(x), model.forward_features(x))
+
+
+@pytest.mark.parametrize('name', CIFAR)
+@pytest.mark.parametrize('classes', [0, 5])
+def test_local_dir_round_trip(name, classes, tmp_path):
+    model = build(name, depth=3, img_size=(32, 48), num_classes=classes)
+    folder = tmp_path / 'model'
+    save_for_hf(model, folder, model_args={'depth': 3, 'img_size': (32, 48)}, safe_serialization=True)
+    assert {p.name for p in folder.iterdir()} == {'config.json', 'model.safetensors'}
+    assert json.loads((folder / 'config.json').read_text())['architecture'] == name
+
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+    x = images(model)
+    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(loaded.forward_features(x), model.forward_features(x))
+    headless = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=0).eval()
+    assert torch.equal(headless.forward_features(x), model.forward_features(x))
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_positions_start_as_sines_and_cosines(name):
+    model = build(name)
+    prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    assert model.pos_embed.requires_grad
+    assert (model.pos_embed[:, :prefix] == 0).all()
+    positions = model.pos_embed[0, prefix:].detach().double()
+    assert positions.abs().max() <= 1
+    distance = torch.cdist(positions, positions, compute_mode='donot_use_mm_for_euclid_dist')
+    assert distance[~torch.eye(len(positions), dtype=torch.bool)].min() > 0.5
+    # A quarter of the width each: sines of one coordinate and of the other, then cosines.
+    quarters = positions.unflatten(1, (4, 192 // 4))
+    for sine, cosine in ((0, 2), (1, 3)):
+        torch.testing.assert_close(quarters[:, sine] ** 2 + quarters[:, cosine] ** 2,
+                                   torch.ones(len(positions), 48, dtype=torch.float64))
+    # Distances depend on the offset alone, both ways alike, and grow with small offsets.
+    at = positions.unflatten(0, grid)
+    for row, column in itertools.product(range(grid[0] - 2), range(grid[1] - 2)):
+        right = (at[row, column + 1] - at[row, column]).norm()
+        torch.testing.assert_close(right, (at[0, 1] - at[0, 0]).norm())
+        torch.testing.assert_close((at[row + 1, column] - at[row, column]).norm(), right)
+        assert (at[row, column + 2] - at[row, column]).norm() > right
+
+
+def test_positions_of_a_non_square_grid_follow_rows_and_columns():
+    model = build('vit_tiny_patch4_32_randsac', img_size=(16, 32))
+    at = model.pos_embed[0].detach().unflatten(0, (4, 8))
+    quarters = at.unflatten(2, (4, 48)).unbind(2)
+    assert [torch.equal(q[:, :1].expand_as(q), q) for q in quarters] == [True, False, True, False]  # tell the row alone
+    assert [torch.equal(q[:1].expand_as(q), q) for q in quarters] == [False, True, False, True]  # the column alone
+    assert (at[:4, 0] - at[0, 0]).norm(dim=-1).diff().gt(0).all()
+
+
+@pytest.mark.parametrize('name', CIFAR)
+def test_linear_layers_start_xavier_uniform(name):
+    model = build(name, num_classes=64)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert len(linear) == 12 * 4 + 1
+    for module in linear:
+        _assert_xavier(module.weight)
+        assert (module.bias == 0).all()
+    _assert_xavier(model.patch_embed.proj.weight.flatten(1))
+    if model.cls_token is not None:
+        assert 0.01 < model.cls_token.std() < 0.03
+
+
+def _assert_xavier(weight: torch.Tensor) -> None:
+    bound = math.sqrt(6 / sum(weight.shape))
+    assert weight.abs().max() <= bound
+    # of n uniform draws the largest is about bound * n / (n + 1)
+    assert weight.abs().max() > 0.99 * bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert abs(weight.mean().item()) < 5 * bound / math.sqrt(3 * weight.numel())
