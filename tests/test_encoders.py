@@ -173,6 +173,16 @@ def test_features_only(name, indices):
         assert model.feature_info.module_name() == [f'blocks.{i}' for i in indices]
 
 
+@pytest.mark.parametrize('name', CIFAR)
+def test_features_of_pretrained_weights(name, tmp_path):
+    model = build(name, depth=3, num_classes=5)
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    backbone = timm.create_model(name, depth=3, features_only=True, out_indices=(1,), pretrained=True,
+                                 pretrained_cfg_overlay={'file': str(tmp_path / 'weights.pth')}).eval()
+    x = images(model)
+    assert torch.equal(backbone(x)[0], model.forward_intermediates(x, indices=[1], intermediates_only=True)[0])
+
+
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize('name', CIFAR)
 def test_torchscript(name):

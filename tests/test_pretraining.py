@@ -463,13 +463,13 @@ def held_out_error(model, train: torch.Tensor, test: torch.Tensor) -> float:
 
 
 def test_learns_digits(tiny):
-    """Three seeds give 0.56 to 0.58 of the baseline's error: what is seen of a digit tells about the rest of it."""
+    """Three seeds give 0.61 to 0.68 of the baseline's error: what is seen of a digit tells about the rest of it."""
     train, test = digits()
     model = timm.create_model(
         'randsac_vit_tiny', **{**tiny, 'embed_dim': 64, 'depth': 2}, decoder_depth=2, serialization='raster',
         norm_pix=False)
-    fit(model, lambda: train[torch.randint(len(train), (64,))], steps=250, lr=5e-3, betas=(0.8, 0.9))
-    assert held_out_error(model, train, test) < 0.7
+    fit(model, lambda: train[torch.randint(len(train), (64,))], steps=200, lr=5e-3, betas=(0.8, 0.9))
+    assert held_out_error(model, train, test) < 0.75
 
 
 @pytest.mark.slow
