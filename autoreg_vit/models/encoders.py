@@ -4,6 +4,7 @@ They keep the parameter names of stock timm models, so their weights load where 
 """
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 
 from ..errors import CheckpointError, ModelError, ShapeError, suggest
 from .saim_checkpoint import convert_saim_encoder
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ['SinCosVisionTransformer']  # register_model adds the models
 
@@ -126,6 +129,10 @@ ENCODER_OPTIONS = [p for p in inspect.signature(VisionTransformer.__init__).para
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights in this package's, timm's or SAIM's published layout, fitted to the model's patch and image size."""
     fitted = vit_checkpoint_filter_fn(convert_saim_encoder(state_dict, model), model)
+    classifier = [key for key in fitted if key.startswith('head.')]
+    if classifier and isinstance(model.head, nn.Identity):
+        _logger.warning('The model has no classifier; the checkpoint\'s is left out: %s', ', '.join(classifier))
+        fitted = {key: value for key, value in fitted.items() if key not in classifier}
     _check_keys(fitted, model)
     return fitted
 

@@ -33,8 +33,6 @@ def convert_saim_encoder(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     if 'head.weight' in own and 'head.weight' not in converted:
         _logger.warning('SAIM checkpoint: it has no classifier; head.weight and head.bias stay untrained.')
         converted.update({k: own[k] for k in ('head.weight', 'head.bias')})
-    if 'head.weight' not in own:
-        converted = _drop(converted, ('head.',))
     return converted
 
 

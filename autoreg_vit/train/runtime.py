@@ -53,8 +53,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks for the next tensor of their size instead of returning them to the kernel.
 
-    A training step on a CPU allocates the same large tensors again and again; clearing their pages anew each time cost a
-    RandSAC step of ViT-Tiny a fifth of its speed (benchmarks/train_step.py).
+    A training step on a CPU allocates the same large tensors again and again; clearing their pages anew each time cost
+    a RandSAC step of ViT-Tiny a fifth of its speed (benchmarks/train_step.py).
     """
     if platform.libc_ver()[0] != 'glibc':
         return
