@@ -10,6 +10,9 @@ from torch import nn
 
 import autoreg_vit  # noqa: F401  registers the models with timm
 
+# Tensors are tiny here: a second thread costs more than it gives.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
