@@ -29,7 +29,7 @@ setup(
         'huggingface-hub',
         'triton>=3.6; platform_system == "Linux"',
     ],
-    extras_require={'train': train, 'dev': [*train, 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.12']},
+    extras_require={'train': train, 'dev': [*train, 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.12', 'webdataset>=0.2']},
     entry_points={'console_scripts': ['autoreg-vit = autoreg_vit.train.cli:main']},
     classifiers=[
         'Intended Audience :: Science/Research',

@@ -174,11 +174,13 @@ def test_features_only(name, indices):
 
 
 @pytest.mark.parametrize('name', CIFAR)
-def test_features_of_pretrained_weights(name, tmp_path):
-    model = build(name, depth=3, num_classes=5)
+@pytest.mark.parametrize('classes', [0, 5])
+def test_features_of_pretrained_weights(name, classes, tmp_path):
+    model = build(name, depth=3, num_classes=classes)
     torch.save(model.state_dict(), tmp_path / 'weights.pth')
-    backbone = timm.create_model(name, depth=3, features_only=True, out_indices=(1,), pretrained=True,
-                                 pretrained_cfg_overlay={'file': str(tmp_path / 'weights.pth')}).eval()
+    backbone = timm.create_model(
+        name, depth=3, features_only=True, out_indices=(1,), pretrained=True,
+        pretrained_cfg_overlay={'file': str(tmp_path / 'weights.pth'), 'num_classes': classes}).eval()
     x = images(model)
     assert torch.equal(backbone(x)[0], model.forward_intermediates(x, indices=[1], intermediates_only=True)[0])
 

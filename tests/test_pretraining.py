@@ -16,7 +16,7 @@ from autoreg_vit.models import AutoregressiveViT, PretrainOutput, create_pretrai
 from autoreg_vit.models import attention as attention_module
 from autoreg_vit.models.decoders import MaskedDecoder
 from autoreg_vit.models.targets import PixelTarget, patchify
-from autoreg_vit.serialization import Serialization
+from autoreg_vit.serialization import Layout, Serialization
 
 ARCHITECTURES = ['base', 'large', 'small', 'small_patch4_32', 'tiny', 'tiny_patch4_32']
 BLOBS = {'serialization': 'blobs', 'segments': (5, 2)}
@@ -280,6 +280,28 @@ def test_false_turns_saims_blur_off(tiny):
     torch.testing.assert_close(sharp(x).target, patchify(x, (2, 2)))
     assert blurred.target.blur == (9, 1.0)
     assert (blurred(x).target - patchify(x, (2, 2))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(('options', 'read'), [
+    ({'decoder': 'masked', 'memory': 'last'}, [4]),
+    ({'decoder': 'masked', 'memory': 'mix'}, [1, 2, 3, 4]),
+    ({'decoder': 'parallel'}, [1, 2, 3, 4]),
+    ({'decoder': 'parallel', 'decoder_depth': 2}, [2, 4]),
+    ({'decoder': 'parallel', 'decoder_depth': 1}, [4]),
+    ({'decoder': 'parallel', 'shared': True}, [0, 1, 2, 3]),
+    ({'decoder': 'parallel', 'shared': True, 'memory': 'output'}, [1, 2, 3, 4]),
+    ({'decoder': 'none', 'serialization': 'raster'}, [4]),
+])
+@pytest.mark.parametrize('name', ['randsac_vit_tiny', 'saim_vit_tiny'])
+def test_hidden_states_a_decoder_reads(tiny, randomise, name, options, read):
+    """0 is the input of the encoder's first block, and 1 to 4 are the outputs of its blocks."""
+    model = randomise(timm.create_model(name, **tiny, **{'serialization': 'random', **options}))
+    layout = Layout.of(model.draw_ranks(2), model.first_segment, model.encoder.num_prefix_tokens)
+    hidden = [torch.randn(2, 16 + model.encoder.num_prefix_tokens, 32, requires_grad=True) for _ in range(5)]
+
+    model.decoder(hidden, layout, model.encoder).square().sum().backward()
+
+    assert [i for i, h in enumerate(hidden) if h.grad is not None and h.grad.abs().sum() > 0] == read
 
 
 def test_two_stream_reads_the_input_of_each_block(tiny):

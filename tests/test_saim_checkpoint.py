@@ -86,7 +86,7 @@ class Reference:
         patches = patches.flatten(2).transpose(1, 2)
         return torch.cat([self.w['cls_token'].expand(len(images), -1, -1), patches], dim=1) + self.w['pos_embed']
 
-    def predict(self, images, noise):
+    def predict(self, images, noise, memory='output'):
         batch, tokens = noise.shape
         content = torch.zeros(batch, tokens + 1, tokens + 1, dtype=torch.bool)
         content[:, 1:, 1:] = noise[:, :, None] < noise[:, None, :]  # Eq. 3
@@ -97,9 +97,9 @@ class Reference:
         g = self.w['pos_embed'][:, 1:].expand(batch, -1, -1)
         stride = self.depth // self.queries
         for i in range(self.depth):
-            h = self.block(f'blocks.{i}', h, h, content)
+            before, h = h, self.block(f'blocks.{i}', h, h, content)
             if (i + 1) % stride == 0:
-                g = self.block(f'query_blocks.{i // stride}', g, h, query)
+                g = self.block(f'query_blocks.{i // stride}', g, h if memory == 'output' else before, query)
         return self.mlp('prediction_head', self.norm('norm', g))
 
     def target(self, images):
@@ -148,6 +148,23 @@ def test_published_weights_predict_as_published(tmp_path, depth, queries, suffix
     torch.testing.assert_close(output.pred, pred, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.target, target, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.loss, ((pred - target) ** 2).mean(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('memory', ['output', 'input'])
+def test_two_streams_with_shared_weights(tmp_path, memory):
+    """SAIM Table 3 and RandSAC 4.2: the query blocks are the encoder's. Equation 5 reads the input of the block beside,
+    the published code its output."""
+    weights = published_checkpoint()
+    weights |= {f'query_{k}': v for k, v in weights.items() if k.startswith('blocks.')}
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
+    own = timm.create_model(NAME, **SIZES, depth=3, pretrained=True, pretrained_cfg_overlay=write(tmp_path, weights))
+
+    shared = timm.create_model(NAME, **SIZES, depth=3, shared=True, memory=memory).eval()
+    shared.load_state_dict({k: v for k, v in own.state_dict().items() if not k.startswith('decoder.')})
+    with torch.no_grad():
+        pred = shared(images, noise.argsort(1).argsort(1)).pred
+
+    torch.testing.assert_close(pred, Reference(weights).predict(images, noise, memory), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('classes', [0, 10])
