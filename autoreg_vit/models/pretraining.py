@@ -267,7 +267,8 @@ def compose(
         encoder,
         Serialization(serialization, grid, segments, shuffle),
         part,
-        PixelTarget(tuple(encoder.patch_embed.patch_size), encoder.patch_embed.proj.in_channels, norm_pix, blur or None),
+        PixelTarget(
+            tuple(encoder.patch_embed.patch_size), encoder.patch_embed.proj.in_channels, norm_pix, blur or None),
         first_segment,
         head,
     )
