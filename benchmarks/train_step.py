@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py [--batch-size 64] [--rounds 5] [--output FILE]
 
-For RandSAC and SAIM with ViT-Tiny at 32 x 32, each variant lives in a process of its own and takes a turn a round, so
-that a machine whose speed drifts treats all alike; ratios are taken round by round. A turn is one step to warm up,
-since the memory of a waiting process may be taken away, and the median of three that count.
+For RandSAC and SAIM with ViT-Tiny at 32 x 32, the variants take turns, round by round, each turn in a fresh process that
+has the machine to itself; ratios are taken within a round. A turn is two steps to warm up, then five that count, a
+product of matrices before each: the turn's time is their median, its ceiling the fastest product.
 
 - package: the step as `autoreg-vit pretrain` runs it;
 - eager: the same with the eager implementation of segment attention;
@@ -12,8 +12,8 @@ since the memory of a waiting process may be taken away, and the median of three
 - dense: the way SAIM's published code works: float masks [B, 1, N, N] of 0 and -inf built once a step and added to
   scores, unfused softmax, separate q, k and v, float32, memory handled as by default.
 
-The ceiling is the fastest product of two 2048 x 2048 matrices seen in any round, in the precision of the step. FLOPs
-are those of matrix products, attention counted over all keys, forward and backward.
+The products are of two 2048 x 2048 matrices in the precision of the step. FLOPs are those of matrix products, attention
+counted over all keys, forward and backward.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from unittest import mock
 
 import timm
@@ -53,9 +54,8 @@ class DenseAttention:
         scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + self.mask(limits, k.shape[2])
         return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
-def worker(pipe, model_name: str, variant: str, batch_size: int, threads: int) -> None:
-    """Answer each message with the seconds of a step; the first answer is its FLOPs."""
-    torch.set_num_threads(threads)
+def turn(pipe, model_name: str, variant: str, batch_size: int) -> None:
+    """Send the FLOPs of a step, its seconds and the FLOP/s of the fastest product of matrices."""
     torch.manual_seed(0)
     if variant in ('package', 'eager'):
         keep_freed_memory()
@@ -83,36 +83,29 @@ def worker(pipe, model_name: str, variant: str, batch_size: int, threads: int) -
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    matrices = torch.randn(2, 2048, 2048, dtype=torch.bfloat16 if precision == 'bfloat16' else torch.float32)
     with FlopCounterMode(display=False) as counter:
         step()
-    pipe.send(counter.get_total_flops())
-    while pipe.recv() == 'step':
-        step()
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        pipe.send(statistics.median(times))
-
-def matmul_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of five products of 2048 x 2048 matrices."""
-    a, b = torch.randn(2, 2048, 2048).to(dtype)
-    best = float('inf')
+    step()
+    products, steps = [], []
     for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048 ** 3 / best
+        products.append(seconds(lambda: torch.mm(*matrices)))
+        steps.append(seconds(step))
+    pipe.send((counter.get_total_flops(), statistics.median(steps), 2 * 2048 ** 3 / min(products)))
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
 
 def serialization_seconds(model_name: str, batch_size: int) -> float:
     """Median seconds of drawing ranks, sorting and computing limits for a batch."""
-    model, times = timm.create_model(model_name), []
-    for _ in range(11):
-        start = time.perf_counter()
-        Layout.of(model.draw_ranks(batch_size), model.first_segment, model.encoder.num_prefix_tokens)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    model = timm.create_model(model_name)
+    return statistics.median(
+        seconds(lambda: Layout.of(model.draw_ranks(batch_size), model.first_segment, model.encoder.num_prefix_tokens))
+        for _ in range(11))
 
 def spread(values: list[float], digits: int = 3) -> dict[str, float]:
     return {'min': round(min(values), digits), 'median': round(statistics.median(values), digits),
@@ -126,37 +119,33 @@ def main() -> None:
     args = parser.parse_args()
     context = multiprocessing.get_context('spawn')
     precision = resolve_precision('auto', CPU)
-    dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
-    threads, rows = torch.get_num_threads(), []
+    rows = []
     for model_name in MODELS:
-        pipes, flops, seconds, ceilings = {}, {}, {v: [] for v in VARIANTS}, []
-        for variant in VARIANTS:
-            pipes[variant], theirs = context.Pipe()
-            context.Process(target=worker, args=(theirs, model_name, variant, args.batch_size, threads),
-                            daemon=True).start()
-            flops[variant] = pipes[variant].recv()
+        flops, times, ceilings = {}, {v: [] for v in VARIANTS}, {v: [] for v in VARIANTS}
         for _ in range(args.rounds):
-            ceilings.append(matmul_flops(dtype))
-            for variant, pipe in pipes.items():
-                pipe.send('step')
-                seconds[variant].append(pipe.recv())
-        for pipe in pipes.values():
-            pipe.send('stop')
-        ceiling = max(ceilings)
+            for variant in VARIANTS:
+                mine, theirs = context.Pipe()
+                process = context.Process(target=turn, args=(theirs, model_name, variant, args.batch_size), daemon=True)
+                process.start()
+                flops[variant], time_of_step, ceiling = mine.recv()
+                times[variant].append(time_of_step)
+                ceilings[variant].append(ceiling)
+                process.join()
         serialization = serialization_seconds(model_name, args.batch_size)
         for variant in VARIANTS:
             rows.append({
                 'model': model_name, 'variant': variant, 'batch_size': args.batch_size,
                 'precision': 'float32' if variant == 'dense' else precision,
-                'images_per_second': spread([args.batch_size / s for s in seconds[variant]], 1),
-                'speed_over_dense': spread([d / s for d, s in zip(seconds['dense'], seconds[variant])], 2),
+                'images_per_second': spread([args.batch_size / s for s in times[variant]], 1),
+                'speed_over_dense': spread([d / s for d, s in zip(times['dense'], times[variant])], 2),
                 'gflop_per_image': round(flops['package'] / args.batch_size / 1e9, 3),
-                'fraction_of_ceiling': spread([flops['package'] / s / ceiling for s in seconds[variant]]),
-                'ceiling_gflops': round(ceiling / 1e9, 1),
-                'serialization_share_of_step': round(serialization / statistics.median(seconds[variant]), 5),
+                'fraction_of_ceiling': spread(
+                    [flops['package'] / s / c for s, c in zip(times[variant], ceilings[variant])]),
+                'ceiling_gflops': spread([c / 1e9 for c in ceilings[variant]], 1),
+                'serialization_share_of_step': round(serialization / statistics.median(times[variant]), 5),
             })
             print(rows[-1], flush=True)
-    result = {**provenance(), 'threads': threads, 'rounds': args.rounds, 'rows': rows}
+    result = {**provenance(), 'threads': torch.get_num_threads(), 'rounds': args.rounds, 'rows': rows}
     with open(args.output, 'w') as file:
         file.write(json.dumps(result, indent=2) + '\n')
 
