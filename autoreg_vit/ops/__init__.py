@@ -6,9 +6,10 @@ from .api import (
     segment_attention,
     segment_attention_kvpacked,
     segment_attention_qkvpacked,
+    set_implementation,
 )
 
 __all__ = [
     'IMPLEMENTATIONS', 'choose_implementation', 'segment_attention', 'segment_attention_kvpacked',
-    'segment_attention_qkvpacked',
+    'segment_attention_qkvpacked', 'set_implementation',
 ]

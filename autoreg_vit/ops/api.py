@@ -1,13 +1,17 @@
-"""Public segment attention: checks arguments once and hands them to an implementation, loaded when first used."""
+"""Public segment attention: checks arguments once and hands them to an implementation."""
 
-from importlib import import_module
+import functools
+import importlib.util
 
 import torch
 
 from ..errors import ModelError, ShapeError, suggest
+from . import eager, sdpa
+from .packing import split
 
-#: Implementations by name; each is a module of this folder with a `segment_attention(q, k, v, limits, scale)`.
-IMPLEMENTATIONS = ('eager', 'sdpa')
+IMPLEMENTATIONS = ('eager', 'sdpa', 'triton')
+
+_forced = 'auto'
 
 
 def segment_attention(
@@ -28,23 +32,16 @@ def segment_attention(
         v: Values [B, Nk, H, D].
         limits: int32 [B, Nq], between 0 and Nk, shared by all heads. Need not be monotone.
         scale: Factor on the scores, D ** -0.5 by default.
-        impl: 'eager', 'sdpa', or 'auto', which `choose_implementation` decides.
+        impl: 'triton', 'sdpa', 'eager', or 'auto', which `choose_implementation` decides.
 
     Returns:
         [B, Nq, H, D]. A row with limit 0 is zero and sends no gradient.
 
     Raises:
         ShapeError: for tensors that do not fit together.
-        ModelError: for an unknown implementation.
+        ModelError: for an unknown implementation, or one that cannot take these tensors.
     """
-    _check(q, k, v, limits)
-    if impl == 'auto':
-        impl = choose_implementation(q, k)
-    elif impl not in IMPLEMENTATIONS:
-        raise ModelError(f'Unknown implementation {impl!r} of segment_attention. '
-                         f'{suggest(str(impl), ["auto", *IMPLEMENTATIONS])}')
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return import_module(f'.{impl}', __package__).segment_attention(q, k, v, limits, scale)
+    return _attend([q, k, v], limits, scale, impl)
 
 
 def segment_attention_qkvpacked(
@@ -56,7 +53,7 @@ def segment_attention_qkvpacked(
 ) -> torch.Tensor:
     """Self-attention on one projection's own layout: `qkv` [B, N, 3, H, D] → [B, N, H, D]; see `segment_attention`."""
     _check_packed('qkv', qkv, 3)
-    return segment_attention(*qkv.unbind(2), limits, scale=scale, impl=impl)
+    return _attend([qkv], limits, scale, impl)
 
 
 def segment_attention_kvpacked(
@@ -70,21 +67,69 @@ def segment_attention_kvpacked(
     """Cross-attention with keys and values in one projection's own layout: `q` [B, Nq, H, D], `kv` [B, Nk, 2, H, D] →
     [B, Nq, H, D]; see `segment_attention`."""
     _check_packed('kv', kv, 2)
-    return segment_attention(q, *kv.unbind(2), limits, scale=scale, impl=impl)
+    return _attend([q, kv], limits, scale, impl)
 
 
 def choose_implementation(q: torch.Tensor, k: torch.Tensor) -> str:
-    """What `impl='auto'` takes for queries [B, Nq, H, D] and keys [B, Nk, H, D].
+    """What `impl='auto'` takes for queries [B, Nq, H, D] and keys [B, Nk, H, D], in the dtype that attention runs in.
 
-    On a CPU in half precision, SDPA's kernel is several times slower than plain matrix products at a few hundred keys;
-    in float32 it is level at 64 keys and ahead beyond (`benchmarks/train_step.py` times both in the precision that the
-    machine trains in). float64 is for checking, where the oracle is wanted.
+    Triton where its kernel can run. On a CPU in half precision, SDPA's kernel is several times slower than plain matrix
+    products at a few hundred keys; in float32 it is level at 64 keys and ahead beyond (`benchmarks/train_step.py` times
+    both in the precision that the machine trains in). float64 is for checking, where the oracle is wanted.
     """
+    if _forced != 'auto':
+        return _forced
     if q.dtype == torch.float64:
         return 'eager'
+    if q.device.type == 'cuda' and _triton_installed():
+        from . import triton
+        if triton.reason_unsupported(q) is None:
+            return 'triton'
     if q.device.type == 'cpu' and q.dtype in (torch.bfloat16, torch.float16) and k.shape[1] <= 256:
         return 'eager'
     return 'sdpa'
+
+
+def set_implementation(impl: str) -> None:
+    """Make `impl` what 'auto' means from here on, in every model of the process; 'auto' restores the choice.
+
+    Raises:
+        ModelError: for an unknown implementation.
+    """
+    global _forced
+    _check_implementation(impl)
+    _forced = impl
+
+
+def _attend(projections: list[torch.Tensor], limits: torch.Tensor, scale: float | None, impl: str) -> torch.Tensor:
+    kind = projections[0].device.type
+    if torch.is_autocast_enabled(kind) and projections[0].dtype != torch.float64:
+        # As torch's own attention does. Norms of queries and keys leave float32 behind, beside values in half precision.
+        projections = [x.to(torch.get_autocast_dtype(kind)) for x in projections]
+    q, k, v = split(projections)
+    _check(q, k, v, limits)
+    _check_implementation(impl)
+    if impl == 'auto':
+        impl = choose_implementation(q, k)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if impl == 'triton':
+        if not _triton_installed():
+            raise ModelError("impl='triton' needs the package triton: pip install triton. impl='auto' does without.")
+        from . import triton
+        return triton.segment_attention(projections, limits, scale)
+    return {'eager': eager, 'sdpa': sdpa}[impl].segment_attention(q, k, v, limits, scale)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    # Looked up, not imported: `import autoreg_vit` stays quick and works where there is no Triton.
+    return importlib.util.find_spec('triton') is not None
+
+
+def _check_implementation(impl: str) -> None:
+    if impl != 'auto' and impl not in IMPLEMENTATIONS:
+        raise ModelError(f'Unknown implementation {impl!r} of segment_attention. '
+                         f'{suggest(str(impl), ["auto", *IMPLEMENTATIONS])}')
 
 
 def _check_packed(name: str, packed: torch.Tensor, parts: int) -> None:

@@ -1,0 +1,195 @@
+"""Backward kernels of segment attention. Each gradient is written once by one program: no atomics, no N x N tensor.
+
+- `fused_backward_kernel`: all queries and keys of a head fit one tile; scores are computed once.
+- `backward_kernel`: a program owns a tile of queries, for dq, and a tile of keys, for dk and dv. Under monotone limits
+  the first has the more work the later the tile and the second the less, so programs are balanced.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .forward import load_rows, scores_base2, store_rows
+from .launches import DELTA, FP_FUSION, Launch
+
+
+@triton.jit(do_not_specialize=['queries', 'heads'])
+def delta_kernel(out_ptr, grad_ptr, delta_ptr, queries, heads, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """delta = sum over D of out * grad, [B, H, Nq]: what the softmax takes off every score's gradient of a row."""
+    head = tl.program_id(0) % heads
+    tile = tl.program_id(0) // heads
+    tiles = tl.cdiv(queries, BLOCK)
+    image = (tile // tiles).to(tl.int64)
+    rows = (tile % tiles) * BLOCK + tl.arange(0, BLOCK)
+    offset = (image * queries * heads + head) * HEAD_DIM
+    out = load_rows(out_ptr + offset, rows, queries, heads * HEAD_DIM, HEAD_DIM)
+    grad = load_rows(grad_ptr + offset, rows, queries, heads * HEAD_DIM, HEAD_DIM)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(delta_ptr + (image * heads + head) * queries + rows, delta, mask=rows < queries)
+
+
+@triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
+def fused_backward_kernel(
+        q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+        q_stride_b, q_stride_n, q_stride_h,
+        k_stride_b, k_stride_n, k_stride_h,
+        v_stride_b, v_stride_n, v_stride_h,
+        dq_stride_b, dq_stride_n, dq_stride_h,
+        dk_stride_b, dk_stride_n, dk_stride_h,
+        dv_stride_b, dv_stride_n, dv_stride_h,
+        queries, keys, heads, scale, scale_log2,
+        HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one head of one image, queries <= BLOCK and keys <= BLOCK."""
+    head = tl.program_id(0) % heads
+    image = (tl.program_id(0) // heads).to(tl.int64)
+    rows = tl.arange(0, BLOCK)
+    offset = (image * queries * heads + head) * HEAD_DIM
+    query = load_rows(q_ptr + image * q_stride_b + head * q_stride_h, rows, queries, q_stride_n, HEAD_DIM)
+    key = load_rows(k_ptr + image * k_stride_b + head * k_stride_h, rows, keys, k_stride_n, HEAD_DIM)
+    value = load_rows(v_ptr + image * v_stride_b + head * v_stride_h, rows, keys, v_stride_n, HEAD_DIM)
+    grad = load_rows(grad_ptr + offset, rows, queries, heads * HEAD_DIM, HEAD_DIM)
+    out = load_rows(out_ptr + offset, rows, queries, heads * HEAD_DIM, HEAD_DIM)
+    limits = tl.load(limits_ptr + image * queries + rows, mask=rows < queries, other=0)
+    lse = tl.load(lse_ptr + (image * heads + head) * queries + rows, mask=rows < queries, other=float('inf'))
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+
+    # Transposed, [keys, queries], so that accumulators enter products as they are.
+    visible = rows[:, None] < tl.minimum(limits, keys)[None, :]
+    weights = tl.where(visible, tl.exp2(scores_base2(key, query, scale_log2) - lse[None, :]), 0.0)
+    dv = tl.dot(weights.to(grad.dtype), grad, input_precision='ieee')
+    store_rows(dv_ptr + image * dv_stride_b + head * dv_stride_h, dv, rows, keys, dv_stride_n, HEAD_DIM)
+    d_weights = tl.dot(value, tl.trans(grad), input_precision='ieee')
+    d_scores = (weights * (d_weights - delta[None, :])).to(query.dtype)
+    dk = tl.dot(d_scores, query, input_precision='ieee') * scale
+    store_rows(dk_ptr + image * dk_stride_b + head * dk_stride_h, dk, rows, keys, dk_stride_n, HEAD_DIM)
+    # dq transposed, [D, queries]: the transpose falls on the loaded keys, never on an accumulator.
+    dq = tl.dot(tl.trans(key), d_scores, input_precision='ieee') * scale
+    columns = tl.arange(0, HEAD_DIM)
+    tl.store(dq_ptr + image * dq_stride_b + head * dq_stride_h + rows[None, :] * dq_stride_n + columns[:, None],
+             dq.to(dq_ptr.dtype.element_ty), mask=rows[None, :] < queries)
+
+
+@triton.jit
+def _query_gradient(
+        q_ptr, k_ptr, v_ptr, limits_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
+        q_stride, k_stride, v_stride, grad_stride, dq_stride, first, queries, keys, scale, scale_log2,
+        HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """dq of queries [first, first + BLOCK) from the keys they see."""
+    rows = first + tl.arange(0, BLOCK)
+    query = load_rows(q_ptr, rows, queries, q_stride, HEAD_DIM)
+    grad = load_rows(grad_ptr, rows, queries, grad_stride, HEAD_DIM)
+    limits = tl.minimum(tl.load(limits_ptr + rows, mask=rows < queries, other=0), keys)
+    lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float('inf'))
+    delta = tl.load(delta_ptr + rows, mask=rows < queries, other=0.0)
+    dq = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+    for start in range(0, tl.max(limits, 0), STEP):
+        columns = start + tl.arange(0, STEP)
+        key = load_rows(k_ptr, columns, keys, k_stride, HEAD_DIM)
+        value = load_rows(v_ptr, columns, keys, v_stride, HEAD_DIM)
+        weights = tl.exp2(scores_base2(query, key, scale_log2) - lse[:, None])  # [BLOCK, STEP]
+        weights = tl.where(columns[None, :] < limits[:, None], weights, 0.0)
+        d_weights = tl.dot(grad, tl.trans(value), input_precision='ieee')
+        d_scores = weights * (d_weights - delta[:, None])
+        dq += tl.dot(d_scores.to(key.dtype), key, input_precision='ieee')
+    store_rows(dq_ptr, dq * scale, rows, queries, dq_stride, HEAD_DIM)
+
+
+@triton.jit
+def _key_gradients(
+        q_ptr, k_ptr, v_ptr, limits_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+        q_stride, k_stride, v_stride, grad_stride, dk_stride, dv_stride, first, queries, keys, scale, scale_log2,
+        HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """dk and dv of keys [first, first + BLOCK) from the queries that see them."""
+    # The queries between the first and the last that see the first key of the tile: under monotone limits a suffix.
+    begin, end = queries, 0
+    for start in range(0, queries, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        sees = tl.load(limits_ptr + rows, mask=rows < queries, other=0) > first
+        begin = tl.minimum(begin, tl.min(tl.where(sees, rows, queries), 0))
+        end = tl.maximum(end, tl.max(tl.where(sees, rows + 1, 0), 0))
+
+    columns = first + tl.arange(0, BLOCK)
+    key = load_rows(k_ptr, columns, keys, k_stride, HEAD_DIM)
+    value = load_rows(v_ptr, columns, keys, v_stride, HEAD_DIM)
+    dk = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+    dv = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+    for start in range(begin // STEP * STEP, end, STEP):
+        rows = start + tl.arange(0, STEP)
+        query = load_rows(q_ptr, rows, queries, q_stride, HEAD_DIM)
+        grad = load_rows(grad_ptr, rows, queries, grad_stride, HEAD_DIM)
+        limits = tl.minimum(tl.load(limits_ptr + rows, mask=rows < queries, other=0), keys)
+        lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float('inf'))
+        delta = tl.load(delta_ptr + rows, mask=rows < queries, other=0.0)
+        # Transposed, [keys, queries], so that accumulators enter products as they are.
+        weights = tl.exp2(scores_base2(key, query, scale_log2) - lse[None, :])  # [BLOCK, STEP]
+        weights = tl.where(columns[:, None] < limits[None, :], weights, 0.0)
+        dv += tl.dot(weights.to(grad.dtype), grad, input_precision='ieee')
+        d_weights = tl.dot(value, tl.trans(grad), input_precision='ieee')
+        d_scores = weights * (d_weights - delta[None, :])
+        dk += tl.dot(d_scores.to(query.dtype), query, input_precision='ieee')
+    store_rows(dk_ptr, dk * scale, columns, keys, dk_stride, HEAD_DIM)
+    store_rows(dv_ptr, dv, columns, keys, dv_stride, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
+def backward_kernel(
+        q_ptr, k_ptr, v_ptr, limits_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
+        q_stride_b, q_stride_n, q_stride_h,
+        k_stride_b, k_stride_n, k_stride_h,
+        v_stride_b, v_stride_n, v_stride_h,
+        dq_stride_b, dq_stride_n, dq_stride_h,
+        dk_stride_b, dk_stride_n, dk_stride_h,
+        dv_stride_b, dv_stride_n, dv_stride_h,
+        queries, keys, heads, scale, scale_log2,
+        HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """One program: BLOCK queries and BLOCK keys of one head of one image."""
+    head = tl.program_id(0) % heads
+    tile = tl.program_id(0) // heads
+    tiles = tl.cdiv(tl.maximum(queries, keys), BLOCK)
+    image = (tile // tiles).to(tl.int64)
+    first = (tile % tiles) * BLOCK
+    q_ptr += image * q_stride_b + head * q_stride_h
+    k_ptr += image * k_stride_b + head * k_stride_h
+    v_ptr += image * v_stride_b + head * v_stride_h
+    limits_ptr += image * queries
+    grad_ptr += (image * queries * heads + head) * HEAD_DIM
+    grad_stride = heads * HEAD_DIM
+    lse_ptr += (image * heads + head) * queries
+    delta_ptr += (image * heads + head) * queries
+    if first < queries:
+        _query_gradient(
+            q_ptr, k_ptr, v_ptr, limits_ptr, grad_ptr, lse_ptr, delta_ptr,
+            dq_ptr + image * dq_stride_b + head * dq_stride_h,
+            q_stride_n, k_stride_n, v_stride_n, grad_stride, dq_stride_n, first, queries, keys, scale, scale_log2,
+            HEAD_DIM, BLOCK, STEP)
+    if first < keys:
+        _key_gradients(
+            q_ptr, k_ptr, v_ptr, limits_ptr, grad_ptr, lse_ptr, delta_ptr,
+            dk_ptr + image * dk_stride_b + head * dk_stride_h, dv_ptr + image * dv_stride_b + head * dv_stride_h,
+            q_stride_n, k_stride_n, v_stride_n, grad_stride, dk_stride_n, dv_stride_n, first, queries, keys, scale,
+            scale_log2, HEAD_DIM, BLOCK, STEP)
+
+
+def fused_backward(q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
+    """Fill dq, dk and dv where `launch.block` holds all queries and all keys; `out` and `grad` are contiguous."""
+    batch, queries, heads, head_dim = q.shape
+    fused_backward_kernel[(batch * heads,)](
+        q, k, v, limits, out, grad, lse, dq, dk, dv,
+        *(s for x in (q, k, v, dq, dk, dv) for s in x.stride()[:3]),
+        queries, k.shape[1], heads, scale, scale_log2, HEAD_DIM=head_dim, BLOCK=launch.block,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=FP_FUSION)
+
+
+def backward(q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
+    """Fill dq, dk and dv; `out` and `grad` are contiguous."""
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    delta = torch.empty_like(lse)
+    delta_kernel[(batch * triton.cdiv(queries, DELTA.block) * heads,)](
+        out, grad, delta, queries, heads, HEAD_DIM=head_dim, BLOCK=DELTA.block, num_warps=DELTA.num_warps,
+        num_stages=DELTA.num_stages, enable_fp_fusion=FP_FUSION)
+    backward_kernel[(batch * triton.cdiv(max(queries, keys), launch.block) * heads,)](
+        q, k, v, limits, grad, lse, delta, dq, dk, dv,
+        *(s for x in (q, k, v, dq, dk, dv) for s in x.stride()[:3]),
+        queries, keys, heads, scale, scale_log2, HEAD_DIM=head_dim, BLOCK=launch.block, STEP=launch.step,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=FP_FUSION)
