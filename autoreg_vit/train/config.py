@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -15,64 +16,78 @@ from ..errors import ConfigError, suggest
 RECIPES = Path(__file__).parent / 'recipes'
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={'help': help})
+def option(default: Any, help: str, free: bool = False) -> Any:
+    """A setting; a free one may change when a run is resumed, since the weights do not depend on it."""
+    return field(default=default, metadata={'help': help, 'free': free})
+
+
+def free_settings(config_class: type) -> set[str]:
+    """Names of the settings that may change when a run is resumed."""
+    return {f.name for f in fields(config_class) if f.metadata.get('free')}
 
 
 @dataclass
 class PretrainConfig:
     """Settings of `autoreg-vit pretrain`. What is None is left to the model's or the paper's own default."""
 
-    model: str = _option('randsac_vit_tiny_patch4_32', 'pretraining model, a timm name')
-    img_size: tuple[int, ...] | None = _option(None, 'image height and width in pixels, or one number for both')
-    patch_size: int | None = _option(None, 'patch size in pixels')
-    in_chans: int | None = _option(None, 'image channels: 3, or 1 for grey')
-    embed_dim: int | None = _option(None, 'encoder width')
-    depth: int | None = _option(None, 'encoder blocks')
-    num_heads: int | None = _option(None, 'encoder heads')
-    serialization: str | None = _option(None, 'order of prediction: raster, random, squares or blobs')
-    segments: tuple[int, ...] | None = _option(None, 'segments of squares or blobs a level, finest first: 11 5')
-    shuffle: bool | None = _option(None, 'break the coherence of segments (RandSAC Table 6)')
-    decoder: str | None = _option(None, 'masked, parallel or none')
-    decoder_depth: int | None = _option(None, 'decoder layers')
-    decoder_dim: int | None = _option(None, 'decoder width')
-    decoder_heads: int | None = _option(None, 'decoder heads')
-    memory: str | None = _option(None, 'what the decoder reads: mix or last (masked), output or input (parallel)')
-    shared: bool | None = _option(None, 'decode with the encoder\'s own weights (two-stream)')
-    first_segment: str | None = _option(None, 'what the first segment attends to: self or none')
-    head: str | None = _option(None, 'prediction head: linear or mlp')
-    norm_pix: bool | None = _option(None, 'normalise target patches')
-    blur: tuple[float, ...] | None = _option(None, 'kernel size and sigma of the target\'s blur; 0 turns it off')
-    drop_path_rate: float | None = _option(None, 'stochastic depth of the encoder')
-    grad_checkpointing: bool = _option(False, 'recompute blocks in the backward pass to save memory')
+    model: str = option('randsac_vit_tiny_patch4_32', 'pretraining model, a timm name')
+    img_size: tuple[int, ...] | None = option(None, 'image height and width in pixels, or one number for both')
+    patch_size: int | None = option(None, 'patch size in pixels')
+    in_chans: int | None = option(None, 'image channels: 3, or 1 for grey')
+    embed_dim: int | None = option(None, 'encoder width')
+    depth: int | None = option(None, 'encoder blocks')
+    num_heads: int | None = option(None, 'encoder heads')
+    serialization: str | None = option(None, 'order of prediction: raster, random, squares or blobs')
+    segments: tuple[int, ...] | None = option(None, 'segments of squares or blobs a level, finest first: 11 5')
+    shuffle: bool | None = option(None, 'break the coherence of segments (RandSAC Table 6)')
+    decoder: str | None = option(None, 'masked, parallel or none')
+    decoder_depth: int | None = option(None, 'decoder layers')
+    decoder_dim: int | None = option(None, 'decoder width')
+    decoder_heads: int | None = option(None, 'decoder heads')
+    memory: str | None = option(None, 'what the decoder reads: mix or last (masked), output or input (parallel)')
+    shared: bool | None = option(None, 'decode with the encoder\'s own weights (two-stream)')
+    first_segment: str | None = option(None, 'what the first segment attends to: self or none')
+    head: str | None = option(None, 'prediction head: linear or mlp')
+    norm_pix: bool | None = option(None, 'normalise target patches')
+    blur: tuple[float, ...] | None = option(None, 'kernel size and sigma of the target\'s blur; 0 turns it off')
+    drop_path_rate: float | None = option(None, 'stochastic depth of the encoder')
+    grad_checkpointing: bool = option(False, 'recompute blocks in the backward pass to save memory')
 
-    dataset: str | None = _option(
+    dataset: str | None = option(
         None, 'digits, folder (the default with --data-dir), or a timm data set name: torch/NAME, hfds/NAME, wds/NAME')
-    data_dir: str | None = _option(None, 'folder of images, flat or one folder a class, with or without splits')
-    train_split: str = _option('train', 'split to train on')
-    eval_split: str | None = _option(
+    data_dir: str | None = option(
+        None, 'folder of images, flat or one folder a class, with or without splits', free=True)
+    train_split: str = option('train', 'split to train on')
+    eval_split: str | None = option(
         None, 'split to report accuracies on; without one, a fifth of the labelled training images')
-    eval_images: int = _option(10000, 'images used for accuracies at most, of either split')
-    eval_every: int = _option(0, 'report accuracies every so many epochs; 0, only before and after training')
-    download: bool = _option(False, 'let torch/... data sets download themselves')
-    workers: int | None = _option(None, 'processes that load images; none on a CPU by default, else up to 8')
-    crop_scale: tuple[float, ...] | None = _option(
+    eval_images: int = option(10000, 'images used for accuracies at most, of either split', free=True)
+    eval_every: int = option(0, 'report accuracies every so many epochs; 0, only before and after training', free=True)
+    download: bool = option(False, 'let torch/... data sets download themselves', free=True)
+    workers: int | None = option(None, 'processes that load images; none on a CPU by default, else up to 8', free=True)
+    crop_scale: tuple[float, ...] | None = option(
         None, 'area of random crops; by default 0.2 1.0 (RandSAC 5) or 0.67 1.0 (SAIM)')
-    hflip: float = _option(0.5, 'probability of a horizontal flip')
+    hflip: float = option(0.5, 'probability of a horizontal flip')
 
-    epochs: int = _option(100, 'passes over the training images')
-    batch_size: int = _option(256, 'images a forward pass')
-    accumulate: int = _option(1, 'forward passes an optimizer step; the batch of a step is their product')
-    opt: str = _option('adamw', 'optimizer, a timm name')
-    lr: float = _option(1e-3, 'learning rate for 256 images a step, scaled linearly')
-    weight_decay: float = _option(0.05, 'weight decay')
-    betas: tuple[float, ...] = _option((0.9, 0.999), 'Adam\'s betas')
-    warmup_epochs: float = _option(10, 'epochs of linear warm-up from 0')
-    precision: str = _option('auto', 'auto, float32 or bfloat16 autocast')
-    seed: int = _option(0, 'seed of initialisation, order of images, augmentation and ranks')
-    device: str = _option('auto', 'auto, cpu, cuda, cuda:1, ...')
-    log_every: int = _option(20, 'steps a line of log.jsonl averages over')
-    output_dir: str | None = _option(None, 'folder of the run; by default a new one under runs/')
+    epochs: int = option(100, 'passes over the training images')
+    batch_size: int = option(256, 'images a forward pass')
+    accumulate: int = option(1, 'forward passes an optimizer step; the batch of a step is their product')
+    opt: str = option('adamw', 'optimizer, a timm name')
+    lr: float = option(1e-3, 'learning rate for 256 images a step, scaled linearly')
+    weight_decay: float = option(0.05, 'weight decay')
+    betas: tuple[float, ...] = option((0.9, 0.999), 'Adam\'s betas')
+    warmup_epochs: float = option(10, 'epochs of linear warm-up from 0')
+    precision: str = option('auto', 'auto, float32 or bfloat16 autocast')
+    seed: int = option(0, 'seed of initialisation, order of images, augmentation and ranks')
+    device: str = option('auto', 'auto, cpu, cuda, cuda:1, ...')
+    log_every: int = option(20, 'steps a line of log.jsonl averages over', free=True)
+    output_dir: str | None = option(
+        None, 'folder of the run; the same command with the same folder resumes; by default a new one under runs/',
+        free=True)
+    checkpoint_every_steps: int = option(0, 'steps between checkpoints; 0, by time alone', free=True)
+    checkpoint_every_minutes: float = option(10.0, 'minutes between checkpoints; 0, by steps alone', free=True)
+    force_resume: bool = option(
+        False, 'resume with other settings, processes or threads than the run began with', free=True)
+    tracker: str | None = option(None, 'wandb sends the lines of log.jsonl there too', free=True)
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
@@ -81,7 +96,8 @@ class PretrainConfig:
         for name in ('epochs', 'batch_size', 'accumulate', 'eval_images', 'log_every'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'{name} must be at least 1, got {getattr(self, name)}.')
-        for name in ('lr', 'weight_decay', 'warmup_epochs', 'eval_every'):
+        for name in ('lr', 'weight_decay', 'warmup_epochs', 'eval_every', 'checkpoint_every_steps',
+                     'checkpoint_every_minutes'):
             if getattr(self, name) < 0:
                 raise ConfigError(f'{name} cannot be negative, got {getattr(self, name)}.')
         if not 0 <= self.hflip <= 1:
@@ -148,7 +164,9 @@ def make_config(config_class: type, recipe: dict[str, Any], flags: dict[str, Any
 def save_config(config: Any, path: Path) -> None:
     """Write the resolved settings as a recipe."""
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding='utf-8')
+    scratch = path.with_name(path.name + '.new')
+    scratch.write_text(yaml.safe_dump(plain, sort_keys=False), encoding='utf-8')
+    os.replace(scratch, path)
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:

@@ -1,6 +1,6 @@
 """Images for pretraining and evaluation: folders, timm's data sets, and scikit-learn's bundled digits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import Compose
 
-from ..errors import DataError, suggest
+from ..errors import ConfigError, DataError, suggest
+from .distributed import EpochSampler, Processes, check_divisible
+from .seeding import kept_random_state, mix_seed, seed_cpu
 
 SPLIT_NAMES = ('train', 'training', 'val', 'valid', 'validation', 'test')
 
@@ -195,6 +197,155 @@ def sample(dataset: Dataset, most: int, seed: int) -> Dataset:
         return dataset
     generator = torch.Generator().manual_seed(seed)
     return Subset(dataset, sorted(torch.randperm(len(dataset), generator=generator)[:most].tolist()))
+
+
+class SeededSamples(Dataset):
+    """A map-style data set whose augmentation is a function of (seed, epoch, index), whatever process does it.
+
+    Takes keys (epoch, index) and gives what the data set gives for the index.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]):
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list:
+        samples = []
+        with kept_random_state():
+            for epoch, index in keys:
+                seed_cpu(mix_seed(self.seed, 'image', epoch, index))
+                samples.append(self.dataset[index])
+        return samples
+
+
+class SeededStream(IterableDataset):
+    """A streamed data set whose order and augmentation are functions of (seed, pass, loader process, position).
+
+    Resuming is exact with as many loader processes as before. `number` names the pass, and is set before it; loader
+    processes learn it when they start.
+    """
+
+    def __init__(self, dataset: IterableDataset, seed: int, rank: int = 0):
+        self.dataset, self.seed, self.rank, self.number = dataset, seed, rank, (0, 0)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        place = (*self.number, self.rank, worker.id if worker else 0)
+        if hasattr(self.dataset, 'set_epoch'):
+            self.dataset.set_epoch(mix_seed(self.seed, 'order', *self.number) % 2 ** 31)
+        reader = getattr(self.dataset, 'reader', None)
+        if hasattr(reader, 'worker_seed'):
+            # timm's WebDataset reader goes on with the last pass's generator unless it is made anew.
+            reader.ds, reader.worker_seed = None, mix_seed(self.seed, 'shuffle', *place)
+        samples, position = iter(self.dataset), 0
+        while True:
+            with kept_random_state():
+                seed_cpu(mix_seed(self.seed, 'image', *place, position))
+                try:
+                    sample = next(samples)
+                except StopIteration:
+                    return
+            yield sample
+            position += 1
+
+
+class Batches:
+    """Training batches of this process without end, in an order and with an augmentation that are functions of the seed
+    and the epoch, from any place on.
+
+    Args:
+        dataset: Map-style, or a stream.
+        batch_size: Images a batch, over all processes together.
+        seed: Of the run.
+        group: The processes of the run.
+        workers: Processes that load images.
+        multiple_of: Makes the batches of an epoch a multiple of this, for accumulation.
+
+    Attributes:
+        per_epoch: Batches an epoch.
+        sampler: The EpochSampler of a map-style data set, None for a stream.
+
+    Raises:
+        DataError: for fewer images than a batch.
+        ConfigError: for a batch that processes cannot share out, or accumulation over more batches than an epoch has.
+    """
+
+    def __init__(
+            self,
+            dataset: Dataset,
+            batch_size: int,
+            seed: int,
+            group: Processes,
+            workers: int = 0,
+            multiple_of: int = 1,
+    ):
+        check_divisible(batch_size, group)
+        self.is_stream = isinstance(dataset, IterableDataset)
+        images = stream_length(dataset, workers) * group.world_size if self.is_stream else len(dataset)
+        if images < batch_size:
+            raise DataError(f'{images} training images are fewer than a batch of {batch_size}: use --batch-size '
+                            f'{images} or less.')
+        self.per_epoch = images // batch_size // multiple_of * multiple_of
+        if self.per_epoch == 0:
+            raise ConfigError(
+                f'accumulate={multiple_of} asks for more batches than the {images // batch_size} of an epoch.')
+        shared = dict(num_workers=workers, pin_memory=group.device.type == 'cuda')
+        if self.is_stream:
+            self.sampler = None
+            self.dataset = SeededStream(dataset, seed, group.rank)
+            # New processes for every pass, since they learn its number when they start.
+            self.loader = DataLoader(self.dataset, batch_size // group.world_size, drop_last=True,
+                                     generator=torch.Generator(), **shared)
+        else:
+            self.dataset = SeededSamples(dataset, seed)
+            self.sampler = EpochSampler(images, batch_size, seed, group, self.per_epoch)
+            self.loader = DataLoader(
+                self.dataset, batch_sampler=self.sampler, persistent_workers=workers > 0, **shared)
+
+    def start_at(self, batch: int) -> Iterator:
+        """Batches from number `batch` of the whole run on, as the DataLoader collates them."""
+        epoch, offset = divmod(batch, self.per_epoch)
+        while True:
+            if self.is_stream:
+                yield from self._stream(epoch, offset)
+            else:
+                self.sampler.start_at(epoch, offset)
+                yield from self.loader
+            epoch, offset = epoch + 1, 0
+
+    def _stream(self, epoch: int, offset: int) -> Iterator:
+        """The batches of an epoch after the first `offset`; a stream that ends early begins again."""
+        given, again = 0, 0
+        while given < self.per_epoch:
+            self.dataset.number = (epoch, again)
+            # timm's readers take what they shuffle by from the seeds of loader processes.
+            self.loader.generator.manual_seed(mix_seed(self.dataset.seed, 'processes', epoch, again))
+            before = given
+            for batch in self.loader:
+                given += 1
+                if given > offset:
+                    yield batch
+                if given == self.per_epoch:
+                    return
+            if given == before:
+                raise DataError('The stream gave no whole batch: its shards are empty or damaged, or there are fewer '
+                                'of them than processes and loader processes (--workers).')
+            again += 1
+
+
+def stream_length(dataset: IterableDataset, workers: int) -> int:
+    """Images of a stream for each process, as its description counts them; 0 where it does not."""
+    if hasattr(dataset, 'set_loader_cfg'):
+        dataset.set_loader_cfg(num_workers=workers)
+    try:
+        return len(dataset)
+    except TypeError:
+        return 0
 
 
 def training_loader(dataset: Dataset, batch_size: int, workers: int, seed: int, pin_memory: bool) -> DataLoader:

@@ -1,7 +1,12 @@
-"""The machine a run is on: device, precision, memory, and the folder it writes to."""
+"""The machine a run is on: device, precision, memory, signals, and the folder it writes to."""
 
 import ctypes
+import fcntl
+import os
 import platform
+import signal
+import socket
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -63,6 +68,96 @@ def keep_freed_memory() -> None:
     libc.mallopt(mmap_threshold, 32 << 20)  # the largest value glibc accepts
     libc.mallopt(trim_threshold, 2 ** 31 - 1)
     libc.mallopt(top_pad, 64 << 20)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it did, with a checkpoint to go on from.
+
+    Args:
+        message: What was kept and how to go on.
+        signal_number: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT into a wish that the loop reads between steps; a second SIGINT interrupts at once.
+
+    A context manager: the handlers that were there before return at its end.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before = {}
+
+    def __enter__(self) -> 'StopSignals':
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+            self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+def create_folder(output_dir: str | None, name: str) -> Path:
+    """The folder of a run, which exists and can be written to: `output_dir`, or the first free runs/NAME-1, -2, ...
+
+    Raises:
+        ConfigError: for a path that is a file or cannot be written to.
+    """
+    number = 0
+    while True:
+        number += 1
+        folder = Path('runs', f'{name}-{number}') if output_dir is None else Path(output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=output_dir is not None)
+            # Root is allowed to do what the file system then refuses, so ask by writing.
+            probe = folder / f'.writable-{os.getpid()}'
+            probe.touch()
+            probe.unlink()
+            return folder
+        except FileExistsError as error:
+            if output_dir is not None:
+                raise ConfigError(f'The output folder {folder} is a file. Name another --output-dir.') from error
+        except OSError as error:
+            raise ConfigError(f'Cannot write to the output folder {folder}: {error.strerror}. Name another '
+                              '--output-dir.') from error
+
+
+class FolderLock:
+    """Holds a run's folder until `release`, or until the process dies, however it dies.
+
+    Raises:
+        ConfigError: where another process holds it.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = (folder / '.lock').open('a+', encoding='utf-8')
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.file.seek(0)
+            holder = self.file.read().strip() or 'another process'
+            self.file.close()
+            raise ConfigError(f'Another run is writing to {folder} ({holder}): wait for it, stop it, or name another '
+                              '--output-dir.') from error
+        self.file.truncate(0)
+        self.file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        self.file.flush()
+        # A loader process inherits the file and with it the lock, and may outlive a killed parent by seconds.
+        os.register_at_fork(after_in_child=self.file.close)
+
+    def release(self) -> None:
+        self.file.close()
 
 
 def new_run_folder(output_dir: str | None, name: str) -> Path:

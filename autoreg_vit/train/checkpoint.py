@@ -1,0 +1,292 @@
+"""Checkpoints that survive a kill at any moment: written beside, synced, then put in place; a checksum beside each.
+
+A checkpoint `last.pt` has beside it `last.pt.sha256` (as `sha256sum` writes and checks it) and the one before it,
+`last.previous.pt`. Whenever a save is killed, one of them is whole.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import CheckpointError
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Save `state` as the newest checkpoint at `path`; the one that stood there becomes the previous one.
+
+    Args:
+        state: Tensors, numbers, texts, and lists and dictionaries of them, which `weights_only` loading reads.
+        path: A regular file, or none yet.
+
+    Raises:
+        CheckpointError: for a target that is no regular file, or a write that failed, on a full disk for one; what
+            was there before is left whole.
+    """
+    path = Path(path)
+    for target in (path, previous_of(path)):
+        _check_regular(target)
+    new = _beside(path, '.new')
+    write_file(new, lambda file: torch.save(state, file))
+    # After every single step below some whole file has its checksum in the folder, and loading looks at them all.
+    if path.exists():
+        digest = read_checksum(path)
+        os.replace(path, previous_of(path))
+        if digest is not None:
+            write_checksum(previous_of(path), digest)
+    os.replace(new, path)
+    os.replace(checksum_path(new), checksum_path(path))
+    _sync_folder(path.parent)
+
+
+def load_checkpoint(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The newest whole checkpoint at `path`, on the CPU, or None where there never was one.
+
+    Args:
+        path: As given to `save_checkpoint`.
+        say: Takes the message that the newest one is damaged and the previous one is used.
+
+    Raises:
+        CheckpointError: where there are only damaged ones, naming each and its damage.
+    """
+    path = Path(path)
+    candidates = [p for p in (path, _beside(path, '.new'), previous_of(path)) if p.exists()]
+    # A kill between two renames leaves a file beside the checksum of another.
+    known = {read_checksum(p) for p in (path, _beside(path, '.new'), previous_of(path))} - {None}
+    damages = []
+    for candidate in candidates:
+        _check_regular(candidate)
+        try:
+            if not known:
+                raise CheckpointError(
+                    f'{candidate} has no checksum beside it. If you trust the file, make one: '
+                    f'sha256sum {candidate.name} > {checksum_path(candidate).name}')
+            if sha256_of(candidate) not in known:
+                raise CheckpointError(f'{candidate} does not match its checksum in {checksum_path(candidate).name}: '
+                                      'it is damaged or was changed.')
+            state = load_file(candidate)
+        except CheckpointError as error:
+            if candidate != _beside(path, '.new'):  # an unfinished save is no damage
+                damages.append(str(error))
+            continue
+        for damage in damages:
+            say(f'{damage} Going on from {candidate.name}.')
+        return state
+    if damages:
+        raise CheckpointError(' '.join(damages) + ' No whole checkpoint is left: restore one from a copy, or remove '
+                              f'{path.parent} to start anew.')
+    return None
+
+
+def load_file(path: Path) -> Any:
+    """`torch.load` of tensors and plain values alone, on the CPU.
+
+    Raises:
+        CheckpointError: for every way in which that fails, naming the file.
+    """
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # UnpicklingError, EOFError, RuntimeError, IndexError, ... by the kind of damage
+        reason = ' '.join(str(error).split())[:200] or 'it ends too early'
+        raise CheckpointError(
+            f'Cannot read the checkpoint {path} ({type(error).__name__}: {reason}). It is truncated, or not a file of '
+            'tensors and plain values; nothing else is loaded, since a pickle can run code.') from error
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file and its checksum, both on disk when this returns; a failed write leaves neither.
+
+    Args:
+        path: File to write, replaced if it exists.
+        write: Gets the open file.
+
+    Raises:
+        CheckpointError: for a target that is no regular file, and for a write that failed.
+    """
+    _check_regular(path)
+    try:
+        with path.open('wb') as raw:
+            file = _HashingFile(raw)
+            try:
+                write(file)
+            except Exception:
+                if file.error is None:
+                    raise
+            if file.error is not None:
+                raise file.error
+            raw.flush()
+            os.fsync(raw.fileno())
+        write_checksum(path, file.sha256.hexdigest())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """What to say when `path` cannot be written."""
+    if error.errno in OUT_OF_SPACE:
+        return CheckpointError(
+            f'The disk is full or a quota is reached: cannot write {path} ({error.strerror}). The last good checkpoint '
+            'is kept: free some space and run the same command again.')
+    return CheckpointError(f'Cannot write {path}: {error.strerror or error}. The last good checkpoint is kept.')
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept: last.previous.pt for last.pt."""
+    return path.with_name(f'{path.stem}.previous{path.suffix}')
+
+
+def checksum_path(path: Path) -> Path:
+    """Where the checksum of `path` stands: last.pt.sha256 for last.pt."""
+    return _beside(path, '.sha256')
+
+
+def write_checksum(path: Path, digest: str | None = None) -> None:
+    """Write PATH.sha256, which `sha256sum --check` reads; computed from the file where no digest is given."""
+    name = path.name.removesuffix('.new')
+    scratch = _beside(path, '.sha256.new')
+    with scratch.open('w', encoding='utf-8') as file:
+        file.write(f'{digest or sha256_of(path)}  {name}\n')
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, checksum_path(path))
+
+
+def read_checksum(path: Path) -> str | None:
+    """The digest in PATH.sha256, or None where there is none."""
+    try:
+        words = checksum_path(path).read_text(encoding='utf-8', errors='replace').split()
+    except OSError:
+        return None
+    return words[0] if words and re.fullmatch('[0-9a-f]{64}', words[0]) else None
+
+
+def verify_checksum(path: Path) -> None:
+    """Raise CheckpointError if `path` has a checksum beside it that it does not match."""
+    digest = read_checksum(path)
+    if digest is not None and digest != sha256_of(path):
+        raise CheckpointError(f'{path} does not match its checksum in {checksum_path(path).name}: it is damaged or was '
+                              'changed. Get a whole copy of it.')
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_into(model: torch.nn.Module, state_dict: dict[str, torch.Tensor], source: str) -> None:
+    """Load all of `state_dict` into `model`, which must have the same parameters.
+
+    Raises:
+        CheckpointError: for parameters that are missing, foreign or of another shape, naming them.
+    """
+    own = model.state_dict()
+    problems = []
+    for what, names in (('missing', sorted(own.keys() - state_dict.keys())),
+                        ('unexpected', sorted(state_dict.keys() - own.keys()))):
+        if names:
+            problems.append(f'{what}: {_few(names)}')
+    shapes = [f'{k} {tuple(state_dict[k].shape)} for {tuple(v.shape)}' for k, v in own.items()
+              if k in state_dict and state_dict[k].shape != v.shape]
+    if shapes:
+        problems.append(f'of another shape: {_few(shapes)}')
+    if problems:
+        raise CheckpointError(f'{source} belongs to another model; {"; ".join(problems)}. Give the model its settings, '
+                              'or another --output-dir.')
+    model.load_state_dict(state_dict)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], source: str) -> None:
+    """Load `state_dict` into `optimizer`, which must be of the same kind over the same parameters.
+
+    Raises:
+        CheckpointError: where it is not.
+    """
+    try:
+        kept = state_dict['optimizer']
+        if state_dict['kind'] != type(optimizer).__name__:
+            raise ValueError(f'it is of {state_dict["kind"]}, not {type(optimizer).__name__}')
+        optimizer.load_state_dict(kept)
+        for group in optimizer.param_groups:
+            for parameter in group['params']:
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+                        raise ValueError(f'its {name} has the shape {tuple(value.shape)} for a parameter of '
+                                         f'{tuple(parameter.shape)}')
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'The optimizer state of {source} does not fit ({" ".join(str(error).split())}). Use the '
+                              'settings the run began with, or another --output-dir.') from error
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What `load_optimizer` takes."""
+    return {'kind': type(optimizer).__name__, 'optimizer': optimizer.state_dict()}
+
+
+class _HashingFile:
+    """A file that hashes what is written to it, and keeps the first error for after: torch.save is C++, which turns an
+    exception in the middle of a write into a message about file positions."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+
+    def write(self, block) -> int:
+        if self.error is None:
+            try:
+                self.file.write(block)
+                self.sha256.update(block)
+            except OSError as error:
+                self.error = error
+        return len(block)
+
+    def flush(self) -> None:
+        if self.error is None:
+            try:
+                self.file.flush()
+            except OSError as error:
+                self.error = error
+
+
+def _check_regular(path: Path) -> None:
+    """Raise CheckpointError for what a write would replace or fill that is no file: a link, a folder, a device."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = {stat.S_IFLNK: 'a symbolic link', stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe'}.get(
+            stat.S_IFMT(mode), 'a device or socket')
+        raise CheckpointError(f'{path} is {kind}, not a regular file: move it away or name another --output-dir.')
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have renames in `folder` on disk, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _few(names: list[str], most: int = 5) -> str:
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')

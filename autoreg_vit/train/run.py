@@ -1,0 +1,259 @@
+"""A run's folder: its settings, log and checkpoints, and whether to begin, go on or leave it as finished."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..errors import ConfigError
+from .checkpoint import load_checkpoint, previous_of, save_checkpoint, write_error
+from .config import free_settings, load_recipe, save_config
+from .distributed import Processes
+from .runtime import FolderLock, create_folder
+
+CHECKPOINT = 'last.pt'
+
+
+class Run:
+    """The folder of a run, held by one command at a time; a context manager that gives it back.
+
+    Open it on every process once settings, data and model are known to work; only the main process writes.
+
+    Args:
+        config: Resolved settings, a dataclass with `output_dir`, `force_resume` and `tracker`; fields declared free may
+            change on resume. `output_dir` is set to the folder.
+        name: Of the folder, where `output_dir` is None.
+        group: The processes of the run.
+        facts: What else must be the same for the same weights, such as the number of images; the number of processes,
+            and of threads on a CPU, is added.
+
+    Attributes:
+        folder: Path of the folder.
+        state: The checkpoint to go on from, on the CPU of every process, or None at the beginning.
+        finished: Whether the run is complete, so that there is nothing to do.
+        log: The run's Log.
+
+    Raises:
+        ConfigError: for a folder that is in use, holds something else, or a run with other settings or facts.
+        CheckpointError: where no whole checkpoint is left.
+    """
+
+    def __init__(self, config: Any, name: str, group: Processes, facts: dict[str, Any] | None = None):
+        check_tracker(config.tracker)
+        self.group, self._lock = group, None
+        self.facts = {**(facts or {}), 'processes': group.world_size,
+                      'threads': torch.get_num_threads() if group.device.type == 'cpu' else None}
+        try:
+            folder, self.finished, resumes = group.on_main(lambda: self._open(config, name))
+            self.folder, config.output_dir = Path(folder), folder
+            self.state = self._read(config.force_resume) if resumes and not self.finished else None
+            if not self.finished:
+                group.on_main(lambda: self._prepare(config))
+            self.log = Log(self.folder / 'log.jsonl', self.state['log_bytes'] if self.state else 0,
+                           writes=group.is_main and not self.finished)
+            if group.is_main and not self.finished:
+                self.log.followers = _followers(config, self.folder, self.log)
+        except BaseException:
+            self.close()
+            raise
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save `state` with the log's position and the run's facts, on the main process alone.
+
+        Raises:
+            CheckpointError: where it cannot be written; the last good one is kept.
+        """
+        if self.group.is_main:
+            state = {**state, 'log_bytes': self.log.sync(), 'facts': self.facts}
+            save_checkpoint(state, self.folder / CHECKPOINT)
+
+    def finish(self) -> None:
+        """Mark the run as complete."""
+        self.log.write(event='finish')
+        self.log.sync()
+
+    def say(self, text: str) -> None:
+        """Print on the main process, without tearing a progress bar."""
+        if self.group.is_main:
+            say(text)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> 'Run':
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _open(self, config: Any, name: str) -> tuple[str, bool, bool]:
+        """The folder, whether the run in it is finished, and whether there is a checkpoint to resume from."""
+        folder = create_folder(config.output_dir, name)
+        self._lock = FolderLock(folder)
+        resumes = any(p.exists() for p in (folder / CHECKPOINT, previous_of(folder / CHECKPOINT)))
+        if not (folder / 'config.yaml').exists():
+            if resumes or (folder / 'log.jsonl').exists():
+                raise ConfigError(f'{folder} already holds a run, but without its config.yaml, so it cannot be '
+                                  'resumed: name another --output-dir or remove it.')
+            return str(folder), False, False
+        if not resumes and (folder / 'encoder').exists():
+            raise ConfigError(f'{folder} already holds a run, but without {CHECKPOINT}, so it cannot be resumed: name '
+                              'another --output-dir or remove it.')
+        differences = setting_differences(load_recipe(str(folder / 'config.yaml')), config)
+        if differences and not config.force_resume:
+            raise ConfigError(
+                f'{folder} already holds a run with other settings ({"; ".join(differences)}). Repeat its command to '
+                'resume it, name another --output-dir, or accept a mixed run with --force-resume.')
+        return str(folder), not differences and _is_finished(folder / 'log.jsonl'), resumes
+
+    def _read(self, force: bool) -> dict[str, Any] | None:
+        # The others read once the main process has found the file whole and fitting.
+        def check() -> None:
+            self.state = load_checkpoint(self.folder / CHECKPOINT, say)
+            differences = difference(self.state['facts'], self.facts) if self.state else []
+            if differences and not force:
+                raise ConfigError(
+                    f'The run in {self.folder} began in other circumstances ({"; ".join(differences)}), which would '
+                    'change its result. Restore them (torchrun --nproc-per-node, OMP_NUM_THREADS, the data), name '
+                    'another --output-dir, or accept a mixed run with --force-resume.')
+
+        self.group.on_main(check)
+        return self.state if self.group.is_main else load_checkpoint(self.folder / CHECKPOINT, lambda message: None)
+
+    def _prepare(self, config: Any) -> None:
+        save_config(config, self.folder / 'config.yaml')
+        # What a kill in the middle of an export left.
+        for scratch in self.folder.glob('.[a-z]*-*'):
+            if scratch.is_dir():
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Log:
+    """log.jsonl: one JSON object a line, on disk as soon as it is written; `lines` holds them all.
+
+    Args:
+        path: The file; its first `keep` bytes are kept, the rest is what a resumed run writes again.
+        keep: Bytes to keep.
+        writes: Whether this process writes; the others only collect lines.
+    """
+
+    def __init__(self, path: Path, keep: int = 0, writes: bool = True):
+        self.path, self.lines, self.writes = path, [], writes
+        self.followers: list[Callable[[dict[str, Any]], None]] = []
+        if not writes:
+            return
+        with path.open('ab') as file:
+            file.truncate(min(keep, file.tell()))
+        self.lines = read_log(path)
+
+    def write(self, **line: Any) -> None:
+        """Add a line and its time, and hand it to TensorBoard and the tracker."""
+        self.lines.append({'time': round(time.time(), 3), **line})
+        if not self.writes:
+            return
+        try:
+            with self.path.open('a', encoding='utf-8') as file:
+                file.write(json.dumps(self.lines[-1]) + '\n')
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        for follower in self.followers:
+            follower(self.lines[-1])
+
+    def sync(self) -> int:
+        """Have all lines on disk; returns the file's size in bytes."""
+        if not self.writes:
+            return 0
+        with self.path.open('ab') as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log.jsonl; a last one that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def say(text: str) -> None:
+    """Print without tearing a progress bar."""
+    tqdm.write(text)
+
+
+def setting_differences(before: dict[str, Any], config: Any) -> list[str]:
+    """What differs between a run's saved settings and `config`, free settings aside."""
+    free = free_settings(type(config))
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    # A setting that a later version added has its default in an earlier run.
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    before = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **before}.items()}
+    return difference(before, now, [k for k in now if k not in free])
+
+
+def difference(before: dict[str, Any], now: dict[str, Any], keys: list[str] | None = None) -> list[str]:
+    """What differs, each as 'name: was X, is Y'."""
+    keys = sorted(before.keys() | now.keys()) if keys is None else keys
+    return [f'{key}: was {before.get(key)}, is {now.get(key)}' for key in keys if before.get(key) != now.get(key)]
+
+
+def check_tracker(tracker: str | None) -> None:
+    """Raise ConfigError for a tracker that is unknown or not installed."""
+    if tracker not in (None, 'wandb'):
+        raise ConfigError(f"tracker is 'wandb' or left out, got {tracker!r}.")
+    if tracker == 'wandb' and importlib.util.find_spec('wandb') is None:
+        raise ConfigError('tracker=wandb needs the package wandb: pip install wandb, or leave --tracker out '
+                          '(log.jsonl and TensorBoard hold the same lines).')
+
+
+def _followers(config: Any, folder: Path, log: Log) -> list[Callable[[dict[str, Any]], None]]:
+    """What log lines go to besides the file: TensorBoard where it is installed, and the tracker."""
+    followers = []
+    if importlib.util.find_spec('tensorboard') is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        seen = [line['images'] for line in log.lines if 'images' in line]
+        writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=seen[-1] + 1 if seen else 0)
+
+        def follow(line: dict[str, Any]) -> None:
+            for name, value in numbers(line).items():
+                writer.add_scalar(name, value, line['images'])
+            writer.flush()
+
+        followers.append(follow)
+    if config.tracker == 'wandb':
+        import wandb
+
+        # The same folder is the same run there, also after a resume.
+        identity = folder.resolve().as_posix().replace('/', '-').strip('-')[-64:]
+        tracked = wandb.init(project='autoreg-vit', id=identity, name=folder.name, dir=str(folder), resume='allow',
+                             config=dataclasses.asdict(config))
+        followers.append(lambda line: tracked.log({**numbers(line), 'images': line['images']})
+                         if 'images' in line else None)
+    return followers
+
+
+def numbers(line: dict[str, Any]) -> dict[str, float]:
+    """The curves that a log line continues: 'event/name' to value; none for lines without 'images'."""
+    if 'images' not in line:
+        return {}
+    return {f'{line["event"]}/{k}': v for k, v in line.items()
+            if k not in ('time', 'images') and type(v) in (int, float) and math.isfinite(v)}
+
+
+def _is_finished(log: Path) -> bool:
+    lines = read_log(log)
+    return bool(lines) and lines[-1].get('event') == 'finish'
