@@ -9,6 +9,7 @@ accumulator, which Hopper's compilers have turned into wrong gradients.
 
 import argparse
 import concurrent.futures
+import json
 import multiprocessing
 import os
 import re
@@ -26,7 +27,7 @@ from triton.compiler import ASTSource
 
 from autoreg_vit.ops.packing import split
 from autoreg_vit.ops.triton import backward, forward
-from autoreg_vit.ops.triton.launches import Launch, table
+from autoreg_vit.ops.triton.launches import TABLE, Launch
 
 TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.int32: 'i32'}
 KERNELS = {'forward_kernel': forward, 'delta_kernel': backward, 'fused_backward_kernel': backward,
@@ -141,8 +142,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', type=int, nargs='+', default=[80, 90, 100], choices=[80, 90, 100])
     parser.add_argument('--jobs', type=int, default=os.cpu_count())
+    parser.add_argument('--table', type=Path, default=TABLE, help='launch table (the shipped one)')
     args = parser.parse_args()
-    jobs = [(row, dtype) for row in table() if row['arch'] in args.arch
+    jobs = [(row, dtype) for row in json.loads(args.table.read_text())['launches'] if row['arch'] in args.arch
             for dtype in TYPES if dtype.is_floating_point and torch.finfo(dtype).bits == row['bits']]
     context = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:

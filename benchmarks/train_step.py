@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py [--batch-size 64] [--rounds 5] [--output FILE]
 
-For RandSAC and SAIM with ViT-Tiny at 32 x 32, the variants take turns, round by round, each turn in a fresh process that
-has the machine to itself; ratios are taken within a round. A turn is two steps to warm up, then five that count, a
-product of matrices before each: the turn's time is their median, its ceiling the fastest product.
+For RandSAC and SAIM with ViT-Tiny at 32 x 32, the variants take turns, round by round, each turn in a fresh process
+that has the machine to itself; ratios are taken within a round. A turn is two steps to warm up, then five that count,
+a product of matrices before each: the turn's time is their median, its ceiling the fastest product.
 
 - package: the step as `autoreg-vit pretrain` runs it;
 - eager: the same with the eager implementation of segment attention;
@@ -37,6 +37,7 @@ MODELS = ('randsac_vit_tiny_patch4_32', 'saim_vit_tiny_patch4_32')
 VARIANTS = ('package', 'eager', 'default_malloc', 'dense')
 CPU = torch.device('cpu')
 
+
 class DenseAttention:
     """Segment attention from float masks that are built once a step, with contiguous q, k and v."""
 
@@ -53,6 +54,7 @@ class DenseAttention:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + self.mask(limits, k.shape[2])
         return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
 
 def turn(pipe, model_name: str, variant: str, batch_size: int) -> None:
     """Send the FLOPs of a step, its seconds and the FLOP/s of the fastest product of matrices."""
@@ -107,9 +109,11 @@ def serialization_seconds(model_name: str, batch_size: int) -> float:
         seconds(lambda: Layout.of(model.draw_ranks(batch_size), model.first_segment, model.encoder.num_prefix_tokens))
         for _ in range(11))
 
+
 def spread(values: list[float], digits: int = 3) -> dict[str, float]:
     return {'min': round(min(values), digits), 'median': round(statistics.median(values), digits),
             'max': round(max(values), digits)}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,7 @@
-"""Segment attention against a loop over queries in float64, which knows neither masks nor batched products."""
+"""Segment attention against a loop over queries in float64, which knows neither masks nor batched products.
+
+Triton's kernels run in its interpreter where there is no GPU (see conftest).
+"""
 
 import math
 
@@ -14,10 +17,11 @@ from autoreg_vit.ops import (
     segment_attention,
     segment_attention_kvpacked,
     segment_attention_qkvpacked,
+    set_implementation,
 )
 from autoreg_vit.serialization import blobs, memory_limits, sort_by_rank, source_limits
 
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=20, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2 ** 32 - 1)
 
 # B, Nq, Nk, H, D
@@ -34,14 +38,32 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=['cpu'] + ['cuda'] * torch.cuda.is_available())
+DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available()
+
+
+@pytest.fixture(params=DEVICES)
 def device(request):
+    if request.node.callspec.params.get('impl') == 'triton' and request.param != DEVICES[-1]:
+        pytest.skip('Triton runs on the GPU here')
     return request.param
 
 
+@pytest.fixture
+def half(request, device):
+    """bfloat16, or float16 for Triton's interpreter, which multiplies bfloat16 wrongly (triton #11584)."""
+    impl = request.node.callspec.params.get('impl')
+    return torch.float16 if impl == 'triton' and device == 'cpu' else torch.bfloat16
+
+
+either_precision = pytest.mark.parametrize('precision', ['single', 'half'])
 every_implementation = pytest.mark.parametrize('impl', IMPLEMENTATIONS)
-fast_implementations = pytest.mark.parametrize('impl', [name for name in IMPLEMENTATIONS if name != 'eager'])
 shapes = pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: 'x'.join(map(str, shape)))
+
+
+def with_shapes(*implementations):
+    return pytest.mark.parametrize('impl, shape', [
+        pytest.param(impl, shape, id=f'{impl}-{"x".join(map(str, shape))}')
+        for impl in implementations for shape in SHAPES if impl != 'triton' or shape[-1] in (32, 64)])
 scales = pytest.mark.parametrize('scale', [None, 0.3])
 
 
@@ -103,9 +125,8 @@ def test_eager_is_exact_in_float64(shape, scale, device):
     assert_near(actual, expected_results(q, k, v, limits, grad, scale=scale), 1e-12)
 
 
-@shapes
+@with_shapes(*IMPLEMENTATIONS)
 @scales
-@every_implementation
 def test_float32(impl, shape, scale, device):
     q, k, v, limits, grad = arguments(shape, seed=1, device=device)
     actual = results(segment_attention, q, k, v, limits, grad, scale=scale, impl=impl)
@@ -113,31 +134,30 @@ def test_float32(impl, shape, scale, device):
     assert_near(actual, expected_results(q, k, v, limits, grad, scale=scale), 1e-5)
 
 
-@shapes
-@fast_implementations
-def test_bfloat16_is_as_good_as_eager(impl, shape, device):
-    q, k, v, limits, grad = arguments(shape, seed=2, dtype=torch.bfloat16, device=device)
+@with_shapes('sdpa', 'triton')
+def test_half_precision_is_as_good_as_eager(impl, shape, device, half):
+    q, k, v, limits, grad = arguments(shape, seed=2, dtype=half, device=device)
     expected = expected_results(q, k, v, limits, grad)
     eager = results(segment_attention, q, k, v, limits, grad, impl='eager')
     actual = results(segment_attention, q, k, v, limits, grad, impl=impl)
-    assert all(x.dtype == torch.bfloat16 for x in actual)
+    assert all(x.dtype == half for x in actual)
     for got, plain, want in zip(actual, eager, expected):
         error, eager_error = ((x.double() - want.double()).abs().max().item() for x in (got, plain))
-        # Whatever the arithmetic inside, the result is rounded to 8 significant bits, which alone moves the largest
-        # value by up to 2 ** -9 of itself: eager may have been lucky where it has a smaller error. Gradients of q and k
-        # that are zero, with a single key, are the difference of two equal sums of order ten, taken in float32.
-        assert error <= 2 * eager_error + 2 ** -9 * want.abs().max().item() + 1e-5
+        # Whatever the arithmetic inside, the result is rounded, to 8 significant bits in bfloat16, which alone moves
+        # the largest value by up to 2 ** -9 of itself: eager may have been lucky where it has a smaller error.
+        # Gradients of q and k that are zero, with a single key, are the difference of two equal sums of order ten.
+        assert error <= 2 * eager_error + torch.finfo(half).eps / 4 * want.abs().max().item() + 1e-5
 
 
 @every_implementation
 @PROPERTY
-@given(shape=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.integers(1, 2), st.just(3)),
+@given(shape=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.integers(1, 2), st.just(32)),
        seed=SEEDS, data=st.data())
 def test_any_limits(impl, shape, seed, data):
     batch, queries, keys, _, _ = shape
-    q, k, v, _, grad = arguments(shape, seed=seed)
+    q, k, v, _, grad = arguments(shape, seed=seed, device=DEVICES[-1])
     drawn = data.draw(st.lists(st.integers(0, keys), min_size=batch * queries, max_size=batch * queries))
-    limits = torch.tensor(drawn, dtype=torch.int32).view(batch, queries)
+    limits = torch.tensor(drawn, dtype=torch.int32, device=DEVICES[-1]).view(batch, queries)
     actual = results(segment_attention, q, k, v, limits, grad, impl=impl)
     assert_near(actual, expected_results(q, k, v, limits, grad), 1e-5)
 
@@ -152,7 +172,7 @@ def test_gradcheck():
 
 @every_implementation
 def test_a_scale_of_zero_averages_the_visible_values(impl, device):
-    q, k, v, limits, _ = arguments((2, 9, 7, 2, 5), device=device)
+    q, k, v, limits, _ = arguments((2, 9, 7, 2, 32), device=device)
     out = segment_attention(q, k, v, limits, scale=0.0, impl=impl)
     counts = limits.clamp(min=1)[..., None, None]
     totals = torch.cat([torch.zeros_like(v[:, :1]), v.cumsum(1)], dim=1)
@@ -173,8 +193,9 @@ def test_large_scores_do_not_overflow(impl, device):
 
 
 @every_implementation
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_without_keys_is_zero_and_sends_no_gradient(impl, dtype, device):
+@either_precision
+def test_a_row_without_keys_is_zero_and_sends_no_gradient(impl, precision, device, half):
+    dtype = half if precision == 'half' else torch.float32
     q, k, v, limits, grad = arguments((2, 17, 19, 2, 32), dtype=dtype, device=device)
     limits[:, ::3] = 0
     limits[1, 1::3] = 19
@@ -191,10 +212,11 @@ def test_a_row_without_keys_is_zero_and_sends_no_gradient(impl, dtype, device):
 
 
 @every_implementation
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('shape', [(2, 17, 17, 2, 32), (1, 1, 65, 1, 5), (1, 64, 1, 1, 64)], ids=str)
+@either_precision
+@pytest.mark.parametrize('shape', [(2, 17, 17, 2, 32), (1, 1, 65, 1, 32), (1, 64, 1, 1, 64)], ids=str)
 @pytest.mark.filterwarnings('ignore:Anomaly Detection')
-def test_rows_may_all_be_empty(impl, dtype, shape, device):
+def test_rows_may_all_be_empty(impl, precision, shape, device, half):
+    dtype = half if precision == 'half' else torch.float32
     q, k, v, limits, grad = arguments(shape, dtype=dtype, device=device)
     # Anomaly mode also raises for a NaN on the way back that a later step would have hidden.
     with torch.autograd.detect_anomaly():
@@ -203,8 +225,9 @@ def test_rows_may_all_be_empty(impl, dtype, shape, device):
 
 
 @every_implementation
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_keys_beyond_every_limit_change_nothing_and_receive_no_gradient(impl, dtype, device):
+@either_precision
+def test_keys_beyond_every_limit_change_nothing_and_receive_no_gradient(impl, precision, device, half):
+    dtype = half if precision == 'half' else torch.float32
     q, k, v, limits, grad = arguments((3, 17, 65, 2, 32), dtype=dtype, device=device)
     last = [11, 64, 1]
     limits = torch.stack([row.clamp(max=end) for row, end in zip(limits, last)])
@@ -223,7 +246,7 @@ def test_keys_beyond_every_limit_change_nothing_and_receive_no_gradient(impl, dt
 
 @every_implementation
 def test_a_query_depends_on_its_visible_keys_alone(impl, device):
-    q, k, v, limits, _ = arguments((2, 17, 9, 2, 5), device=device)
+    q, k, v, limits, _ = arguments((2, 17, 9, 2, 32), device=device)
     before = segment_attention(q, k, v, limits, impl=impl)
     for key in range(9):
         changed_k, changed_v = k.clone(), v.clone()
@@ -248,8 +271,8 @@ def test_sorting_and_limits_equal_a_dense_mask_in_raster_order(impl, kind, prefi
     if kind == 'self':
         visible = visible | ((own == 0) & (other == 0))
 
-    q, k, v, _, _ = arguments((3, queries.shape[1], keys.shape[1], 2, 8), device=device)
-    scores = torch.einsum('bihd,bjhd->bhij', q, k) / math.sqrt(8)
+    q, k, v, _, _ = arguments((3, queries.shape[1], keys.shape[1], 2, 32), device=device)
+    scores = torch.einsum('bihd,bjhd->bhij', q, k) / math.sqrt(32)
     weights = scores.masked_fill(~visible[:, None], -math.inf).softmax(-1).nan_to_num(0)
     expected = torch.einsum('bhij,bjhd->bihd', weights, v)
 
@@ -268,7 +291,7 @@ def test_sorting_and_limits_equal_a_dense_mask_in_raster_order(impl, kind, prefi
 
 @every_implementation
 def test_heads_and_images_do_not_mix(impl, device):
-    q, k, v, limits, _ = arguments((3, 17, 19, 4, 16), device=device)
+    q, k, v, limits, _ = arguments((3, 17, 19, 4, 32), device=device)
     out = segment_attention(q, k, v, limits, impl=impl)
     heads, images = torch.tensor([2, 0, 3, 1], device=device), torch.tensor([1, 2, 0], device=device)
     permuted = segment_attention(q[:, :, heads], k[:, :, heads], v[:, :, heads], limits, impl=impl)
@@ -280,7 +303,7 @@ def test_heads_and_images_do_not_mix(impl, device):
 # Packed layouts
 
 
-packed_cases = pytest.mark.parametrize('shape, scale', [((2, 17, 17, 3, 5), None), ((1, 65, 65, 2, 32), 0.7)], ids=str)
+packed_cases = pytest.mark.parametrize('shape, scale', [((2, 17, 17, 3, 32), None), ((1, 65, 65, 2, 32), 0.7)], ids=str)
 
 
 @every_implementation
@@ -322,22 +345,39 @@ def test_auto_is_what_it_chose(dtype, queries, keys, device):
     torch.testing.assert_close(packed, expected[0])
 
 
+def test_an_implementation_can_be_forced(device):
+    q, k, v, limits, _ = arguments((2, 17, 19, 2, 32), device=device)
+    for impl in IMPLEMENTATIONS:
+        if impl == 'triton' and device != DEVICES[-1]:
+            continue
+        try:
+            set_implementation(impl)
+            assert choose_implementation(q, k) == impl
+            forced = segment_attention(q, k, v, limits)
+        finally:
+            set_implementation('auto')
+        assert torch.equal(forced, segment_attention(q, k, v, limits, impl=impl))
+    with pytest.raises(ModelError, match="'flash'"):
+        set_implementation('flash')
+
+
 def test_auto_takes_the_oracle_in_float64():
     q, k, _, _, _ = arguments((1, 300, 300, 1, 8), dtype=torch.float64)
     assert choose_implementation(q, k) == 'eager'
 
 
 @pytest.mark.parametrize('impl', ['auto', *IMPLEMENTATIONS])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(impl, dtype, device):
+@either_precision
+def test_autocast(impl, precision, device, half):
+    dtype = half if precision == 'half' else torch.float32
     q, k, v, limits, grad = arguments((2, 17, 19, 2, 32), dtype=dtype, device=device)
 
     def under_autocast(*args):
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, half):
             return segment_attention(*args, impl=impl)
 
     actual = results(under_autocast, q, k, v, limits, grad)
-    assert [x.dtype for x in actual[1:]] == [dtype] * 3
+    assert [x.dtype for x in actual] == [half] + [dtype] * 3
     assert not actual[0][limits == 0].any()
     assert not actual[1][limits == 0].any()
     # Three roundings to 8 bits on the way to values of order one.
@@ -345,8 +385,24 @@ def test_autocast(impl, dtype, device):
 
 
 @every_implementation
+def test_autocast_takes_norms_in_float32_beside_values_in_half_precision(impl, device, half):
+    q, k, v, limits, grad = arguments((2, 17, 19, 2, 32), device=device)
+    with torch.autocast(device, half):
+        out = segment_attention(q, k, v.to(half), limits, impl=impl)
+    assert out.dtype == half
+    assert_near([out], expected_results(q, k, v, limits, grad)[:1], 0.05)
+
+
+@pytest.mark.parametrize('impl', ['eager', 'sdpa'])
+def test_autocast_leaves_float64_alone(impl, device):
+    q, k, v, limits, _ = arguments((2, 17, 19, 2, 32), dtype=torch.float64, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        assert segment_attention(q, k, v, limits, impl=impl).dtype == torch.float64
+
+
+@every_implementation
 def test_arguments_are_left_as_they_were(impl, device):
-    args = arguments((2, 17, 19, 2, 5), device=device)
+    args = arguments((2, 17, 19, 2, 32), device=device)
     copies = [x.clone() for x in args]
     results(segment_attention, *args, impl=impl)
     for x, copy in zip(args, copies):

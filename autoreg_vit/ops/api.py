@@ -1,6 +1,5 @@
 """Public segment attention: checks arguments once and hands them to an implementation."""
 
-import functools
 import importlib.util
 
 import torch
@@ -10,6 +9,9 @@ from . import eager, sdpa
 from .packing import split
 
 IMPLEMENTATIONS = ('eager', 'sdpa', 'triton')
+
+# Looked up, not imported: `import autoreg_vit` stays quick and works where there is no Triton.
+TRITON_INSTALLED = importlib.util.find_spec('triton') is not None
 
 _forced = 'auto'
 
@@ -81,7 +83,7 @@ def choose_implementation(q: torch.Tensor, k: torch.Tensor) -> str:
         return _forced
     if q.dtype == torch.float64:
         return 'eager'
-    if q.device.type == 'cuda' and _triton_installed():
+    if q.device.type == 'cuda' and TRITON_INSTALLED:
         from . import triton
         if triton.reason_unsupported(q) is None:
             return 'triton'
@@ -103,8 +105,9 @@ def set_implementation(impl: str) -> None:
 
 def _attend(projections: list[torch.Tensor], limits: torch.Tensor, scale: float | None, impl: str) -> torch.Tensor:
     kind = projections[0].device.type
-    if torch.is_autocast_enabled(kind) and projections[0].dtype != torch.float64:
-        # As torch's own attention does. Norms of queries and keys leave float32 behind, beside values in half precision.
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and projections[0].dtype != torch.float64:
+        # As torch's own attention does; norms of queries and keys leave float32 behind, beside values in half.
         projections = [x.to(torch.get_autocast_dtype(kind)) for x in projections]
     q, k, v = split(projections)
     _check(q, k, v, limits)
@@ -113,17 +116,11 @@ def _attend(projections: list[torch.Tensor], limits: torch.Tensor, scale: float 
         impl = choose_implementation(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if impl == 'triton':
-        if not _triton_installed():
+        if not TRITON_INSTALLED:
             raise ModelError("impl='triton' needs the package triton: pip install triton. impl='auto' does without.")
         from . import triton
         return triton.segment_attention(projections, limits, scale)
     return {'eager': eager, 'sdpa': sdpa}[impl].segment_attention(q, k, v, limits, scale)
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    # Looked up, not imported: `import autoreg_vit` stays quick and works where there is no Triton.
-    return importlib.util.find_spec('triton') is not None
 
 
 def _check_implementation(impl: str) -> None:

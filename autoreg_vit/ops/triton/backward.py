@@ -55,7 +55,8 @@ def fused_backward_kernel(
 
     # Transposed, [keys, queries], so that accumulators enter products as they are.
     visible = rows[:, None] < tl.minimum(limits, keys)[None, :]
-    weights = tl.where(visible, tl.exp2(scores_base2(key, query, scale_log2) - lse[None, :]), 0.0)
+    scores = scores_base2(key, query, scale_log2)
+    weights = tl.exp2(tl.where(visible, scores - lse[None, :], -float('inf')))
     dv = tl.dot(weights.to(grad.dtype), grad, input_precision='ieee')
     store_rows(dv_ptr + image * dv_stride_b + head * dv_stride_h, dv, rows, keys, dv_stride_n, HEAD_DIM)
     d_weights = tl.dot(value, tl.trans(grad), input_precision='ieee')
@@ -86,8 +87,8 @@ def _query_gradient(
         columns = start + tl.arange(0, STEP)
         key = load_rows(k_ptr, columns, keys, k_stride, HEAD_DIM)
         value = load_rows(v_ptr, columns, keys, v_stride, HEAD_DIM)
-        weights = tl.exp2(scores_base2(query, key, scale_log2) - lse[:, None])  # [BLOCK, STEP]
-        weights = tl.where(columns[None, :] < limits[:, None], weights, 0.0)
+        scores = scores_base2(query, key, scale_log2)  # [BLOCK, STEP]
+        weights = tl.exp2(tl.where(columns[None, :] < limits[:, None], scores - lse[:, None], -float('inf')))
         d_weights = tl.dot(grad, tl.trans(value), input_precision='ieee')
         d_scores = weights * (d_weights - delta[:, None])
         dq += tl.dot(d_scores.to(key.dtype), key, input_precision='ieee')
@@ -121,8 +122,8 @@ def _key_gradients(
         lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float('inf'))
         delta = tl.load(delta_ptr + rows, mask=rows < queries, other=0.0)
         # Transposed, [keys, queries], so that accumulators enter products as they are.
-        weights = tl.exp2(scores_base2(key, query, scale_log2) - lse[None, :])  # [BLOCK, STEP]
-        weights = tl.where(columns[:, None] < limits[None, :], weights, 0.0)
+        scores = scores_base2(key, query, scale_log2)  # [BLOCK, STEP]
+        weights = tl.exp2(tl.where(columns[:, None] < limits[None, :], scores - lse[None, :], -float('inf')))
         dv += tl.dot(weights.to(grad.dtype), grad, input_precision='ieee')
         d_weights = tl.dot(value, tl.trans(grad), input_precision='ieee')
         d_scores = weights * (d_weights - delta[None, :])
@@ -170,7 +171,8 @@ def backward_kernel(
             scale_log2, HEAD_DIM, BLOCK, STEP)
 
 
-def fused_backward(q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
+def fused_backward(
+        q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
     """Fill dq, dk and dv where `launch.block` holds all queries and all keys; `out` and `grad` are contiguous."""
     batch, queries, heads, head_dim = q.shape
     fused_backward_kernel[(batch * heads,)](
@@ -180,7 +182,8 @@ def fused_backward(q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, sc
         num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=FP_FUSION)
 
 
-def backward(q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
+def backward(
+        q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
     """Fill dq, dk and dv; `out` and `grad` are contiguous."""
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]

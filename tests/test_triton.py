@@ -1,0 +1,325 @@
+"""Triton's kernels of segment attention: on the GPU where there is one, else in Triton's interpreter.
+
+`test_ops` holds what every implementation must do; here is what only these kernels have: launches, layouts, the custom
+operator, and models that run on it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from test_ops import arguments, assert_near, expected_results, results
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autoreg_vit import ops
+from autoreg_vit.errors import ModelError
+from autoreg_vit.ops import segment_attention, segment_attention_kvpacked, segment_attention_qkvpacked
+from autoreg_vit.ops import triton as kernels
+from autoreg_vit.ops.triton import launches
+from autoreg_vit.serialization import Layout, Serialization
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+# The interpreter multiplies bfloat16 wrongly (triton #11584).
+HALVES = [torch.float16, torch.bfloat16] if DEVICE == 'cuda' else [torch.float16]
+ROOT = Path(__file__).parent.parent
+
+
+def attention(q, k, v, limits, **options):
+    return segment_attention(q, k, v, limits, impl='triton', **options)
+
+
+def monotone(grid, prefix, kind, *, batch=2):
+    """Limits of RandSAC's blobs for encoder, decoder or memory attention."""
+    ranks = Serialization('blobs', grid, (11, 5))(batch, generator=torch.Generator().manual_seed(0))
+    return getattr(Layout.of(ranks, 'self' if prefix == 0 else 'none', prefix), f'{kind}_limits')
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that kernels are given to fill holds NaN, so that what they leave out shows."""
+    for name in ('empty', 'empty_like'):
+        allocate = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, allocate=allocate, **kwargs: (
+            x.fill_(float('nan')) if (x := allocate(*args, **kwargs)).is_floating_point() else x))
+
+
+@pytest.fixture
+def forced():
+    """Models run on these kernels."""
+    ops.set_implementation('triton')
+    yield
+    ops.set_implementation('auto')
+
+
+# Values and gradients
+
+
+# Lengths around tiles and launches; 260 queries take the launches for any number of tokens.
+@pytest.mark.parametrize('dtype', [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize('shape', [
+    (2, 1, 1, 1, 32), (1, 17, 64, 2, 64), (2, 49, 49, 1, 32), (1, 64, 64, 2, 64), (1, 64, 65, 1, 64),
+    (1, 65, 65, 1, 32), (1, 129, 3, 1, 64), (1, 3, 129, 1, 32), (1, 196, 197, 1, 64), (1, 197, 197, 1, 32),
+    (1, 260, 260, 1, 64),
+], ids=lambda shape: 'x'.join(map(str, shape)))
+def test_ragged_limits(shape, dtype, poisoned):
+    q, k, v, limits, grad = arguments(shape, seed=3, dtype=dtype, device=DEVICE)
+    expected = expected_results(q, k, v, limits, grad)
+    actual = results(attention, q, k, v, limits, grad)
+    assert all(x.dtype == dtype and x.isfinite().all() for x in actual)
+    if dtype == torch.float32:
+        assert_near(actual, expected, 1e-5)
+        return
+    eager = results(segment_attention, q, k, v, limits, grad, impl='eager')
+    for got, plain, want in zip(actual, eager, expected):
+        error, eager_error = ((x.double() - want.double()).abs().max().item() for x in (got, plain))
+        # The rounding of the result itself, which eager may have been lucky with, is allowed on top (see test_ops).
+        assert error <= 2 * eager_error + torch.finfo(dtype).eps / 4 * want.abs().max().item() + 1e-5
+
+
+@pytest.mark.parametrize('kind, prefix, grid', [
+    ('encoder', 0, (14, 14)), ('encoder', 1, (14, 14)), ('query', 0, (14, 14)), ('memory', 0, (14, 14)),
+    ('memory', 1, (14, 14)), ('memory', 1, (8, 8)), ('encoder', 1, (20, 15)),
+])
+def test_limits_of_a_serialization(kind, prefix, grid, poisoned):
+    limits = monotone(grid, prefix, kind).to(DEVICE)
+    keys = grid[0] * grid[1] + (prefix if kind != 'query' else 0)
+    q, k, v, _, grad = arguments((2, limits.shape[1], keys, 1, 32), seed=4, device=DEVICE)
+    assert_near(results(attention, q, k, v, limits, grad), expected_results(q, k, v, limits, grad), 1e-5)
+
+
+def test_limits_outside_their_range_mean_none_and_all():
+    q, k, v, limits, grad = arguments((2, 70, 90, 1, 32), device=DEVICE)
+    limits[0, ::2], limits[1, ::3] = -5, 1000
+    actual = results(attention, q, k, v, limits, grad)
+    assert_near(actual, expected_results(q, k, v, limits.clamp(0, 90), grad), 1e-5)
+
+
+@pytest.mark.parametrize('queries, keys', [(17, 17), (130, 200)])
+def test_results_repeat_bit_for_bit(queries, keys):
+    args = arguments((2, queries, keys, 2, 32), dtype=HALVES[0], device=DEVICE)
+    for first, second in zip(results(attention, *args), results(attention, *args)):
+        assert torch.equal(first, second)
+
+
+# Layouts
+
+
+@pytest.mark.parametrize('tokens', [17, 130])
+def test_a_packed_projection_receives_one_gradient(tokens, poisoned):
+    q, k, v, limits, grad = arguments((2, tokens, tokens, 2, 32), device=DEVICE)
+    expected = expected_results(q, k, v, limits, grad)
+    qkv = torch.stack([q, k, v], dim=2).requires_grad_()
+    out = segment_attention_qkvpacked(qkv, limits, impl='triton')
+    # The projection itself is the operator's input: nothing splits it, and nothing stacks its gradient.
+    assert [type(f).__name__ for f, _ in out.grad_fn.next_functions if f] == ['AccumulateGrad']
+    out.backward(grad)
+    assert_near([out.detach(), *qkv.grad.unbind(2)], expected, 1e-5)
+
+    q, kv = q.requires_grad_(), torch.stack([k, v], dim=2).requires_grad_()
+    out = segment_attention_kvpacked(q, kv, limits, impl='triton')
+    assert [type(f).__name__ for f, _ in out.grad_fn.next_functions if f] == ['AccumulateGrad', 'AccumulateGrad']
+    out.backward(grad)
+    assert_near([out.detach(), q.grad, *kv.grad.unbind(2)], expected, 1e-5)
+
+
+def test_any_strides():
+    q, k, v, limits, grad = arguments((2, 70, 70, 2, 32), device=DEVICE)
+    expected = expected_results(q, k, v, limits, grad)
+    layouts = [
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),  # [B, H, N, D] in memory
+        lambda x: x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),  # D outermost: no two neighbours
+        lambda x: torch.cat([x, x], dim=1)[:, :70],  # a slice of tokens
+    ]
+    for queries, keys, values in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        strided = [layouts[i](x) for i, x in zip((queries, keys, values), (q, k, v))]
+        assert_near(results(attention, *strided, limits, layouts[keys](grad)), expected, 1e-5)
+    # A gradient of stride 0 and limits shared by all images.
+    shared, one = limits[:1].expand(2, -1), torch.ones((), device=DEVICE)
+    actual = results(attention, q, k, v, shared, one.expand_as(grad))
+    assert_near(actual, expected_results(q, k, v, shared, torch.ones_like(grad)), 1e-5)
+
+
+# The custom operator
+
+
+@pytest.mark.parametrize('packing', ['separate', 'kv', 'qkv'])
+def test_opcheck(packing):
+    q, k, v, limits, _ = arguments((1, 5, 5, 1, 32), device=DEVICE)
+    projections = {'separate': [q, k, v], 'kv': [q, torch.stack([k, v], 2)], 'qkv': [torch.stack([q, k, v], 2)]}
+    projections = [x.requires_grad_() for x in projections[packing]]
+    torch.library.opcheck(torch.ops.autoreg_vit.segment_attention.default, (projections, limits, 0.2))
+    out, lse = torch.ops.autoreg_vit.segment_attention(projections, limits, 0.2)
+    torch.library.opcheck(torch.ops.autoreg_vit.segment_attention_backward.default, (
+        torch.ones_like(out), [x.detach() for x in projections], limits, out.detach(), lse.detach(), 0.2))
+
+
+FAMILIES = [
+    dict(model_name='randsac_vit_tiny', serialization='blobs', segments=(5, 3)),
+    dict(model_name='saim_vit_tiny'),
+    dict(model_name='randsac_vit_tiny', decoder='none', serialization='raster'),
+]
+
+
+def small(model_name, **options):
+    model = timm.create_model(model_name, img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=2, **options)
+    return model.to(DEVICE)
+
+
+@pytest.mark.parametrize('options', FAMILIES, ids=lambda o: f'{o["model_name"]}-{o.get("decoder", "own")}')
+def test_models_equal_their_eager_selves(options, randomise, forced):
+    model = randomise(small(**options), std=0.1)
+    images = torch.randn(2, 3, 16, 16, device=DEVICE)
+    ranks = model.draw_ranks(2, device=DEVICE)
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = model(images, ranks).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    with_kernels = loss_and_gradients()
+    model.set_grad_checkpointing(True)
+    for plain, recomputed in zip(with_kernels, loss_and_gradients()):
+        torch.testing.assert_close(plain, recomputed)
+    model.set_grad_checkpointing(False)
+    ops.set_implementation('eager')
+    for got, want in zip(with_kernels, loss_and_gradients(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * max(1.0, want.abs().max().item()))
+
+
+@pytest.mark.parametrize('options', FAMILIES, ids=lambda o: f'{o["model_name"]}-{o.get("decoder", "own")}')
+def test_a_whole_model_compiles_to_one_graph(options, forced):
+    model = small(**options)
+    images = torch.randn(2, 3, 16, 16, device=DEVICE)
+    ranks = model.draw_ranks(2, device=DEVICE)
+    expected = model(images).loss if options.get('decoder') == 'none' else model(images, ranks).loss
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    loss = compiled(images).loss if options.get('decoder') == 'none' else compiled(images, ranks).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.encoder.blocks.parameters())
+
+
+# What auto chooses, and what is refused
+
+
+@pytest.mark.parametrize('head_dim, dtype, capability, chosen', [
+    (64, torch.bfloat16, (9, 0), 'triton'),
+    (32, torch.float32, (8, 0), 'triton'),
+    (64, torch.float16, (12, 0), 'triton'),
+    (48, torch.bfloat16, (9, 0), 'sdpa'),
+    (64, torch.float16, (7, 5), 'sdpa'),
+    (64, torch.float64, (9, 0), 'eager'),
+])
+def test_auto_on_a_gpu(head_dim, dtype, capability, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(2, 17, 3, head_dim, dtype=dtype, device='cuda')
+        assert ops.choose_implementation(q, q) == chosen
+
+
+@pytest.mark.parametrize('head_dim, dtype, words', [
+    (48, torch.float32, ['(32, 64)', '48', "impl='auto'"]),
+    (128, torch.float16, ['(32, 64)', '128']),
+    (64, torch.float64, ['float32, float16 and bfloat16', 'float64']),
+])
+def test_what_the_kernels_cannot_take(head_dim, dtype, words):
+    q, k, v, limits, _ = arguments((1, 4, 4, 1, head_dim), dtype=dtype, device=DEVICE)
+    with pytest.raises(ModelError) as caught:
+        attention(q, k, v, limits)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def run(code):
+    """Python with the kernels compiled, not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    environment['PYTHONPATH'] = str(ROOT)
+    return subprocess.run([sys.executable, *code], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_without_a_gpu_or_the_interpreter_the_error_says_so():
+    done = run(['-c', '''
+import sys, torch
+import autoreg_vit
+from autoreg_vit.ops import segment_attention
+assert 'autoreg_vit.ops.triton' not in sys.modules, 'importing the package imports the kernels'
+q = torch.zeros(1, 4, 1, 32)
+limits = torch.zeros(1, 4, dtype=torch.int32)
+segment_attention(q, q, q, limits)
+try:
+    segment_attention(q, q, q, limits, impl='triton')
+except autoreg_vit.errors.ModelError as error:
+    print(error)
+'''])
+    for word in ('CUDA tensors', 'TRITON_INTERPRET=1', 'got cpu'):
+        assert word in done.stdout, done.stderr
+
+
+# The launch table
+
+
+@pytest.mark.parametrize('capability', [80, 86, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize('dtype', kernels.DTYPES, ids=str)
+@pytest.mark.parametrize('head_dim', kernels.HEAD_DIMS)
+def test_every_size_has_a_launch(capability, dtype, head_dim):
+    for tokens in (1, 64, 65, 128, 129, 256, 257, 4096, 100_000):
+        for kernel in ('forward', 'backward'):
+            assert launches.find_launch(kernel, tokens, head_dim, dtype, capability)
+        fused = launches.find_launch('fused_backward', tokens, head_dim, dtype, capability)
+        assert fused is None or fused.block >= tokens
+
+
+@pytest.mark.parametrize('row, status', [
+    (dict(kernel='fused_backward', arch=90, bits=16, head_dim=32, tokens=64, block=64, step=64, num_warps=4,
+          num_stages=1), 0),
+    (dict(kernel='forward', arch=80, bits=32, head_dim=64, tokens=64, block=64, step=64, num_warps=8, num_stages=1), 1),
+])
+def test_kernel_resources_finds_spills(row, status, tmp_path):
+    table = tmp_path / 'launches.json'
+    table.write_text(json.dumps({'launches': [row]}))
+    done = run(['benchmarks/kernel_resources.py', '--jobs', '1', '--table', str(table)])
+    assert done.returncode == status, done.stderr
+    assert ('FAULT' in done.stdout) == bool(status)
+
+
+def test_kernel_resources_finds_transposed_accumulators(tmp_path):
+    script = tmp_path / 'script.py'  # Triton wants its kernels in a file
+    script.write_text('''
+import sys
+sys.path.insert(0, 'benchmarks')
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernel_resources import transposed_accumulators
+
+@triton.jit
+def loaded(x_ptr, steps):
+    at = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    total = tl.zeros([64, 64], tl.float32)
+    for _ in range(steps):
+        x = tl.load(x_ptr + at)
+        total += tl.dot(x, tl.trans(x))
+    tl.store(x_ptr + at, total.to(tl.float16))
+
+@triton.jit
+def accumulated(x_ptr, steps):
+    at = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    x = tl.load(x_ptr + at)
+    total = tl.zeros([64, 64], tl.float32)
+    for _ in range(steps):
+        total += tl.dot(x, x)
+    tl.store(x_ptr + at, tl.dot(tl.trans((total * 2).to(tl.float16)), x).to(tl.float16))
+
+for kernel in (loaded, accumulated):
+    source = ASTSource(kernel, {'x_ptr': '*fp16', 'steps': 'i32'})
+    ttir = triton.compile(source, target=GPUTarget('cuda', 90, 32)).asm['ttir']
+    print(ttir.count('tt.trans'), len(transposed_accumulators(ttir)))
+''')
+    done = run([str(script)])
+    assert done.stdout.split() == ['1', '0', '1', '1'], done.stderr
