@@ -90,9 +90,7 @@ class PretrainConfig:
     tracker: str | None = option(None, 'wandb sends the lines of log.jsonl there too', free=True)
 
     def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        for item in fields(self):
-            setattr(self, item.name, _convert(item.name, getattr(self, item.name), hints[item.name]))
+        convert_fields(self)
         for name in ('epochs', 'batch_size', 'accumulate', 'eval_images', 'log_every'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'{name} must be at least 1, got {getattr(self, name)}.')
@@ -124,17 +122,29 @@ class PretrainConfig:
         return options
 
 
-def load_recipe(name: str) -> dict[str, Any]:
-    """Settings from a bundled recipe or a YAML file.
+def convert_fields(config: Any) -> None:
+    """Give every field of a config the type that it declares, since YAML has no tuples and reads 1e-3 as text.
+
+    Raises:
+        ConfigError: for a value of another type.
+    """
+    hints = typing.get_type_hints(type(config))
+    for item in fields(config):
+        setattr(config, item.name, _convert(item.name, getattr(config, item.name), hints[item.name]))
+
+
+def load_recipe(name: str, command: str = 'pretrain') -> dict[str, Any]:
+    """Settings from a YAML file or a recipe bundled for a command.
 
     Raises:
         ConfigError: for a recipe that is neither, or that is not a mapping of settings.
     """
-    path = RECIPES / f'{name}.yaml'
+    path = _recipes_of(command) / f'{name}.yaml'
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        raise ConfigError(f'No recipe {name!r}: it is neither a file nor bundled. {suggest(name, bundled_recipes())}')
+        raise ConfigError(f'No recipe {name!r}: it is neither a file nor bundled. '
+                          f'{suggest(name, bundled_recipes(command))}')
     try:
         recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -144,8 +154,13 @@ def load_recipe(name: str) -> dict[str, Any]:
     return recipe
 
 
-def bundled_recipes() -> list[str]:
-    return sorted(p.stem for p in RECIPES.glob('*.yaml'))
+def bundled_recipes(command: str = 'pretrain') -> list[str]:
+    """Names of the recipes that come with the package for a command."""
+    return sorted(p.stem for p in _recipes_of(command).glob('*.yaml'))
+
+
+def _recipes_of(command: str) -> Path:
+    return RECIPES if command == 'pretrain' else RECIPES / command
 
 
 def make_config(config_class: type, recipe: dict[str, Any], flags: dict[str, Any]) -> Any:

@@ -34,14 +34,16 @@ class ImageSpec:
                             'Use in_chans 1 or 3 here, or train on tensors of your own with the model itself.')
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> 'ImageSpec':
-        """Of a pretraining model, from its encoder's size and its configured normalisation."""
-        embed, cfg = model.encoder.patch_embed, model.pretrained_cfg
-        channels = embed.proj.in_channels
+    def of(cls, model: torch.nn.Module, in_chans: int | None = None) -> 'ImageSpec':
+        """Of a pretraining model or a timm model: its configured normalisation, and the size of its patch embedding or
+        else, for want of one, the configured size and `in_chans`."""
+        embed, cfg = getattr(getattr(model, 'encoder', model), 'patch_embed', None), model.pretrained_cfg
+        size = getattr(embed, 'img_size', None) or cfg['input_size'][-2:]
+        channels = embed.proj.in_channels if hasattr(embed, 'proj') else in_chans or cfg['input_size'][0]
         mean, std = cfg['mean'], cfg['std']
         if channels == 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-        return cls(tuple(embed.img_size), channels, tuple(mean), tuple(std))
+        return cls(tuple(size), channels, tuple(mean), tuple(std))
 
 
 class ToMode:
@@ -62,10 +64,10 @@ def training_transform(spec: ImageSpec, crop_scale: tuple[float, float], hflip: 
         color_jitter=None, interpolation='bicubic', mean=spec.mean, std=spec.std)])
 
 
-def evaluation_transform(spec: ImageSpec) -> Callable:
-    """The whole image, resized to the model's size and cropped in the middle."""
+def evaluation_transform(spec: ImageSpec, crop_pct: float = 1.0) -> Callable:
+    """The middle of the image, `crop_pct` of its shorter side, resized to the model's size."""
     return Compose([ToMode(spec.channels), create_transform(
-        (spec.channels, *spec.size), is_training=False, crop_pct=1.0, crop_mode='center', interpolation='bicubic',
+        (spec.channels, *spec.size), is_training=False, crop_pct=crop_pct, crop_mode='center', interpolation='bicubic',
         mean=spec.mean, std=spec.std)])
 
 

@@ -1,0 +1,148 @@
+"""Settings of the commands that train on labels: `autoreg-vit probe` and `autoreg-vit finetune`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from .config import convert_fields, option
+
+
+@dataclass
+class SupervisedConfig:
+    """What both commands take. None is left to the weights' or the data's own value."""
+
+    weights: str | None = option(
+        None, 'encoder to load: a folder that pretraining wrote, a run\'s folder, or a timm name')
+    pretrained: bool = option(True, 'load the weights; --no-pretrained starts from initialisation, to compare with')
+    img_size: tuple[int, ...] | None = option(None, 'image height and width in pixels, or one number for both')
+    in_chans: int | None = option(None, 'image channels: 3, or 1 for grey')
+    global_pool: str | None = option(None, 'feature of an image: avg or token; by default as the encoder was made')
+
+    dataset: str | None = option(
+        None, 'digits, folder (the default with --data-dir), or a timm data set name: torch/NAME, hfds/NAME')
+    data_dir: str | None = option(None, 'folder with one folder of images a class, with or without splits')
+    train_split: str = option('train', 'split to train on')
+    eval_split: str | None = option(None, 'split to report on; without one, a fifth of the training images')
+    num_classes: int | None = option(None, 'number of classes; by default those of the data')
+    train_images: int | None = option(None, 'training images to use at most, drawn by the seed; all by default')
+    download: bool = option(False, 'let torch/... data sets download themselves')
+    workers: int | None = option(None, 'processes that load images; none on a CPU by default, else up to 8', free=True)
+    crop_scale: tuple[float, ...] = option((0.08, 1.0), 'area of random crops')
+    crop_pct: float | None = option(
+        None, 'part of the image\'s shorter side that evaluation keeps; by default 0.875, and 1 up to 64 pixels')
+    hflip: float = option(0.5, 'probability of a horizontal flip')
+
+    epochs: int = option(100, 'passes over the training images')
+    batch_size: int = option(1024, 'images a forward pass, over all processes together')
+    accumulate: int = option(1, 'forward passes an optimizer step; the batch of a step is their product')
+    opt: str = option('adamw', 'optimizer, a timm name')
+    lr: float = option(5e-4, 'learning rate for 256 images a step, scaled linearly')
+    weight_decay: float = option(0.05, 'weight decay')
+    warmup_epochs: float = option(5, 'epochs of linear warm-up from 0')
+    min_lr: float = option(0.0, 'learning rate at the end of the cosine')
+    clip_grad: float | None = option(None, 'largest norm of the gradient')
+
+    eval_every: int = option(0, 'report accuracies every so many epochs; 0, only at the end', free=True)
+    precision: str = option('auto', 'auto, float32 or bfloat16 autocast')
+    seed: int = option(0, 'seed of the classifier, order of images and augmentation')
+    device: str = option('auto', 'auto, cpu, cuda, cuda:1, ...')
+    log_every: int = option(20, 'steps a line of log.jsonl averages over', free=True)
+    checkpoint_every_steps: int = option(0, 'steps between checkpoints; 0, by time alone', free=True)
+    checkpoint_every_minutes: float = option(10.0, 'minutes between checkpoints', free=True)
+    tracker: str | None = option(None, 'module with the interface of wandb to log to as well', free=True)
+    force_resume: bool = option(False, 'go on with a run although settings or circumstances changed', free=True)
+    output_dir: str | None = option(None, 'folder of the run; by default a new one under runs/', free=True)
+
+    def __post_init__(self):
+        convert_fields(self)
+        if self.weights is None:
+            raise ConfigError('Nothing to evaluate: --weights names an encoder, the folder that pretraining wrote '
+                              '(runs/NAME/encoder) or a timm name such as vit_base_patch16_224.')
+        self._at_least(1, 'epochs', 'batch_size', 'accumulate', 'log_every', 'num_classes', 'train_images')
+        self._at_least(0, 'lr', 'weight_decay', 'warmup_epochs', 'min_lr', 'eval_every', 'clip_grad')
+        self._between_0_and_1('hflip')
+        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
+            raise ConfigError(f'crop_scale is two areas between 0 and 1, the smaller first; got {self.crop_scale}.')
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ConfigError(f'crop_pct is above 0 and at most 1, got {self.crop_pct}.')
+        if self.img_size is not None and len(self.img_size) not in (1, 2):
+            raise ConfigError(f'img_size is one number or height and width, got {self.img_size}.')
+        if self.precision not in ('auto', 'float32', 'bfloat16'):
+            raise ConfigError(f"precision is 'auto', 'float32' or 'bfloat16', got {self.precision!r}.")
+
+    def model_options(self) -> dict[str, Any]:
+        """Keyword arguments for `timm.create_model` that were given."""
+        options = {name: getattr(self, name) for name in ('img_size', 'in_chans', 'global_pool')}
+        if self.img_size is not None:
+            options['img_size'] = self.img_size * 2 if len(self.img_size) == 1 else self.img_size
+        return {name: value for name, value in options.items() if value is not None}
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f'{name} must be at least {least}, got {value}.')
+
+    def _between_0_and_1(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f'{name} is between 0 and 1, got {getattr(self, name)}.')
+
+
+@dataclass
+class ProbeConfig(SupervisedConfig):
+    """Settings of `autoreg-vit probe`; the defaults are RandSAC's Table 16 but for the batch, which suits one GPU."""
+
+    epochs: int = option(90, 'passes over the training images')
+    opt: str = option('lars', 'optimizer, a timm name')
+    lr: float = option(0.1, 'learning rate for 256 images a step, scaled linearly')
+    weight_decay: float = option(0.0, 'weight decay')
+    warmup_epochs: float = option(10, 'epochs of linear warm-up from 0')
+    momentum: float = option(0.9, 'momentum of the optimizer')
+    batch_norm: bool = option(False, 'batch norm without parameters before the classifier (SAIM, MAE)')
+    fast: bool = option(False, 'fit on cached features without augmentation, sweeping learning rates')
+    learning_rates: tuple[float, ...] = option(
+        (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        'learning rates that --fast sweeps, for 256 images a step')
+    holdout: float = option(0.1, 'part of the training images by which --fast chooses the learning rate')
+    knn: int = option(20, 'neighbours of the kNN accuracy; 0 leaves it out')
+    knn_images: int = option(50000, 'training images that kNN searches at most')
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._at_least(0, 'knn')
+        self._at_least(1, 'knn_images')
+        self._between_0_and_1('momentum')
+        if not 0 < self.holdout < 1:
+            raise ConfigError(f'holdout is a part between 0 and 1, got {self.holdout}.')
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ConfigError(f'learning_rates are positive numbers, got {self.learning_rates}.')
+
+
+@dataclass
+class FinetuneConfig(SupervisedConfig):
+    """Settings of `autoreg-vit finetune`; the defaults are RandSAC's Table 15."""
+
+    betas: tuple[float, ...] = option((0.9, 0.999), 'Adam\'s betas')
+    layer_decay: float = option(0.65, 'factor of the learning rate from a block to the one below')
+    drop_path_rate: float = option(0.1, 'stochastic depth')
+    auto_augment: str | None = option(
+        'rand-m9-mstd0.5-inc1', 'timm\'s name of an augmentation policy; none turns it off')
+    erase: float = option(0.0, 'probability of erasing a rectangle of an image')
+    label_smoothing: float = option(0.1, 'label smoothing')
+    mixup: float = option(0.8, 'alpha of mixup; 0 turns it off')
+    cutmix: float = option(1.0, 'alpha of cutmix; 0 turns it off')
+    ema_decay: float = option(0.0, 'decay of an average of the weights that is evaluated too; 0 keeps none')
+    grad_checkpointing: bool = option(False, 'recompute blocks in the backward pass to save memory')
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._at_least(0, 'mixup', 'cutmix')
+        self._between_0_and_1('layer_decay', 'drop_path_rate', 'erase', 'label_smoothing', 'ema_decay')
+        if len(self.betas) != 2:
+            raise ConfigError(f'betas are two numbers, got {self.betas}.')
+        if self.auto_augment == 'none':
+            self.auto_augment = None
+
+    def model_options(self) -> dict[str, Any]:
+        return {**super().model_options(), 'drop_path_rate': self.drop_path_rate}

@@ -1,0 +1,110 @@
+"""Encoders to evaluate or fine-tune: anything that `timm.create_model` makes, from a folder or by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ModelError, UsageError, suggest
+from ..models.encoders import check_sizes
+from ..models.pretraining import pretraining_models
+from .checkpoint import verify_checksum
+
+
+def load_encoder(weights: str, pretrained: bool = True, **options: Any) -> nn.Module:
+    """An encoder by `timm.create_model`.
+
+    Args:
+        weights: A folder that pretraining wrote (encoder/, or the run's folder around it), a timm name with or without
+            a tag, or 'hf-hub:NAME'.
+        pretrained: Load the weights; False gives the same architecture as it is initialised.
+        **options: Arguments of `timm.create_model`, such as num_classes, img_size or drop_path_rate.
+
+    Raises:
+        CheckpointError: for a folder that is missing, empty or damaged, or a name without trained weights.
+        ModelError: for an unknown name, or options that the model does not take.
+        ShapeError: for an image that is not a whole number of patches.
+    """
+    name = _resolve(weights)
+    try:
+        encoder = timm.create_model(name, pretrained=pretrained, **options)
+    except UsageError:
+        raise
+    except TypeError as error:
+        raise ModelError(f'{weights!r} cannot be created with {_show(options)}: {_line(error)}') from error
+    except Exception as error:  # by the kind of damage: OSError, RuntimeError, SafetensorError, KeyError, ...
+        if pretrained and 'No pretrained weights exist' in str(error):
+            raise CheckpointError(f'{weights!r} has no trained weights: name a folder that pretraining wrote, or start '
+                                  'from initialisation with --no-pretrained.') from error
+        raise CheckpointError(f'Cannot load the encoder {weights!r} with {_show(options) or "no options"} '
+                              f'({type(error).__name__}: {_line(error)}).') from error
+    embed = getattr(encoder, 'patch_embed', None)
+    if getattr(embed, 'img_size', None) and hasattr(embed, 'patch_size'):
+        check_sizes(embed.img_size, embed.patch_size)  # timm rounds down
+    return encoder
+
+
+@torch.no_grad()
+def features_of(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Pooled features of images, [B, width]."""
+    return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
+
+
+def _resolve(weights: str) -> str:
+    """The name by which timm knows `weights`."""
+    if weights.startswith(('hf-hub:', 'hf_hub:')):
+        return weights
+    path = Path(weights.removeprefix('local-dir:')).expanduser()
+    if path.is_dir():
+        folder = path if (path / 'config.json').is_file() else path / 'encoder'
+        if not (folder / 'config.json').is_file():
+            raise CheckpointError(f'{path} holds no encoder: expected config.json and model.safetensors, as '
+                                  'pretraining writes to runs/NAME/encoder.')
+        if _architecture(folder) in pretraining_models():
+            raise ModelError(f'{folder} holds a pretraining model, encoder and decoder: name the folder '
+                             f'{folder.with_name("encoder")} beside it.')
+        if (folder / 'model.safetensors').is_file():
+            verify_checksum(folder / 'model.safetensors')
+        return f'local-dir:{folder}'
+    if path.exists():
+        raise CheckpointError(f'{path} is a file: --weights names the folder of an encoder, with config.json and '
+                              'model.safetensors.')
+    base, _, tag = weights.partition('.')
+    if base in pretraining_models():
+        method, size = base.split('_', 1)
+        raise ModelError(f'{weights!r} is a pretraining model: its encoder is {size}_{method}.')
+    if timm.is_model(base):
+        if tag and tag not in _tags(base):
+            raise ModelError(f'{base!r} has no tag {tag!r}. {suggest(tag, _tags(base))}')
+        return weights
+    if '/' in weights or weights.startswith(('.', 'local-dir:')):
+        raise CheckpointError(f'No folder {path}: --weights names the folder of an encoder, as pretraining writes to '
+                              'runs/NAME/encoder, or a timm name.')
+    raise ModelError(f'Unknown encoder {weights!r}: it is neither a folder nor a timm name. '
+                     f'{suggest(base, timm.list_models())}')
+
+
+def _architecture(folder: Path) -> str:
+    """timm's name of the model in a folder, without its tag."""
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        return config['architecture'].partition('.')[0]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f'{folder / "config.json"} is damaged: it names no architecture ({_line(error)}).'
+                              ) from error
+
+
+def _tags(base: str) -> list[str]:
+    names = timm.list_models(f'{base}.*', pretrained=True, include_tags=True)
+    return [name.partition('.')[2] for name in names]
+
+
+def _show(options: dict[str, Any]) -> str:
+    return ', '.join(f'{k}={v!r}' for k, v in options.items())
+
+
+def _line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:300]
