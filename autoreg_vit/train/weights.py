@@ -53,6 +53,20 @@ def features_of(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
 
 
+def short_name(weights: str) -> str:
+    """A name for the folder of a run: the timm name, or that of the run that wrote the weights."""
+    path = Path(weights.rpartition(':')[2])
+    return path.resolve().parent.name if path.is_dir() and path.name == 'encoder' else path.name
+
+
+def source_config(weights: str) -> dict[str, Any]:
+    """The config.json of a folder of weights, or an empty one for a timm name."""
+    name = _resolve(weights)
+    if not name.startswith('local-dir:'):
+        return {}
+    return json.loads(Path(name.removeprefix('local-dir:'), 'config.json').read_text(encoding='utf-8'))
+
+
 def _resolve(weights: str) -> str:
     """The name by which timm knows `weights`."""
     if weights.startswith(('hf-hub:', 'hf_hub:')):

@@ -1,0 +1,153 @@
+"""`autoreg-vit probe`: how good frozen features are, by linear probing (RandSAC Table 16) and nearest neighbours."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from .checkpoint import write_checksum, writing
+from .data import Batches, ImageSpec, sample
+from .distributed import Processes, check_divisible, processes
+from .features import cached_features, fit_features, gather_features, knn
+from .labelled import labelled_images
+from .parallel import replicate, settle_buckets
+from .run import Run
+from .supervised import Classifier, create_optimizer, evaluate, finished, leave_results, prepare, start, train
+from .supervised_config import ProbeConfig
+from .weights import features_of, load_encoder, short_name
+
+
+def probe(config: ProbeConfig) -> Path:
+    """Evaluate an encoder's frozen features, or resume its run. Under torchrun every process calls this.
+
+    Args:
+        config: Settings of the run; the defaults are RandSAC's Table 16 with a smaller batch.
+
+    Returns:
+        The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `classifier.safetensors` and
+        `figures/`; with `fast` the cached features in place of a checkpoint.
+
+    Raises:
+        UsageError: for settings, data or weights that cannot work, before training begins.
+        NonFiniteLoss: when training diverges.
+        Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
+    """
+    with processes(config.device) as group:
+        return _probe(dataclasses.replace(config), group)
+
+
+def _probe(config: ProbeConfig, group: Processes) -> Path:
+    # 1. Settings, data and model, all checked before anything is written.
+    prepare(config, group)
+    check_divisible(config.batch_size, group)
+    encoder = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
+    spec = ImageSpec.of(encoder, config.in_chans)
+    images = labelled_images(config, spec)
+    encoder.to(group.device).eval().requires_grad_(False)
+    head = LinearHead(encoder.head_hidden_size, len(images.classes), config.batch_norm, config.seed, group)
+    head.to(group.device)
+    optimizer = create_optimizer(config, lars_groups(head), **optimizer_options(config))
+    batches = None
+    if not config.fast:
+        batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate)
+
+    # 2. The run.
+    with Run(config, f'probe-{short_name(config.weights)}', group, {'train_images': len(images.train)}) as run:
+        if finished(run):
+            return run.folder
+        start(run, config, len(images.train), classes=len(images.classes), width=encoder.head_hidden_size)
+        run.say(f'Probing {config.weights} with {len(images.train):,} images of {len(images.classes)} classes; '
+                f'{group.world_size} x {group.device}, {config.precision}; writing to {run.folder}')
+        if config.fast:
+            train_set, test = cached_features(config, run, encoder, images)
+            result, more = fit_features(config, run, head, train_set, test)
+        else:
+            trained = replicate(head, group)
+            settle_buckets(trained, torch.zeros(2, encoder.head_hidden_size, device=group.device))
+
+            def loss(batch: torch.Tensor, labels: torch.Tensor, number: int) -> torch.Tensor:
+                return cross_entropy(trained(frozen_features(encoder, batch)).float(), labels)
+
+            def measure() -> dict[str, Any]:
+                head.eval()
+                return evaluate(lambda batch: head(frozen_features(encoder, batch)), images.test, len(images.classes),
+                                config, group)
+
+            result = train(config, run, batches, Classifier(head, trained, optimizer, loss, measure))
+            more = {'epochs': config.epochs, 'optimizer': config.opt}
+            if config.knn:
+                plain = sample(images.plain, config.knn_images, config.seed)
+                train_set, test = (gather_features(encoder, part, config, group) for part in (plain, images.test))
+        if config.knn:
+            more['knn'] = knn(config, run, train_set, test)
+
+        # 3. What is left.
+        if group.is_main:
+            with writing(run.folder):
+                path = run.folder / 'classifier.safetensors'
+                save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, path)
+                write_checksum(path)
+        leave_results(run, config, result, images.classes, train_images=len(images.train), fast=config.fast,
+                      batch_norm=config.batch_norm, **more)
+        return run.folder
+
+
+class LinearHead(nn.Module):
+    """A linear classifier of features, after a batch norm without parameters where asked for (SAIM "Image
+    classification", MAE). Features are frozen, so that its statistics are over the batch of all processes.
+
+    Args:
+        width: Width of the features.
+        classes: How many.
+        batch_norm: Normalise features.
+        seed: Of the initial weights, of standard deviation 0.01 as in MoCo v3 and SAIM's published code.
+        group: The processes.
+    """
+
+    def __init__(self, width: int, classes: int, batch_norm: bool, seed: int, group: Processes):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False) if batch_norm else None
+        self.linear = nn.Linear(width, classes)
+        self.group = group
+        nn.init.trunc_normal_(self.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [B, classes] of features [B, width]."""
+        return self.linear(features if self.norm is None else self._normalise(features))
+
+    def _normalise(self, features: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        if not self.training or self.group.world_size == 1:
+            return norm(features)
+        mean = self.group.mean(features.mean(0))
+        variance = self.group.mean((features - mean).square().mean(0))
+        count = len(features) * self.group.world_size
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+            norm.num_batches_tracked += 1
+        return (features - mean) * (variance + norm.eps).rsqrt()
+
+
+def lars_groups(head: LinearHead) -> list[dict[str, Any]]:
+    """Weight and bias apart: LARS adapts the rate of the weight alone, as MAE's does."""
+    return [{'params': [head.linear.weight]}, {'params': [head.linear.bias], 'always_adapt': False}]
+
+
+def optimizer_options(config: ProbeConfig) -> dict[str, Any]:
+    """timm's LARS is plain SGD without weight decay unless it is told to adapt always."""
+    adaptive = {'always_adapt': True} if config.opt.lower() in ('lars', 'nlars') else {}
+    momentum = {} if 'adam' in config.opt.lower() else {'momentum': config.momentum}
+    return {**adaptive, **momentum}
+
+
+def frozen_features(encoder: nn.Module, images: torch.Tensor, at_once: int = 256) -> torch.Tensor:
+    """Pooled features [B, width] of images, float32, a part of the batch at a time: without gradients a batch of
+    Table 16's 16,384 needs no more memory than a small one."""
+    with torch.no_grad():
+        return torch.cat([features_of(encoder, part).float() for part in images.split(at_once)])

@@ -1,0 +1,312 @@
+"""What probing and fine-tuning share: the training loop of a classifier, its accuracies, and what a run leaves."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, accuracy
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from .. import __version__
+from ..errors import ConfigError, suggest
+from . import figures
+from .checkpoint import load_into, writing
+from .data import Batches
+from .distributed import Flags, Processes
+from .parallel import get_state, set_state, synchronised
+from .pretrain import Losses
+from .run import Run
+from .runtime import Stopped, StopSignals, autocast, keep_freed_memory, resolve_precision
+from .supervised_config import SupervisedConfig
+
+
+def prepare(config: SupervisedConfig, group: Processes) -> None:
+    """Resolve the settings that depend on the machine, in place, and seed what is drawn before training."""
+    config.device, config.precision = group.device.type, resolve_precision(config.precision, group.device)
+    if config.workers is None:
+        share = max((os.cpu_count() or 1) // group.world_size, 1)
+        config.workers = 0 if group.device.type == 'cpu' else min(share, 8)
+    if group.device.type == 'cpu':
+        keep_freed_memory()
+    torch.backends.cudnn.deterministic = True
+    timm.utils.random_seed(config.seed)
+    if config.warmup_epochs > config.epochs / 2:
+        config.warmup_epochs = config.epochs / 2
+
+
+def scaled_lr(config: SupervisedConfig, lr: float) -> float:
+    """The rate of a step from a rate for 256 images (RandSAC 5)."""
+    return lr * config.batch_size * config.accumulate / 256
+
+
+def create_optimizer(config: SupervisedConfig, model_or_groups: Any, **options: Any) -> torch.optim.Optimizer:
+    """timm's optimizer of that name at the scaled learning rate.
+
+    Raises:
+        ConfigError: for an unknown name, or options that it does not take.
+    """
+    if config.opt.lower() not in list_optimizers():
+        raise ConfigError(f'Unknown optimizer {config.opt!r}. {suggest(config.opt, list_optimizers())}')
+    try:
+        return create_optimizer_v2(
+            model_or_groups, opt=config.opt, lr=scaled_lr(config, config.lr), weight_decay=config.weight_decay,
+            **options)
+    except TypeError as error:
+        raise ConfigError(f'The optimizer {config.opt!r} does not work with these settings: '
+                          f'{" ".join(str(error).split())}') from error
+
+
+def create_schedule(config: SupervisedConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
+    """Linear warm-up from 0, then a cosine that falls to `min_lr` at the last step (RandSAC Tables 15 and 16)."""
+    return create_scheduler_v2(
+        optimizer, sched='cosine', num_epochs=config.epochs - config.warmup_epochs, warmup_prefix=True,
+        warmup_epochs=config.warmup_epochs, warmup_lr=0.0, min_lr=scaled_lr(config, config.min_lr),
+        step_on_epochs=False, updates_per_epoch=updates_per_epoch)[0]
+
+
+@torch.no_grad()
+def evaluate(
+        predict: Callable[[torch.Tensor], torch.Tensor],
+        dataset: Dataset,
+        classes: int,
+        config: SupervisedConfig,
+        group: Processes,
+        batch_size: int = 256,
+) -> dict[str, Any]:
+    """Accuracies over `dataset`, of which every process sees its own part of the images, each once.
+
+    Args:
+        predict: Images [B, C, H, W] on the device to logits [B, classes].
+        dataset: Of (image, label).
+        classes: How many there are.
+        config: Gives precision and loader processes.
+        group: The processes.
+        batch_size: Images at a time a process.
+
+    Returns:
+        On every process: top1 and, for more than five classes, top5 in percent, the mean cross entropy `loss`, how many
+        `images`, and `confusion`, int64 [classes, classes], rows the true class, columns the predicted one.
+    """
+    # Counts as float64, exact below 2^53: the confusion matrix, then hits of top 1 and 5, loss and images.
+    counts = torch.zeros(classes * classes + 4, dtype=torch.float64)
+    part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
+    for images, labels in DataLoader(part, batch_size, num_workers=config.workers) if len(part) else ():
+        with autocast(config.precision, group.device):
+            logits = predict(images.to(group.device, non_blocking=True))
+        logits = logits.float().cpu()
+        hits = [a.item() * len(labels) / 100 for a in accuracy(logits, labels, topk=(1, 5))]
+        counts[:-4] += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
+        counts[-4:] += torch.tensor([*hits, cross_entropy(logits, labels, reduction='sum'), len(labels)])
+    if group.world_size > 1:
+        dist.all_reduce(counts, group=group.control)
+    top1, top5, loss, images = counts[-4:].tolist()
+    return {
+        'top1': 100 * top1 / images, **({'top5': 100 * top5 / images} if classes > 5 else {}), 'loss': loss / images,
+        'images': int(images), 'confusion': counts[:-4].view(classes, classes).long().numpy(),
+    }
+
+
+class Classifier:
+    """A classifier in training: what `train` needs beside data and settings.
+
+    Args:
+        model: Its state is saved: the whole network when fine-tuning, the linear layer when probing.
+        trained: The same over all processes, from `parallel.replicate`.
+        optimizer: Over its parameters.
+        loss: From images and labels of this process, on its device, and the number of the forward pass, to a scalar.
+        evaluate: Gives accuracies, as the function `evaluate` does.
+        average: Moving average of the model that every step updates and that is saved too, or None.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            trained: nn.Module,
+            optimizer: torch.optim.Optimizer,
+            loss: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+            evaluate: Callable[[], dict[str, Any]],
+            average: ModelEmaV3 | None = None,
+    ):
+        self.model, self.trained, self.optimizer = model, trained, optimizer
+        self.loss, self.evaluate, self.average = loss, evaluate, average
+
+    def state(self) -> dict[str, Any]:
+        state = get_state(self.model, self.optimizer, fsdp=False)
+        return state if self.average is None else {**state, 'average': self.average.state_dict()}
+
+    def load_state(self, state: dict[str, Any], source: str) -> None:
+        set_state(self.model, self.optimizer, state, fsdp=False, source=source)
+        if self.average is not None:
+            load_into(self.average, state['average'], source)
+
+
+def train(config: SupervisedConfig, run: Run, batches: Batches, classifier: Classifier) -> dict[str, Any]:
+    """Train a classifier from where the run stands to its end, and evaluate it there.
+
+    Args:
+        config: Settings.
+        run: The run's folder; gives the checkpoint to go on from.
+        batches: Training batches of this process.
+        classifier: What is trained.
+
+    Returns:
+        What `classifier.evaluate` gives at the end.
+
+    Raises:
+        NonFiniteLoss: when training diverges.
+        Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
+    """
+    group, optimizer = run.group, classifier.optimizer
+    steps_per_epoch = batches.per_epoch // config.accumulate
+    steps, images_per_step = config.epochs * steps_per_epoch, config.batch_size * config.accumulate
+    schedule = create_schedule(config, optimizer, steps_per_epoch)
+    losses = Losses(group, lambda step: (
+        f'(epoch {step // steps_per_epoch}): lower --lr ({config.lr:g}) or lengthen --warmup-epochs in a new run. What '
+        f'{run.folder} holds is from before.'))
+    first_step = 0
+    if run.state:
+        first_step, losses.values = run.state['step'], run.state['losses']
+        classifier.load_state(run.state, str(run.folder / 'last.pt'))
+        run.say(f'Going on from step {first_step} of {steps} in {run.folder}.')
+        run.state = None
+
+    def report(step: int) -> dict[str, Any]:
+        losses.read()
+        result, images = classifier.evaluate(), step * images_per_step
+        classifier.trained.train()
+        if not any(line['event'] == 'evaluation' and line['images'] == images for line in run.log.lines):
+            run.log.write(event='evaluation', images=images, test_images=result['images'], **scores(result))
+        run.say(f'{images:>11,} images seen: {describe(result)}')
+        return result
+
+    def save(step: int) -> None:
+        losses.read()  # never save what follows a loss that is not finite
+        run.save({'step': step, 'losses': losses.values, **classifier.state()})
+
+    classifier.trained.train()
+    supply = batches.start_at(first_step * config.accumulate)
+    flags, last_save, since = Flags(group, 2), time.monotonic(), (time.perf_counter(), first_step)
+    progress = tqdm(total=steps, initial=first_step, unit='step', disable=not group.is_main, dynamic_ncols=True,
+                    mininterval=0.5 if sys.stderr.isatty() else 60)  # in a file, a line a minute
+    with StopSignals() as signals, progress:
+        for step in range(first_step, steps):
+            if step and config.eval_every and step % (config.eval_every * steps_per_epoch) == 0:
+                paused = time.perf_counter()
+                report(step)
+                since = since[0] + time.perf_counter() - paused, since[1]
+
+            loss = torch.zeros((), device=group.device)
+            for part in range(config.accumulate):
+                images, labels = (t.to(group.device, non_blocking=True) for t in next(supply))
+                number = step * config.accumulate + part
+                with synchronised(classifier.trained, last=part == config.accumulate - 1):
+                    with autocast(config.precision, group.device):
+                        part_loss = classifier.loss(images, labels, number) / config.accumulate
+                    part_loss.backward()
+                loss += part_loss.detach()
+            losses.add(step, loss)
+            schedule.step_update(step)
+            if config.clip_grad:
+                nn.utils.clip_grad_norm_(classifier.model.parameters(), config.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if classifier.average is not None:
+                classifier.average.update(classifier.model)
+            progress.update()
+
+            done = step + 1
+            if done % config.log_every == 0 or done == steps:
+                values = losses.read()
+                losses.values = []
+                rate = (done - since[1]) * images_per_step / (time.perf_counter() - since[0])
+                run.log.write(event='step', step=done, epoch=round(done / steps_per_epoch, 3),
+                              images=done * images_per_step, loss=sum(values) / len(values),
+                              lr=max(g['lr'] for g in optimizer.param_groups),
+                              images_per_second=round(rate, 1))
+                progress.set_postfix_str(f'epoch {step // steps_per_epoch + 1}/{config.epochs}, '
+                                         f'loss {sum(values) / len(values):.4f}, {rate:.0f} images/s', refresh=False)
+                since = time.perf_counter(), done
+
+            minutes = (time.monotonic() - last_save) / 60
+            stop, time_to_save = flags.exchange(
+                signals.received is not None, 0 < config.checkpoint_every_minutes <= minutes)
+            on_step = config.checkpoint_every_steps and done % config.checkpoint_every_steps == 0
+            if stop or time_to_save or on_step or done == steps:
+                save(done)
+                last_save = time.monotonic()
+            if stop and done < steps:
+                flags.settle()
+                group.barrier()
+                raise Stopped(f'Stopped after step {done} of {steps}. The same command goes on from there.',
+                              signals.received or signal.SIGTERM)
+        flags.settle()
+    return report(steps)
+
+
+def scores(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers of `evaluate` that a log line holds."""
+    return {name: round(result[name], 4) for name in ('top1', 'top5', 'loss') if name in result}
+
+
+def describe(result: dict[str, Any]) -> str:
+    return ', '.join(f'{name} {result[key]:.2f} %' for key, name in (('top1', 'top-1'), ('top5', 'top-5'))
+                     if key in result) + f' of {result["images"]:,} test images'
+
+
+def start(run: Run, config: SupervisedConfig, train_images: int, **more: Any) -> None:
+    """The first line of log.jsonl: versions, device and sizes; a resumed run has one already."""
+    if run.state is None:
+        run.log.write(event='start', version=__version__, torch=torch.__version__, timm=timm.__version__,
+                      device=str(run.group.device), processes=run.group.world_size, threads=torch.get_num_threads(),
+                      precision=config.precision, train_images=train_images, **more)
+
+
+def leave_results(run: Run, config: SupervisedConfig, result: dict[str, Any], classes: list[str], **more: Any) -> None:
+    """Write results.json and, for up to twenty classes, figures/confusion.png, on the main process; end the run."""
+    if run.group.is_main:
+        few = len(classes) <= 20
+        content = {
+            'weights': config.weights, 'pretrained': config.pretrained, 'data': config.dataset,
+            'eval_split': config.eval_split or f'a fifth of {config.train_split}', **scores(result),
+            'test_images': result['images'], **more, 'num_classes': len(classes),
+            **({'classes': classes, 'confusion': result['confusion'].tolist()} if few else {}),
+        }
+        with writing(run.folder):
+            if few:
+                (run.folder / 'figures').mkdir(exist_ok=True)
+                figures.confusion_figure(result['confusion'], classes, run.folder / 'figures' / 'confusion.png')
+            write_json(run.folder / 'results.json', content)
+    run.finish()
+    run.say(f'Results: {run.folder / "results.json"}')
+
+
+def finished(run: Run) -> bool:
+    """Whether there is nothing to do in the run's folder, which is then said."""
+    if run.finished:
+        run.say(f'The run in {run.folder} is finished: its accuracies are in {run.folder / "results.json"}. Name '
+                'another --output-dir for a new one.')
+    return run.finished
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    scratch = path.with_name(path.name + '.new')
+    text = json.dumps(content, indent=2)
+    rows = re.sub(r'\[[^][{}]*\]', lambda match: ' '.join(match[0].split()), text)  # a list of numbers on one line
+    scratch.write_text(rows + '\n', encoding='utf-8')
+    os.replace(scratch, path)
