@@ -65,6 +65,7 @@ def forced():
     (2, 1, 1, 1, 32), (1, 17, 64, 2, 64), (2, 49, 49, 1, 32), (1, 64, 64, 2, 64), (1, 64, 65, 1, 64),
     (1, 65, 65, 1, 32), (1, 129, 3, 1, 64), (1, 3, 129, 1, 32), (1, 196, 197, 1, 64), (1, 197, 197, 1, 32),
     (1, 260, 260, 1, 64),
+    *[(2, 256, 256, 3, 32), (1, 1024, 1025, 2, 64), (1, 4096, 4096, 1, 32)] * (DEVICE == 'cuda'),
 ], ids=lambda shape: 'x'.join(map(str, shape)))
 def test_ragged_limits(shape, dtype, poisoned):
     q, k, v, limits, grad = arguments(shape, seed=3, dtype=dtype, device=DEVICE)
@@ -104,6 +105,30 @@ def test_results_repeat_bit_for_bit(queries, keys):
     args = arguments((2, queries, keys, 2, 32), dtype=HALVES[0], device=DEVICE)
     for first, second in zip(results(attention, *args), results(attention, *args)):
         assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(DEVICE != 'cuda', reason='needs a GPU')
+@pytest.mark.parametrize('tokens', [64, 196])
+def test_a_cuda_graph_replays_forward_and_backward(tokens):
+    q, k, v, limits, grad = arguments((4, tokens, tokens, 2, 64), dtype=torch.bfloat16, device='cuda')
+    qkv = torch.stack([q, k, v], dim=2).requires_grad_()
+
+    def once():
+        out = segment_attention_qkvpacked(qkv, limits, impl='triton')
+        return [out, *torch.autograd.grad(out, qkv, grad)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        once()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = once()
+    with torch.no_grad():
+        qkv.mul_(0.5)
+    graph.replay()
+    for got, want in zip(captured, once()):
+        assert torch.equal(got, want)
 
 
 # Layouts
@@ -323,3 +348,18 @@ for kernel in (loaded, accumulated):
 ''')
     done = run([str(script)])
     assert done.stdout.split() == ['1', '0', '1', '1'], done.stderr
+
+
+@pytest.mark.slow
+def test_the_attention_benchmark_runs(tmp_path):
+    output = tmp_path / 'attention.json'
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    subprocess.run([sys.executable, 'benchmarks/attention.py', '--device', DEVICE, '--dtype', 'float16', '--tokens',
+                    '16', '--batch', '3', '--heads', '2', '--head-dims', '32', '--seconds', '0.01', '--output', output],
+                   check=True, env=environment, cwd=ROOT)
+    rows = json.loads(output.read_text())['rows']
+    own = [r for r in rows if r['name'] == 'segment_attention, triton']
+    assert {(r['case'], r['pass']) for r in own} == {
+        (case, kind) for case in ('randsac', 'memory', 'saim') for kind in ('forward', 'forward+backward')}
+    assert all(r['p20_us'] <= r['median_us'] <= r['p80_us'] for r in own)
+    assert output.with_suffix('.png').stat().st_size > 10_000

@@ -105,8 +105,8 @@ def set_implementation(impl: str) -> None:
 
 def _attend(projections: list[torch.Tensor], limits: torch.Tensor, scale: float | None, impl: str) -> torch.Tensor:
     kind = projections[0].device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if autocast and projections[0].dtype != torch.float64:
+    # The meta device knows no autocast, and asking for it raises.
+    if kind != 'meta' and torch.is_autocast_enabled(kind) and projections[0].dtype != torch.float64:
         # As torch's own attention does; norms of queries and keys leave float32 behind, beside values in half.
         projections = [x.to(torch.get_autocast_dtype(kind)) for x in projections]
     q, k, v = split(projections)

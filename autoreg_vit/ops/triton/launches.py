@@ -44,14 +44,14 @@ def find_launch(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, cap
     bits = torch.finfo(dtype).bits
     rows = [row for row in table()
             if (row['kernel'], row['head_dim'], row['bits'], row['arch']) ==
-            (kernel, head_dim, bits, _tuned_arch(capability)) and (row['tokens'] is None or tokens <= row['tokens'])]
+            (kernel, head_dim, bits, tuned_arch(capability)) and (row['tokens'] is None or tokens <= row['tokens'])]
     if not rows:
         return None
     row = min(rows, key=lambda row: row['tokens'] or float('inf'))
     return Launch(*(row[field] for field in Launch._fields))
 
 
-def _tuned_arch(capability: int) -> int:
+def tuned_arch(capability: int) -> int:
     """The architecture whose rows serve a GPU: GeForce Blackwell (12.x) has Ampere's products and shared memory."""
     if capability >= 120:
         return 80
