@@ -240,6 +240,24 @@ def test_set_input_size(name):
 
 
 @pytest.mark.parametrize('name', CIFAR)
+@pytest.mark.parametrize(('size', 'other'), [((32, 32), (16, 64)), ((16, 64), (32, 32)), ((16, 64), (64, 16))])
+@pytest.mark.parametrize('trained', [True, False])
+def test_positions_follow_a_grid_of_as_many_tokens(name, size, other, trained):
+    model = build(name, depth=1, img_size=size)
+    model.pos_embed.requires_grad_(trained)
+    before, prefix = model.pos_embed.detach().clone(), model.num_prefix_tokens
+    model.set_input_size(img_size=other)
+    # what timm does for a grid of another number of tokens
+    grid = before[:, prefix:].unflatten(1, (size[0] // 4, size[1] // 4)).permute(0, 3, 1, 2)
+    new = (other[0] // 4, other[1] // 4)
+    expected = nn.functional.interpolate(grid, new, mode='bicubic', antialias=True).flatten(2).mT
+    assert model.pos_embed.requires_grad == trained
+    torch.testing.assert_close(model.pos_embed.detach()[:, prefix:], expected)
+    assert torch.equal(model.pos_embed[:, :prefix], before[:, :prefix])
+    assert model(torch.randn(2, 3, *other)).shape == (2, 192)
+
+
+@pytest.mark.parametrize('name', CIFAR)
 @pytest.mark.parametrize('options', [{'img_size': (48, 32)}, {'patch_size': 8}, {'img_size': 64, 'patch_size': 8}])
 def test_pretrained_weights_fit_other_sizes(name, options, tmp_path):
     model = build(name, depth=2)
@@ -276,7 +294,7 @@ def test_layer_groups(name, options):
     model = build(name, depth=3, **options)
     layers = group_parameters(model, model.group_matcher(), reverse=True)
     assert set(layers) == {key for key, _ in model.named_parameters()}
-    assert layers['patch_embed.proj.weight'] == layers['pos_embed'] == 0
+    assert layers['patch_embed.proj.weight'] == layers['pos_embed'] == layers.get('reg_token', 0) == 0
     assert [layers[f'blocks.{i}.norm1.weight'] for i in range(3)] == [1, 2, 3]
     assert layers['head.weight'] == max(layers.values())
 
@@ -366,8 +384,9 @@ def test_stock_models_run_our_weights(name):
 def test_local_dir_round_trip(name, classes, tmp_path):
     model = build(name, depth=3, img_size=(32, 48), num_classes=classes)
     folder = tmp_path / 'model'
-    save_for_hf(model, folder, model_args={'depth': 3, 'img_size': (32, 48)}, safe_serialization=True)
-    assert {p.name for p in folder.iterdir()} == {'config.json', 'model.safetensors'}
+    # both kinds of file: timm before 1.0.26 cannot read safetensors from a folder
+    save_for_hf(model, folder, model_args={'depth': 3, 'img_size': (32, 48)}, safe_serialization='both')
+    assert {p.name for p in folder.iterdir()} == {'config.json', 'model.safetensors', 'pytorch_model.bin'}
     assert json.loads((folder / 'config.json').read_text())['architecture'] == name
 
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()

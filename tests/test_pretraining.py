@@ -15,6 +15,7 @@ from autoreg_vit.errors import CheckpointError, ModelError, SerializationError, 
 from autoreg_vit.models import AutoregressiveViT, PretrainOutput, create_pretraining_model, pretraining_models
 from autoreg_vit.models import attention as attention_module
 from autoreg_vit.models.decoders import MaskedDecoder
+from autoreg_vit.models.export import export_encoder, export_pretraining
 from autoreg_vit.models.targets import PixelTarget, patchify
 from autoreg_vit.serialization import Layout, Serialization
 
@@ -241,6 +242,19 @@ def test_set_input_size(tiny, design):
         model(images(size=(8, 8)))
     model.set_input_size(8)
     assert model(images()).pred.shape == (3, 16, 4)
+
+
+def test_set_input_size_of_a_stock_encoder():
+    encoder = timm.create_model('vit_tiny_patch16_224', img_size=(16, 64), num_classes=0, depth=1)
+    model = AutoregressiveViT(
+        encoder, Serialization('random', (1, 4)), MaskedDecoder(encoder, 32, 1, 2), PixelTarget((16, 16), 3))
+    before = encoder.pos_embed.detach().clone()
+    for size in ((32, 32), (32, 48)):  # as many tokens, and more
+        model.set_input_size(size)
+        assert not torch.equal(encoder.pos_embed[:, :5], before)
+        assert torch.equal(encoder.pos_embed[:, 0], before[:, 0])
+        assert not encoder.pos_embed.requires_grad
+        assert torch.isfinite(model(images(2, 3, size)).loss)
 
 
 def test_refused_input_size_leaves_the_model_usable(tiny):
@@ -758,3 +772,18 @@ def test_own_weights_fit_another_image_size(tiny, tmp_path):
     assert torch.equal(wide.decoder.pos_embed, build(tiny, 'randsac', img_size=(8, 16)).decoder.pos_embed)
     assert torch.equal(wide.encoder.blocks[0].attn.qkv.weight, model.encoder.blocks[0].attn.qkv.weight)
     assert wide(images(size=(8, 16))).pred.shape == (3, 32, 4)
+
+
+@pytest.mark.parametrize('design', ['randsac registers', 'saim'])
+@pytest.mark.parametrize('channels', [1, 2, 3, 5])
+def test_exported_folders_load(tiny, tmp_path, design, channels):
+    model = build(tiny, design, in_chans=channels).eval()
+    export_encoder(model.encoder, tmp_path / 'encoder')
+    export_pretraining(model, tmp_path / 'pretrain')
+
+    encoder = timm.create_model(f'local-dir:{tmp_path / "encoder"}', pretrained=True).eval()
+    loaded = timm.create_model(f'local-dir:{tmp_path / "pretrain"}', pretrained=True).eval()
+
+    x, ranks = images(3, channels), model.draw_ranks(3)
+    assert torch.equal(encoder(x), model.encoder(x))
+    assert torch.equal(loaded(x, ranks).pred, model(x, ranks).pred)

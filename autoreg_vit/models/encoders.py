@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import build_sincos2d_pos_embed, to_2tuple
+from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
@@ -78,6 +78,38 @@ class SinCosVisionTransformer(VisionTransformer):
                 self.pos_embed[:, :prefix] = 0
                 self.pos_embed[:, prefix:] = sincos_position_embedding(self.patch_embed.grid_size, self.embed_dim)
 
+    def set_input_size(
+            self,
+            img_size: int | tuple[int, int] | None = None,
+            patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        positions, grid = self.pos_embed, self.patch_embed.grid_size
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        refit_positions(self, positions, grid)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {'reg_token'}  # timm has it from 1.0.28 on
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        # timm has register tokens here from 1.0.28 on, norm_pre from 1.0.31; before, both learned as the last layers.
+        return {**super().group_matcher(coarse), 'stem': r'^(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)'}
+
+
+@torch.no_grad()
+def refit_positions(encoder: VisionTransformer, before: nn.Parameter | None, grid: tuple[int, int]) -> None:
+    """Complete VisionTransformer.set_input_size, given the position embedding and grid before it. Until timm 1.0.31 it
+    leaves positions as they are where the new grid has as many tokens, and makes frozen ones trainable."""
+    if before is None:
+        return
+    size = encoder.patch_embed.grid_size
+    if encoder.pos_embed is before and size != grid:
+        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        resized = resample_abs_pos_embed_nhwc(before[:, prefix:].unflatten(1, grid), list(size)).flatten(1, 2)
+        encoder.pos_embed = nn.Parameter(torch.cat([before[:, :prefix], resized], dim=1))
+    encoder.pos_embed.requires_grad_(before.requires_grad)
+
 
 def sincos_position_embedding(grid: tuple[int, int], dim: int) -> torch.Tensor:
     """Fixed position embeddings of the tokens of a grid in raster order, [N, dim]."""
@@ -133,11 +165,11 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     if classifier and isinstance(model.head, nn.Identity):
         _logger.warning('The model has no classifier; the checkpoint\'s is left out: %s', ', '.join(classifier))
         fitted = {key: value for key, value in fitted.items() if key not in classifier}
-    _check_keys(fitted, model)
+    check_keys(fitted, model)
     return fitted
 
 
-def _check_keys(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+def check_keys(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
     """Raise CheckpointError unless the state dict has the model's parameters and no others, the classifier aside. timm
     itself only warns where it adapts a classifier."""
     own, given = ({key for key in keys if not key.startswith('head.')} for keys in (model.state_dict(), state_dict))

@@ -60,6 +60,9 @@ def _write(
         encoder: VisionTransformer,
 ) -> None:
     channels = encoder.patch_embed.proj.in_channels
+    if channels not in (1, 3):
+        # timm before 1.0.31 takes weights to have three channels, and would leave these out in favour of random ones.
+        pretrained_cfg = {**pretrained_cfg, 'first_conv': None}
     config = {
         'architecture': architecture,
         'num_classes': encoder.num_classes,
@@ -84,8 +87,11 @@ def _write(
         new = Path(scratch) / folder.name
         new.mkdir()
         # A tensor shared or viewed must be stored once and whole.
-        save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, new / 'model.safetensors')
+        tensors = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
+        save_file(tensors, new / 'model.safetensors')
         os.chmod(new / 'model.safetensors', 0o644)
+        # timm before 1.0.26 reads this one, and cannot read safetensors from a folder.
+        torch.save(tensors, new / 'pytorch_model.bin')
         (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         if folder.exists():
             os.replace(folder, Path(scratch) / 'old')

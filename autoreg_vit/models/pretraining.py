@@ -25,9 +25,11 @@ from .encoders import (
     METHODS,
     SIZES,
     SinCosVisionTransformer,
+    check_keys,
     check_options,
     default_cfg,
     init_xavier,
+    refit_positions,
 )
 from .saim_checkpoint import convert_saim_pretraining
 from .targets import PixelTarget
@@ -173,7 +175,9 @@ class AutoregressiveViT(nn.Module):
             raise ShapeError(f'An image of {img_size} pixels is not a whole number of patches of {patch}.')
         grid = (img_size[0] // patch[0], img_size[1] // patch[1])
         self.serialization = replace(self.serialization, grid=grid)
+        positions, before = self.encoder.pos_embed, self.encoder.patch_embed.grid_size
         self.encoder.set_input_size(img_size=img_size)
+        refit_positions(self.encoder, positions, before)
         if isinstance(self.decoder, MaskedDecoder):
             self.decoder.set_grid(grid)
 
@@ -185,7 +189,7 @@ class AutoregressiveViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizer factory leaves without weight decay."""
         return {f'encoder.{n}' for n in self.encoder.no_weight_decay()} | {
-            'decoder.pos_embed', 'decoder.mix', 'decoder.start'}
+            'encoder.reg_token', 'decoder.pos_embed', 'decoder.mix', 'decoder.start'}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for timm's layer decay: encoder blocks, then decoder blocks, then head."""
@@ -286,6 +290,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Autoregress
     fitted.update({prefix + k: v for k, v in vit_checkpoint_filter_fn(encoder, model.encoder).items()})
     if 'decoder.pos_embed' in fitted:
         fitted['decoder.pos_embed'] = model.decoder.pos_embed  # fixed: a function of the grid alone
+    if 'encoder.patch_embed.proj.weight' not in fitted:
+        check_keys(fitted, model)  # timm before 1.0.31 takes it to be there and fails with a bare KeyError
     return fitted
 
 
