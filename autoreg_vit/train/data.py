@@ -343,7 +343,7 @@ class Batches:
 def stream_length(dataset: IterableDataset, workers: int) -> int:
     """Images of a stream for each process, as its description counts them; 0 where it does not."""
     if hasattr(dataset, 'set_loader_cfg'):
-        dataset.set_loader_cfg(num_workers=workers)
+        dataset.set_loader_cfg(num_workers=max(workers, 1))  # before timm 1.0.31 none would count as no reader at all
     try:
         return len(dataset)
     except TypeError:
@@ -358,7 +358,7 @@ def training_loader(dataset: Dataset, batch_size: int, workers: int, seed: int, 
     """
     iterable = isinstance(dataset, IterableDataset)
     if iterable:
-        dataset.set_loader_cfg(num_workers=workers)
+        dataset.set_loader_cfg(num_workers=max(workers, 1))
     elif len(dataset) < batch_size:
         raise DataError(f'{len(dataset)} training images are fewer than a batch of {batch_size}: use '
                         f'--batch-size {len(dataset)} or less.')
