@@ -70,7 +70,7 @@ class TestRun:
         assert [line['step'] for line in steps] == [4, 8, 12, 16, 20, 22]
         assert all(np.isfinite(line['loss']) and line['images_per_second'] > 0 for line in steps)
         assert steps[-1]['loss'] < steps[0]['loss']
-        for name in ('loss', 'serialization', 'reconstruction'):
+        for name in ('loss', 'serialization', 'reconstruction', 'loss_by_rank'):
             pixels = np.asarray(Image.open(run / 'figures' / f'{name}.png').convert('RGB'))
             assert min(pixels.shape[:2]) > 200 and pixels.std() > 10
 
@@ -227,16 +227,16 @@ class TestErrors:
         assert main([]) == 2
         assert 'COMMAND' in capsys.readouterr().err
 
-    def test_output_folder(self, run: Path, tmp_path: Path):
-        with pytest.raises(ConfigError, match='already holds a run'):
-            runtime.new_run_folder(str(run), 'name')
+    def test_output_folder(self, tmp_path: Path):
         (tmp_path / 'file').touch()
         with pytest.raises(ConfigError, match='file'):
-            runtime.new_run_folder(str(tmp_path / 'file'), 'name')
+            runtime.create_folder(str(tmp_path / 'file'), 'name')
+        with pytest.raises(ConfigError, match='Cannot write'):
+            runtime.create_folder('/proc/nowhere', 'name')
 
     def test_unnamed_runs_do_not_meet(self, tmp_path: Path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        assert runtime.new_run_folder(None, 'a') != runtime.new_run_folder(None, 'a')
+        assert runtime.create_folder(None, 'a') != runtime.create_folder(None, 'a')
 
     @pytest.mark.parametrize('text, words', [
         ('epoch: 3', "'epoch'.*'epochs'"),
@@ -274,7 +274,7 @@ class TestErrors:
 
     def test_diverging_run_says_so_and_keeps_weights(self, tmp_path: Path):
         settings = {**DIGITS, 'epochs': 3, 'opt': 'sgd', 'lr': 1e18, 'output_dir': str(tmp_path / 'run')}
-        with pytest.raises(NonFiniteLoss, match='lower --lr'):
+        with pytest.raises(NonFiniteLoss, match=r'at step \d+ \(epoch \d, images \d+, .* of digits\): lower --lr'):
             pretrain(PretrainConfig(**settings))
         assert issubclass(NonFiniteLoss, UsageError)
 

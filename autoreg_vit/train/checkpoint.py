@@ -9,11 +9,13 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 
@@ -114,7 +116,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     _check_regular(path)
     try:
         with path.open('wb') as raw:
-            file = _HashingFile(raw)
+            file = HashingFile(raw)
             try:
                 write(file)
             except Exception:
@@ -130,13 +132,26 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise write_error(path, error) from error
 
 
-def write_error(path: Path, error: OSError) -> CheckpointError:
+def write_error(path: Path, error: Exception) -> CheckpointError:
     """What to say when `path` cannot be written."""
-    if error.errno in OUT_OF_SPACE:
+    number = getattr(error, 'errno', None)
+    if number is None and (found := re.search(r'os error (\d+)', str(error))):  # as safetensors says it
+        number = int(found[1])
+    if number in OUT_OF_SPACE:
         return CheckpointError(
-            f'The disk is full or a quota is reached: cannot write {path} ({error.strerror}). The last good checkpoint '
-            'is kept: free some space and run the same command again.')
-    return CheckpointError(f'Cannot write {path}: {error.strerror or error}. The last good checkpoint is kept.')
+            f'The disk is full or a quota is reached: cannot write {path} ({os.strerror(number)}). The last good '
+            'checkpoint is kept: free some space and run the same command again.')
+    reason = os.strerror(number) if number else ' '.join(str(error).split())
+    return CheckpointError(f'Cannot write {path}: {reason}. The last good checkpoint is kept.')
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of writing to `path` inside into CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise write_error(path, error) from error
 
 
 def previous_of(path: Path) -> Path:
@@ -234,7 +249,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {'kind': type(optimizer).__name__, 'optimizer': optimizer.state_dict()}
 
 
-class _HashingFile:
+class HashingFile:
     """A file that hashes what is written to it, and keeps the first error for after: torch.save is C++, which turns an
     exception in the middle of a write into a message about file positions."""
 

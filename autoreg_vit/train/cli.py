@@ -1,12 +1,32 @@
 """The command line, `autoreg-vit COMMAND`."""
 
 import argparse
+import importlib
+import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from .. import __version__
 from ..errors import UsageError, suggest
+
+
+class Command(NamedTuple):
+    """A command: its module has a function of its name, and its settings are a dataclass in another module."""
+    help: str
+    module: str
+    config_module: str
+    config_class: str
+    default_recipe: str | None = None  # where neither data nor a recipe is named
+
+
+COMMANDS = {
+    'pretrain': Command('pretrain a model', 'pretrain', 'config', 'PretrainConfig', default_recipe='digits'),
+    'probe': Command('evaluate frozen features by linear probing and nearest neighbours', 'probe', 'supervised_config',
+                     'ProbeConfig'),
+    'finetune': Command('fine-tune an encoder end to end on labelled images', 'finetune', 'supervised_config',
+                        'FinetuneConfig'),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,7 +37,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return the process's exit status: 0, 2 for an error of use, 130 when interrupted."""
+    """Run a command and return the process's exit status: 0, 2 for an error of use, 128 + N when signal N stopped it
+    (130 for Ctrl-C, 143 for SIGTERM)."""
     arguments = sys.argv[1:] if argv is None else argv
     debug = '--debug' in arguments
     try:
@@ -25,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         if debug:
             traceback.print_exc()
-        print(f'autoreg-vit: {" ".join(str(error).split())}', file=sys.stderr)
+        if not getattr(error, 'said_elsewhere', False):
+            rank = os.environ.get('RANK', '0')
+            name = 'autoreg-vit' if rank == '0' else f'autoreg-vit, rank {rank}'
+            print(f'{name}: {" ".join(str(error).split())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -37,26 +61,42 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument('--version', action='version', version=__version__)
     parser.add_argument('--debug', action='store_true', help='show the traceback of errors of use')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True, parser_class=Parser)
-    command = commands.add_parser(
-        'pretrain', allow_abbrev=False, help='pretrain a model',
-        description='Pretrain a model. With neither data nor a recipe named, it runs the recipe "digits".',
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
+    parsers, configs = {}, {}
     try:
-        from .config import PretrainConfig, add_flags, bundled_recipes, load_recipe, make_config
-        from .pretrain import pretrain
+        from .config import add_flags, bundled_recipes, load_recipe, make_config
+        from .runtime import Stopped
+
+        for name, command in COMMANDS.items():
+            default = '' if command.default_recipe is None else (
+                f' With neither data nor a recipe named, it runs the recipe "{command.default_recipe}".')
+            parsers[name] = commands.add_parser(
+                name, allow_abbrev=False, help=command.help,
+                description=f'{command.help[0].upper()}{command.help[1:]}.{default}',
+                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
+            configs[name] = getattr(importlib.import_module(f'.{command.config_module}', __package__),
+                                    command.config_class)
+            bundled = ', '.join(bundled_recipes(name))
+            parsers[name].add_argument('--config', metavar='RECIPE',
+                                       help=f'a YAML file or a bundled recipe ({bundled}); flags override it')
+            add_flags(parsers[name], configs[name])
+        namespace, unknown = parser.parse_known_args(arguments)
+        name = namespace.command
+        if unknown:
+            flags = [flag for action in parsers[name]._actions for flag in action.option_strings]
+            raise UsageError(f'Unknown argument {unknown[0]!r}. {suggest(unknown[0], flags)}')
+        function = getattr(importlib.import_module(f'.{COMMANDS[name].module}', __package__), name)
     except ModuleNotFoundError as error:
         raise UsageError(f'Training needs the package {error.name!r}: pip install "autoreg-vit[train]".') from error
-    command.add_argument('--config', metavar='RECIPE',
-                         help=f'a YAML file or a bundled recipe ({", ".join(bundled_recipes())}); flags override it')
-    add_flags(command, PretrainConfig)
-    namespace, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [flag for action in command._actions for flag in action.option_strings]
-        raise UsageError(f'Unknown argument {unknown[0]!r}. {suggest(unknown[0], flags)}')
     flags = vars(namespace)
     del flags['command'], flags['debug']
     recipe = flags.pop('config', None)
     if recipe is None and not {'dataset', 'data_dir'} & set(flags):
-        recipe = 'digits'
-    pretrain(make_config(PretrainConfig, load_recipe(recipe) if recipe else {}, flags))
+        recipe = COMMANDS[name].default_recipe
+    settings = load_recipe(recipe, name) if recipe else {}
+    try:
+        function(make_config(configs[name], settings, flags))
+    except Stopped as stopped:
+        if os.environ.get('RANK', '0') == '0':
+            print(f'autoreg-vit: {stopped}', file=sys.stderr)
+        return 128 + stopped.signal_number
     return 0

@@ -69,8 +69,9 @@ class PretrainConfig:
     hflip: float = option(0.5, 'probability of a horizontal flip')
 
     epochs: int = option(100, 'passes over the training images')
-    batch_size: int = option(256, 'images a forward pass')
+    batch_size: int = option(256, 'images a forward pass, over all processes together')
     accumulate: int = option(1, 'forward passes an optimizer step; the batch of a step is their product')
+    fsdp: bool = option(False, 'shard model and optimizer over the processes of torchrun (FSDP2), for ViT-L and up')
     opt: str = option('adamw', 'optimizer, a timm name')
     lr: float = option(1e-3, 'learning rate for 256 images a step, scaled linearly')
     weight_decay: float = option(0.05, 'weight decay')

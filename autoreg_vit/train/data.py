@@ -45,6 +45,10 @@ class ImageSpec:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
         return cls(tuple(size), channels, tuple(mean), tuple(std))
 
+    def nothing(self, batch: int, device: torch.device) -> torch.Tensor:
+        """Empty images [batch, channels, height, width]."""
+        return torch.zeros(batch, self.channels, *self.size, device=device)
+
 
 class ToMode:
     """Convert PIL images to grey or RGB; a named class so that loader processes can receive it."""
@@ -348,20 +352,3 @@ def stream_length(dataset: IterableDataset, workers: int) -> int:
         return len(dataset)
     except TypeError:
         return 0
-
-
-def training_loader(dataset: Dataset, batch_size: int, workers: int, seed: int, pin_memory: bool) -> DataLoader:
-    """Shuffled batches of whole size, in an order and with an augmentation that `seed` decides.
-
-    Raises:
-        DataError: for fewer images than a batch.
-    """
-    iterable = isinstance(dataset, IterableDataset)
-    if iterable:
-        dataset.set_loader_cfg(num_workers=max(workers, 1))
-    elif len(dataset) < batch_size:
-        raise DataError(f'{len(dataset)} training images are fewer than a batch of {batch_size}: use '
-                        f'--batch-size {len(dataset)} or less.')
-    return DataLoader(
-        dataset, batch_size, shuffle=not iterable, num_workers=workers, drop_last=True, pin_memory=pin_memory,
-        persistent_workers=workers > 0, generator=torch.Generator().manual_seed(seed))

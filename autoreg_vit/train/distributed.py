@@ -60,6 +60,7 @@ class Processes:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
+            outcome[1].said_elsewhere = not self.is_main
             raise outcome[1]
         return outcome[0]
 
@@ -181,9 +182,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, 'order', epoch))
         return torch.randperm(self.length, generator=generator)
 
-    def batch(self, epoch: int, number: int) -> list[int]:
-        """Indices of the images of a whole batch, over all processes."""
-        return self.order(epoch)[number * self.batch_size:(number + 1) * self.batch_size].tolist()
+    def batch(self, epoch: int, number: int, count: int = 1) -> list[int]:
+        """Indices of the images of `count` whole batches from `number` on, over all processes."""
+        return self.order(epoch)[number * self.batch_size:(number + count) * self.batch_size].tolist()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, share = self.epoch, self.group.share(self.batch_size)

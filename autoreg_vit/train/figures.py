@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ def loss_figure(log: Sequence[dict], path: Path) -> None:
         log: Lines of log.jsonl: training lines have 'loss' and 'images', evaluation lines 'knn' and 'linear'.
         path: File to write.
     """
-    steps = [line for line in log if 'loss' in line]
+    steps = [line for line in log if line.get('event') == 'step']
     evaluations = [line for line in log if 'linear' in line]
     figure = Figure(figsize=(9 if evaluations else 5.5, 3.6), layout='constrained')
     axes = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
@@ -118,6 +119,98 @@ def reconstruction_figure(model: AutoregressiveViT, images: torch.Tensor, spec: 
         show_image(axes[row, len(titles) - 1], unpatchify(truth[row:row + 1], grid, target.patch_size)[0], spec)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+class LossByRank(NamedTuple):
+    """How hard each segment is to predict, by its place in the order.
+
+    mean: Mean squared error of the tokens of each rank, in the target's units, float64 [ranks].
+    error: Standard error of that mean over images, float64 [ranks].
+    tokens: Tokens of each rank, int64 [ranks].
+    """
+    mean: torch.Tensor
+    error: torch.Tensor
+    tokens: torch.Tensor
+
+
+@torch.no_grad()
+def loss_by_rank(model: AutoregressiveViT, images: torch.Tensor, batch_size: int = 64) -> LossByRank:
+    """The loss of `images` [B, C, H, W], normalised, taken apart by rank, with orders drawn anew."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    losses, ranks = [], []
+    for part in images.split(batch_size):
+        out = model(part.to(device))
+        losses.append((out.pred.double() - out.target.double()).square().mean(-1).cpu())  # [B, N]
+        ranks.append(out.ranks.cpu())
+    model.train(was_training)
+    losses, ranks = torch.cat(losses), torch.cat(ranks)
+    shape = (len(losses), int(ranks.max()) + 1)
+    sums = torch.zeros(shape, dtype=torch.float64).scatter_add_(1, ranks, losses)
+    tokens = torch.zeros(shape, dtype=torch.int64).scatter_add_(1, ranks, torch.ones_like(ranks))
+    mean = sums.sum(0) / tokens.sum(0)
+    # Of a ratio of sums: images count by the tokens they have of a rank.
+    residual = (sums - mean * tokens).square().sum(0).sqrt()
+    return LossByRank(mean, residual / tokens.sum(0), tokens.sum(0))
+
+
+def loss_by_rank_figure(model: AutoregressiveViT, by_rank: LossByRank, path: Path) -> None:
+    """Loss against the place in the order of prediction: how hard early and late segments are.
+
+    Args:
+        model: Names the order and the target.
+        by_rank: What `loss_by_rank` gives.
+        path: File to write.
+    """
+    figure = Figure(figsize=(6, 3.8), layout='constrained')
+    axes = figure.subplots()
+    mean, error = by_rank.mean.numpy(), by_rank.error.numpy()
+    places = np.arange(1, len(mean) + 1)
+    axes.fill_between(places, mean - 2 * error, mean + 2 * error, color='C0', alpha=0.25, linewidth=0)
+    axes.plot(places, mean, 'o-' if len(mean) <= 32 else '-', color='C0', markersize=4)
+    average = float((by_rank.mean * by_rank.tokens).sum() / by_rank.tokens.sum())
+    axes.axhline(average, color='0.5', linewidth=1, linestyle='--')
+    axes.annotate(f'all tokens {average:.3f}', (1, average), xycoords=('axes fraction', 'data'), xytext=(-4, 3),
+                  textcoords='offset points', ha='right', fontsize=8, color='0.4')
+    units = 'normalised patches' if model.target.norm_pix else 'normalised pixels'
+    axes.set(xlabel='segment, in the order of prediction', ylabel=f'mean squared error ({units})')
+    title = f'{_describe(model)}: loss by place in the order'
+    if model.first_segment == 'self' and isinstance(model.decoder, MaskedDecoder | ParallelDecoder):
+        title += '\n(the first segment is predicted from its own encoding; band: two standard errors)'
+    else:
+        title += '\n(band: two standard errors)'
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def confusion_figure(confusion: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """How often images of each class are taken for each other class, in percent of the true class.
+
+    Args:
+        confusion: Images, int64 [classes, classes]: rows the true class, columns the predicted one.
+        classes: Their names.
+        path: File to write.
+    """
+    percent = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = 2.2 + 0.5 * len(classes)
+    figure = Figure(figsize=(side, side), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(percent, cmap='Blues', vmin=0, vmax=100)
+    places = range(len(classes))
+    axes.set_xticks(places, classes, rotation=45, ha='right')
+    axes.set_yticks(places, classes)
+    axes.set(xlabel='predicted', ylabel='true class')
+    right = 100 * np.trace(confusion) / max(confusion.sum(), 1)
+    axes.set_title(f'{right:.1f} % of {confusion.sum():,} test images right; cells: percent of the true class',
+                   fontsize=9)
+    for row in places:
+        for column in places:
+            if percent[row, column] >= 0.5:
+                axes.text(column, row, f'{percent[row, column]:.0f}', ha='center', va='center', fontsize=8,
+                          color='white' if percent[row, column] > 50 else 'black')
     figure.savefig(path, dpi=130)
 
 

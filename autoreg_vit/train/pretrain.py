@@ -1,12 +1,13 @@
 """`autoreg-vit pretrain`: the training loop, to be read from top to bottom."""
 
 import dataclasses
-import json
+import math
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -20,165 +21,264 @@ from ..errors import ConfigError, UsageError, suggest
 from ..models import AutoregressiveViT, create_pretraining_model
 from ..models.export import export_encoder, export_pretraining
 from . import data, figures
-from .config import PretrainConfig, save_config
+from .checkpoint import write_checksum, writing
+from .config import PretrainConfig
+from .distributed import Flags, Processes, check_divisible, processes
 from .evaluate import accuracies
-from .runtime import autocast, keep_freed_memory, new_run_folder, resolve_device, resolve_precision
+from .parallel import WholeModel, get_state, replicate, set_state, settle_buckets, shard, synchronised
+from .run import Log, Run
+from .runtime import Stopped, StopSignals, autocast, keep_freed_memory, resolve_precision
+from .seeding import mix_seed
 
 
 class NonFiniteLoss(UsageError):
-    """The loss became NaN or infinite; weights of the last whole epoch are kept."""
+    """The loss became NaN or infinite; the last checkpoint before it is kept."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Pretrain a model and leave behind its weights, logs and figures.
+    """Pretrain a model, or resume its run, and leave behind its weights, logs and figures.
+
+    Under torchrun every process calls this, and they train together.
 
     Args:
-        config: Settings of the run.
+        config: Settings of the run. Where `output_dir` holds an unfinished run with these settings, it goes on from its
+            last checkpoint and ends in the weights it would have ended in.
 
     Returns:
-        The run's folder: `config.yaml`, `log.jsonl`, `encoder/` and `pretrain/` (timm `local-dir:` folders) and
-        `figures/`.
+        The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `encoder/` and `pretrain/` (timm `local-dir:` folders)
+        and `figures/`.
 
     Raises:
         UsageError: for settings, data or a model that cannot work, before training begins.
         NonFiniteLoss: when training diverges.
+        Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
     """
-    # 1. The machine.
-    config = dataclasses.replace(config)
-    device = resolve_device(config.device)
-    config.device, config.precision = str(device), resolve_precision(config.precision, device)
+    with processes(config.device) as group:
+        return _pretrain(dataclasses.replace(config), group)
+
+
+def _pretrain(config: PretrainConfig, group: Processes) -> Path:
+    # 1. The machine. Every draw from here on is a function of the seed and of what it is for.
+    device = group.device
+    config.device, config.precision = device.type, resolve_precision(config.precision, device)
     if config.workers is None:
-        config.workers = 0 if device.type == 'cpu' else min(os.cpu_count() or 1, 8)
+        config.workers = 0 if device.type == 'cpu' else min(max((os.cpu_count() or 1) // group.world_size, 1), 8)
     if device.type == 'cpu':
         keep_freed_memory()
+    torch.backends.cudnn.deterministic = True
     timm.utils.random_seed(config.seed)
 
     # 2. The model.
     model = create_pretraining_model(config.model, **config.model_options()).to(device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     spec = data.ImageSpec.of(model)
+    whole = WholeModel(model, config.fsdp)
+    if config.fsdp:
+        shard(model, group)
 
     # 3. The data.
     if config.dataset is None:
         config.dataset = 'digits' if config.data_dir is None else 'folder'
     if config.crop_scale is None:
         config.crop_scale = (0.67, 1.0) if config.model.startswith('saim') else (0.2, 1.0)
+    check_divisible(config.batch_size, group)
     train_set = data.open_dataset(
         config.dataset, config.data_dir, config.train_split,
         data.training_transform(spec, config.crop_scale, config.hflip), config.download,
-        training=True, batch_size=config.batch_size, seed=config.seed)
-    loader = data.training_loader(train_set, config.batch_size, config.workers, config.seed, device.type == 'cuda')
-    updates_per_epoch = len(loader) // config.accumulate
-    if updates_per_epoch == 0:
-        raise ConfigError(f'accumulate={config.accumulate} asks for more batches than the {len(loader)} of an epoch.')
+        training=True, batch_size=config.batch_size // group.world_size, seed=config.seed)
+    batches = data.Batches(train_set, config.batch_size, config.seed, group, config.workers, config.accumulate)
     labelled = _labelled_sets(config, spec)
 
     # 4. The optimizer.
     optimizer = _create_optimizer(config, model)
-    if config.warmup_epochs > config.epochs / 2:
-        _say(f'Warm-up shortened from {config.warmup_epochs:g} to {config.epochs / 2:g} epochs, half of the run.')
+    steps_per_epoch = batches.per_epoch // config.accumulate
+    steps, images_per_step = config.epochs * steps_per_epoch, config.batch_size * config.accumulate
+    shortened = config.warmup_epochs > config.epochs / 2
+    if shortened:
         config.warmup_epochs = config.epochs / 2
     # The cosine begins where the warm-up ends (warmup_prefix) and falls to 0 at the last step.
     schedule, _ = create_scheduler_v2(
         optimizer, sched='cosine', num_epochs=config.epochs - config.warmup_epochs, warmup_prefix=True,
         warmup_epochs=config.warmup_epochs, warmup_lr=0.0, min_lr=0.0, step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch)
+        updates_per_epoch=steps_per_epoch)
 
-    # 5. The run.
-    folder = new_run_folder(config.output_dir, f'{config.model}-{Path(config.dataset).name}')
-    config.output_dir = str(folder)
-    save_config(config, folder / 'config.yaml')
-    log = Log(folder / 'log.jsonl')
-    log.write(event='start', version=__version__, torch=torch.__version__, timm=timm.__version__, device=str(device),
-              threads=torch.get_num_threads(), precision=config.precision, train_images=_length(train_set),
-              parameters=sum(p.numel() for p in model.parameters()),
-              encoder_parameters=sum(p.numel() for p in model.encoder.parameters()))
-    _say(f'{config.model} on {config.dataset}: {_length(train_set)} images, {config.epochs} epochs of '
-         f'{updates_per_epoch} steps of {config.batch_size * config.accumulate} images; {device}, {config.precision}; '
-         f'writing to {folder}')
+    # 5. The run: begun, resumed, or found finished.
+    facts = {'train_images': len(train_set) if batches.sampler else None,
+             'workers': None if batches.sampler else config.workers}
+    with Run(config, f'{config.model}-{Path(config.dataset).name}', group, facts) as run:
+        folder, log = run.folder, run.log
+        if run.finished:
+            run.say(f'The run in {folder} is finished: its weights are in {folder / "encoder"} and '
+                    f'{folder / "pretrain"}. Name another --output-dir for a new one.')
+            return folder
+        def explain(step: int) -> str:
+            epoch, number = divmod(step * config.accumulate, batches.per_epoch)
+            images = f'batch {number} of the stream {config.dataset}'
+            if batches.sampler:
+                indices = batches.sampler.batch(epoch, number, config.accumulate)
+                images = f'images {", ".join(map(str, indices[:8]))}{", ..." * (len(indices) > 8)} of {config.dataset}'
+            return (f'(epoch {epoch}, {images}): lower --lr ({config.lr:g}) or lengthen --warmup-epochs in a new run. '
+                    f'{_kept(folder)}')
 
-    def evaluate(images: int) -> None:
-        if labelled:
-            log.write(event='evaluation', images=images, **accuracies(
-                model.encoder, *labelled, device, config.precision, config.workers))
-            _say('{images:>9,} images seen: kNN {knn:.1f} %, linear {linear:.1f} %'.format(**log.lines[-1]))
+        losses = Losses(group, explain)
+        first_step = 0
+        if run.state:
+            first_step, losses.values = run.state['step'], run.state['losses']
+            set_state(model, optimizer, run.state, config.fsdp, str(folder / 'last.pt'))
+        elif group.is_main:
+            log.write(event='start', version=__version__, torch=torch.__version__, timm=timm.__version__,
+                      device=str(device), processes=group.world_size, threads=torch.get_num_threads(),
+                      precision=config.precision, train_images=facts['train_images'] or 0,
+                      parameters=sum(p.numel() for p in model.parameters()),
+                      encoder_parameters=sum(p.numel() for p in model.encoder.parameters()))
+        if shortened:
+            run.say(f'Warm-up shortened to {config.warmup_epochs:g} epochs, half of the run.')
+        run.say(f'{config.model} on {config.dataset}: {facts["train_images"] or "streamed"} images, {config.epochs} '
+                f'epochs of {steps_per_epoch} steps of {images_per_step} images; {group.world_size} x {device}, '
+                f'{config.precision}; ' + (f'going on from step {first_step} of {steps} in' if run.state
+                                           else 'writing to') + f' {folder}')
+        run.state = None  # as large as the model and its optimizer
 
-    def save() -> None:
-        export_encoder(model.encoder, folder / 'encoder', mean=spec.mean, std=spec.std)
-        export_pretraining(model, folder / 'pretrain', mean=spec.mean, std=spec.std)
+        def evaluate(step: int) -> None:
+            losses.read()
+            images = step * images_per_step
+            if labelled and not any(line['event'] == 'evaluation' and line['images'] == images for line in log.lines):
+                encoder = whole.gather().encoder
+                if group.is_main:
+                    log.write(event='evaluation', images=images, **accuracies(
+                        encoder, *labelled, device, config.precision, config.workers))
+                    run.say('{images:>9,} images seen: kNN {knn:.1f} %, linear {linear:.1f} %'.format(**log.lines[-1]))
 
-    evaluate(images=0)
-    ranks_generator = torch.Generator(device).manual_seed(config.seed)
-    images_seen = update = 0
-    updates = config.epochs * updates_per_epoch
-    # In a file, a line a minute instead of a bar that redraws itself.
-    progress = tqdm(total=updates, unit='step', mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True)
-    model.train()
-    try:
-        losses, since = [], time.perf_counter()
-        step_loss = torch.zeros((), device=device)
-        for epoch in range(config.epochs):
-            for batch, (images, _) in enumerate(loader):
-                if batch == updates_per_epoch * config.accumulate:
-                    break  # too few batches left for a step
-                images = images.to(device, non_blocking=True)
-                ranks = model.draw_ranks(len(images), generator=ranks_generator, device=device)
-                with autocast(config.precision, device):
-                    loss = model(images, ranks).loss / config.accumulate
-                loss.backward()
-                step_loss += loss.detach()
-                images_seen += len(images)
-                if (batch + 1) % config.accumulate:
-                    continue
-                if not torch.isfinite(step_loss):
-                    raise NonFiniteLoss(
-                        f'The loss became {step_loss.item()} at step {update} (epoch {epoch}): lower --lr '
-                        f'({config.lr}) or lengthen --warmup-epochs. {_kept(folder)}')
-                schedule.step_update(update)
+        def export() -> None:
+            whole_model = whole.gather()
+            if group.is_main:
+                with writing(folder):
+                    export_encoder(whole_model.encoder, folder / 'encoder', mean=spec.mean, std=spec.std)
+                    export_pretraining(whole_model, folder / 'pretrain', mean=spec.mean, std=spec.std)
+                    for name in ('encoder', 'pretrain'):
+                        write_checksum(folder / name / 'model.safetensors')
+
+        def save(step: int) -> None:
+            losses.read()  # never save what follows a loss that is not finite
+            run.save({'step': step, 'losses': losses.values, **get_state(model, optimizer, config.fsdp)})
+
+        # 6. The loop.
+        trained = model if config.fsdp else replicate(model, group)
+        ranks_generator = torch.Generator(device)
+        share = group.share(config.batch_size)
+        with autocast(config.precision, device):
+            settle_buckets(trained, spec.nothing(share.stop - share.start, device))
+        model.train()
+        images_of = batches.start_at(first_step * config.accumulate)
+        flags, last_save, since = Flags(group, 2), time.monotonic(), (time.perf_counter(), first_step)
+        # In a file, a line a minute instead of a bar that redraws itself.
+        progress = tqdm(total=steps, initial=first_step, unit='step', mininterval=0.5 if sys.stderr.isatty() else 60,
+                        dynamic_ncols=True, disable=not group.is_main)
+        with StopSignals() as signals, progress:
+            for step in range(first_step, steps):
+                epoch = step // steps_per_epoch
+                if step == 0 or (config.eval_every and step % (config.eval_every * steps_per_epoch) == 0):
+                    paused = time.perf_counter()
+                    evaluate(step)
+                    since = since[0] + time.perf_counter() - paused, since[1]
+
+                # Orders are drawn for the whole step, so that no sharing out of its images changes them.
+                ranks_generator.manual_seed(mix_seed(config.seed, 'ranks', step))
+                ranks = model.draw_ranks(images_per_step, generator=ranks_generator, device=device)
+                torch.manual_seed(mix_seed(config.seed, 'dropout', step, group.rank))
+                loss = torch.zeros((), device=device)
+                for part, part_ranks in enumerate(ranks.split(config.batch_size)):
+                    images = next(images_of)[0].to(device, non_blocking=True)
+                    with synchronised(trained, last=part == config.accumulate - 1):
+                        with autocast(config.precision, device):
+                            part_loss = trained(images, part_ranks[share]).loss / config.accumulate
+                        part_loss.backward()
+                    loss += part_loss.detach()
+                losses.add(step, loss)
+                schedule.step_update(step)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                update += 1
-                losses.append(step_loss.item())
-                step_loss.zero_()
                 progress.update()
-                if update % config.log_every == 0 or update == updates:
-                    rate = len(losses) * config.batch_size * config.accumulate / (time.perf_counter() - since)
-                    log.write(event='step', step=update, epoch=round(update / updates_per_epoch, 3),
-                              images=images_seen, loss=sum(losses) / len(losses), lr=optimizer.param_groups[0]['lr'],
-                              images_per_second=round(rate, 1))
+
+                done = step + 1
+                if done % config.log_every == 0 or done == steps:
+                    values = losses.read()
+                    losses.values = []
+                    rate = (done - since[1]) * images_per_step / (time.perf_counter() - since[0])
+                    log.write(event='step', step=done, epoch=round(done / steps_per_epoch, 3),
+                              images=done * images_per_step, loss=sum(values) / len(values),
+                              lr=optimizer.param_groups[0]['lr'], images_per_second=round(rate, 1))
                     progress.set_postfix_str(f'epoch {epoch + 1}/{config.epochs}, loss {log.lines[-1]["loss"]:.4f}, '
                                              f'{rate:.0f} images/s', refresh=False)
-                    losses, since = [], time.perf_counter()
-            paused = time.perf_counter()
-            save()
-            if config.eval_every and (epoch + 1) % config.eval_every == 0 and epoch + 1 < config.epochs:
-                evaluate(images_seen)
-            since += time.perf_counter() - paused
-    except KeyboardInterrupt:
-        progress.close()
-        _say(f'\nStopped. {_kept(folder)}')
-        raise
-    progress.close()
+                    since = time.perf_counter(), done
 
-    # 6. What was learned.
-    evaluate(images_seen)
-    examples_from = labelled[1] if labelled else data.open_dataset(
-        config.dataset, config.data_dir, config.train_split, data.evaluation_transform(spec), config.download)
-    draw_figures(model, log, examples_from, spec, folder / 'figures')
-    _report(folder, log)
-    return folder
+                minutes = (time.monotonic() - last_save) / 60
+                stop, time_to_save = flags.exchange(
+                    signals.received is not None, 0 < config.checkpoint_every_minutes <= minutes)
+                on_step = config.checkpoint_every_steps and done % config.checkpoint_every_steps == 0
+                if stop or time_to_save or on_step or done == steps:
+                    save(done)
+                    if done < steps:
+                        export()
+                    last_save = time.monotonic()
+                if stop and done < steps:
+                    flags.settle()
+                    group.barrier()
+                    raise Stopped(f'Stopped after step {done} of {steps}. The same command goes on from there.',
+                                  signals.received or signal.SIGTERM)
+            flags.settle()
+
+        # 7. What was learned.
+        evaluate(steps)
+        export()
+        whole_model = whole.gather()
+        if group.is_main:
+            torch.manual_seed(mix_seed(config.seed, 'figures'))
+            examples_from = labelled[1] if labelled else data.open_dataset(
+                config.dataset, config.data_dir, config.train_split, data.evaluation_transform(spec), config.download)
+            with writing(folder):
+                draw_figures(whole_model, log, examples_from, spec, folder / 'figures')
+            _report(run)
+        run.finish()
+        return folder
 
 
-class Log:
-    """log.jsonl: one JSON object a line, on disk as soon as it is written; `lines` holds them all."""
+class Losses:
+    """Losses of the steps since the last line of the log, and the guard against those that are not finite.
 
-    def __init__(self, path: Path):
-        self.path, self.lines = path, []
+    On a CPU each is checked before the optimizer's step. On a GPU they stay there, since reading one would make the
+    host wait: they are checked whenever the log, a checkpoint or an evaluation reads them, and the error names the
+    first bad step all the same. Nothing is saved unchecked, so the last checkpoint is good.
 
-    def write(self, **line: Any) -> None:
-        self.lines.append({'time': round(time.time(), 3), **line})
-        with self.path.open('a', encoding='utf-8') as file:
-            file.write(json.dumps(self.lines[-1]) + '\n')
+    Args:
+        group: The processes, whose mean counts, so that all of them see the same.
+        explain: From a step to what to say about it.
+
+    Attributes:
+        values: Losses that were read since the last line.
+    """
+
+    def __init__(self, group: Processes, explain: Callable[[int], str]):
+        self.group, self.explain = group, explain
+        self.values: list[float] = []
+        self._unread: list[tuple[int, torch.Tensor]] = []
+
+    def add(self, step: int, loss: torch.Tensor) -> None:
+        """Note the loss of a step, a scalar on the device."""
+        self._unread.append((step, loss))
+        if self.group.device.type == 'cpu':
+            self.read()
+
+    def read(self) -> list[float]:
+        """All losses since the last line; raises NonFiniteLoss for the first that is not finite, on all processes."""
+        if self._unread:
+            losses = self.group.mean(torch.stack([loss for _, loss in self._unread])).tolist()
+            for (step, _), loss in zip(self._unread, losses):
+                if not math.isfinite(loss):
+                    raise NonFiniteLoss(f'The loss became {loss} at step {step} {self.explain(step)}')
+            self.values += losses
+            self._unread = []
+        return self.values
 
 
 def draw_figures(
@@ -188,17 +288,24 @@ def draw_figures(
         spec: data.ImageSpec,
         folder: Path,
 ) -> None:
-    """loss.png, serialization.png and reconstruction.png."""
+    """loss.png, serialization.png, reconstruction.png and loss_by_rank.png."""
     folder.mkdir(exist_ok=True)
-    if isinstance(examples_from, IterableDataset):
-        examples = [image for (image, _), _ in zip(examples_from, range(6))]
-    else:
-        examples = [examples_from[i][0] for i in
-                    torch.linspace(0, len(examples_from) - 1, min(6, len(examples_from))).long().tolist()]
-    images = torch.stack(examples)
+    images = _examples(examples_from, 256)
     figures.loss_figure(log.lines, folder / 'loss.png')
-    figures.serialization_figure(model, images, spec, folder / 'serialization.png')
-    figures.reconstruction_figure(model, images, spec, folder / 'reconstruction.png')
+    figures.serialization_figure(model, images[:6], spec, folder / 'serialization.png')
+    figures.reconstruction_figure(model, images[:6], spec, folder / 'reconstruction.png')
+    by_rank = figures.loss_by_rank(model, images)
+    log.write(event='loss_by_rank', loss_by_rank=[round(loss, 5) for loss in by_rank.mean.tolist()],
+              tokens=by_rank.tokens.tolist())
+    figures.loss_by_rank_figure(model, by_rank, folder / 'loss_by_rank.png')
+
+
+def _examples(dataset: torch.utils.data.Dataset, most: int) -> torch.Tensor:
+    """Up to `most` images [B, C, H, W], spread over the data set."""
+    if isinstance(dataset, IterableDataset):
+        return torch.stack([image for (image, _), _ in zip(dataset, range(most))])
+    return torch.stack([dataset[i][0] for i in
+                        torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist()])
 
 
 def _labelled_sets(config: PretrainConfig, spec: data.ImageSpec) -> tuple | None:
@@ -234,31 +341,21 @@ def _create_optimizer(config: PretrainConfig, model: AutoregressiveViT) -> torch
     return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **extra)
 
 
-def _report(folder: Path, log: Log) -> None:
-    evaluations = [line for line in log.lines if line.get('event') == 'evaluation']
-    losses = [line['loss'] for line in log.lines if 'loss' in line]
-    _say(f'\nLoss {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end.')
+def _report(run: Run) -> None:
+    lines, folder = run.log.lines, run.folder
+    evaluations = [line for line in lines if line['event'] == 'evaluation']
+    losses = [line['loss'] for line in lines if line['event'] == 'step']
+    run.say(f'\nLoss {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end.')
     if evaluations:
         before, after = evaluations[0], evaluations[-1]
-        _say('Accuracy of frozen features   untrained   pretrained')
+        run.say('Accuracy of frozen features   untrained   pretrained')
         for metric, name in (('knn', 'kNN'), ('linear', 'linear')):
-            _say(f'  {name:<26}{before[metric]:9.1f} %{after[metric]:11.1f} %')
-    _say(f'Figures: {folder / "figures"}')
-    _say('Load the encoder, with timm alone:\n'
-         f"  timm.create_model('local-dir:{folder / 'encoder'}', pretrained=True)")
+            run.say(f'  {name:<26}{before[metric]:9.1f} %{after[metric]:11.1f} %')
+    run.say(f'Figures: {folder / "figures"}')
+    run.say('Load the encoder, with timm alone:\n'
+            f"  timm.create_model('local-dir:{folder / 'encoder'}', pretrained=True)")
 
 
 def _kept(folder: Path) -> str:
-    return (f'The weights of the last whole epoch are in {folder / "encoder"} and {folder / "pretrain"}.'
-            if (folder / 'encoder').exists() else 'No whole epoch was finished, so no weights were written.')
-
-
-def _length(dataset) -> int:
-    try:
-        return len(dataset)
-    except TypeError:
-        return 0
-
-
-def _say(text: str) -> None:
-    tqdm.write(text)
+    return (f'The last checkpoint before it is {folder / "last.pt"}, its weights are in {folder / "encoder"} and '
+            f'{folder / "pretrain"}.' if (folder / 'last.pt').exists() else 'No checkpoint was written yet.')

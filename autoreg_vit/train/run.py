@@ -49,7 +49,7 @@ class Run:
 
     def __init__(self, config: Any, name: str, group: Processes, facts: dict[str, Any] | None = None):
         check_tracker(config.tracker)
-        self.group, self._lock = group, None
+        self.group, self._lock, self._config = group, None, config
         self.facts = {**(facts or {}), 'processes': group.world_size,
                       'threads': torch.get_num_threads() if group.device.type == 'cpu' else None}
         try:
@@ -57,7 +57,7 @@ class Run:
             self.folder, config.output_dir = Path(folder), folder
             self.state = self._read(config.force_resume) if resumes and not self.finished else None
             if not self.finished:
-                group.on_main(lambda: self._prepare(config))
+                group.on_main(self._prepare)
             self.log = Log(self.folder / 'log.jsonl', self.state['log_bytes'] if self.state else 0,
                            writes=group.is_main and not self.finished)
             if group.is_main and not self.finished:
@@ -73,6 +73,7 @@ class Run:
             CheckpointError: where it cannot be written; the last good one is kept.
         """
         if self.group.is_main:
+            save_config(self._config, self.folder / 'config.yaml')  # by force it may be another one from here on
             state = {**state, 'log_bytes': self.log.sync(), 'facts': self.facts}
             save_checkpoint(state, self.folder / CHECKPOINT)
 
@@ -130,8 +131,9 @@ class Run:
         self.group.on_main(check)
         return self.state if self.group.is_main else load_checkpoint(self.folder / CHECKPOINT, lambda message: None)
 
-    def _prepare(self, config: Any) -> None:
-        save_config(config, self.folder / 'config.yaml')
+    def _prepare(self) -> None:
+        if self.state is None:
+            save_config(self._config, self.folder / 'config.yaml')
         # What a kill in the middle of an export left.
         for scratch in self.folder.glob('.[a-z]*-*'):
             if scratch.is_dir():

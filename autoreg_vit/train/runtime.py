@@ -158,29 +158,3 @@ class FolderLock:
 
     def release(self) -> None:
         self.file.close()
-
-
-def new_run_folder(output_dir: str | None, name: str) -> Path:
-    """Create the folder of a run: `output_dir`, or the first free runs/NAME-1, -2, ...
-
-    Raises:
-        ConfigError: for a path that is a file, cannot be written to, or already holds a run.
-    """
-    if output_dir is None:
-        number = 1
-        while Path('runs', f'{name}-{number}').exists():
-            number += 1
-        folder = Path('runs', f'{name}-{number}')
-    else:
-        folder = Path(output_dir)
-    if (folder / 'log.jsonl').exists():
-        raise ConfigError(f'{folder} already holds a run: name another --output-dir or remove it.')
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / '.writable'
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f'Cannot write to the output folder {folder}: {error.strerror}. Name another --output-dir.'
-                          ) from error
-    return folder
