@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import save_for_hf
@@ -84,9 +85,10 @@ def _finetune(config: FinetuneConfig, group: Processes) -> Path:
                 f'{run.folder}')
         trained = replicate(model, group)
         with autocast(config.precision, group.device):
-            settle_buckets(trained, torch.zeros(2, spec.channels, *spec.size, device=group.device))
+            settle_buckets(trained.eval(), torch.zeros(2, spec.channels, *spec.size, device=group.device))
 
         def measure(network: nn.Module) -> dict[str, Any]:
+            share_buffers(network, group)
             network.eval()
             return evaluate(network, images.test, classes, config, group)
 
@@ -131,6 +133,13 @@ def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
         nn.init.trunc_normal_(head.weight, std=2e-5, generator=torch.Generator().manual_seed(seed))
         if head.bias is not None:
             head.bias.zero_()
+
+
+def share_buffers(model: nn.Module, group: Processes) -> None:
+    """Give all processes the main one's buffers: a batch norm has statistics of its own on each."""
+    if group.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def adam_options(config: FinetuneConfig) -> dict[str, Any]:

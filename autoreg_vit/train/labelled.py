@@ -78,9 +78,8 @@ def labelled_images(config: SupervisedConfig, spec: ImageSpec, **augmentation: A
     else:
         test, test_labels = train, train_labels
         train_indices, test_indices = hold_out(len(train), 0.2, config.seed)
-    if config.train_images and config.train_images < len(train_indices):
-        draw = torch.randperm(len(train_indices), generator=torch.Generator().manual_seed(config.seed)).numpy()
-        train_indices = train_indices[np.sort(draw[:config.train_images])]
+    train_indices = _some(train_indices, config.train_images, config.seed)
+    test_indices = _some(test_indices, config.test_images, config.seed)
 
     count = len(names) if names else int(train_labels.max()) + 1
     if config.num_classes is not None and (config.num_classes < count or (names and config.num_classes != count)):
@@ -149,6 +148,13 @@ def augmenting_transform(
             if op.name.startswith('Posterize'):
                 op.aug_fn = posterize
     return Compose([ToMode(3), crop, policy, ToMode(spec.channels), parts(spec.channels)[2]])
+
+
+def _some(indices: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    if most is None or most >= len(indices):
+        return indices
+    draw = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).numpy()
+    return indices[np.sort(draw[:most])]
 
 
 def posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:

@@ -67,7 +67,8 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
             result, more = fit_features(config, run, head, train_set, test)
         else:
             trained = replicate(head, group)
-            settle_buckets(trained, torch.zeros(2, encoder.head_hidden_size, device=group.device))
+            # In evaluation mode, so that the batch norm takes no notice.
+            settle_buckets(trained.eval(), torch.zeros(2, encoder.head_hidden_size, device=group.device))
 
             def loss(batch: torch.Tensor, labels: torch.Tensor, number: int) -> torch.Tensor:
                 return cross_entropy(trained(frozen_features(encoder, batch)).float(), labels)

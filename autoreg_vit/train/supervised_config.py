@@ -25,6 +25,7 @@ class SupervisedConfig:
     eval_split: str | None = option(None, 'split to report on; without one, a fifth of the training images')
     num_classes: int | None = option(None, 'number of classes; by default those of the data')
     train_images: int | None = option(None, 'training images to use at most, drawn by the seed; all by default')
+    test_images: int | None = option(None, 'images to report on at most, drawn by the seed; all by default')
     download: bool = option(False, 'let torch/... data sets download themselves')
     workers: int | None = option(None, 'processes that load images; none on a CPU by default, else up to 8', free=True)
     crop_scale: tuple[float, ...] = option((0.08, 1.0), 'area of random crops')
@@ -58,7 +59,8 @@ class SupervisedConfig:
         if self.weights is None:
             raise ConfigError('Nothing to evaluate: --weights names an encoder, the folder that pretraining wrote '
                               '(runs/NAME/encoder) or a timm name such as vit_base_patch16_224.')
-        self._at_least(1, 'epochs', 'batch_size', 'accumulate', 'log_every', 'num_classes', 'train_images')
+        self._at_least(1, 'epochs', 'batch_size', 'accumulate', 'log_every', 'num_classes', 'train_images',
+                       'test_images')
         self._at_least(0, 'lr', 'weight_decay', 'warmup_epochs', 'min_lr', 'eval_every', 'clip_grad')
         self._between_0_and_1('hflip')
         if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
