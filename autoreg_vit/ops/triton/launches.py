@@ -25,7 +25,7 @@ class Launch(NamedTuple):
 
 
 # A row sum of two tensors: bound by memory whatever the launch.
-DELTA = Launch(block=64, step=64, num_warps=4, num_stages=1)
+DELTA = Launch(block=32, step=32, num_warps=4, num_stages=1)
 
 
 @functools.cache
