@@ -277,6 +277,15 @@ class TestLabels:
         with pytest.raises(UsageError, match='other class folders: c, d are in one alone'):
             probe(ProbeConfig(weights=encoder, data_dir=str(tmp_path), eval_split='test', batch_size=2))
 
+    def test_a_damaged_image_is_named(self, encoder: str, tmp_path: Path):
+        for name in 'ab':
+            (tmp_path / name).mkdir()
+            for number in range(6):
+                Image.new('L', (8, 8), 40 * number).save(tmp_path / name / f'{number}.png')
+        (tmp_path / 'b' / '3.png').write_bytes((tmp_path / 'b' / '3.png').read_bytes()[:40])
+        with pytest.raises(UsageError, match=r'Cannot read .*b/3\.png: it is damaged'):
+            probe(ProbeConfig(weights=encoder, data_dir=str(tmp_path), fast=True, output_dir=str(tmp_path / 'run')))
+
     def test_held_out_images_are_apart_and_the_same(self):
         kept, held = labelled.hold_out(50, 0.2, seed=3)
         assert sorted([*kept, *held]) == list(range(50)) and len(held) == 10

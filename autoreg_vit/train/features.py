@@ -19,7 +19,7 @@ from .evaluate import extract_features, knn_accuracy
 from .labelled import LabelledImages, hold_out
 from .run import Run
 from .seeding import mix_seed
-from .supervised import describe, evaluate, scaled_lr, scores
+from .supervised import describe, evaluate, images_at_once, scaled_lr, scores
 from .supervised_config import ProbeConfig
 
 CACHE = 'features.safetensors'
@@ -39,7 +39,8 @@ def gather_features(
 ) -> Features | None:
     """Features of all images on the main process, None on the others; every process computes its part."""
     part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
-    found = extract_features(encoder, part, group.device, config.precision, workers=config.workers)
+    found = extract_features(
+        encoder, part, group.device, config.precision, images_at_once(group.device), config.workers)
     if group.world_size == 1:
         return Features(*map(torch.from_numpy, found))
     parts = [None] * group.world_size if group.is_main else None

@@ -26,7 +26,14 @@ class Images(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
-        image, label = self.dataset[int(self.indices[position])]
+        index = int(self.indices[position])
+        try:
+            image, label = self.dataset[index]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by the kind of damage
+            samples = getattr(self.dataset, 'samples', None)
+            name = samples[index][0] if samples else f'image {index}'
+            raise DataError(f'Cannot read {name}: it is damaged or no image ({" ".join(str(error).split())}). Replace '
+                            'or remove it.') from error
         return self.transform(image), int(label)
 
 

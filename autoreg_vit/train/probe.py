@@ -16,7 +16,17 @@ from .features import cached_features, fit_features, gather_features, knn
 from .labelled import labelled_images
 from .parallel import replicate, settle_buckets
 from .run import Run
-from .supervised import Classifier, create_optimizer, evaluate, finished, leave_results, prepare, start, train
+from .supervised import (
+    Classifier,
+    create_optimizer,
+    evaluate,
+    finished,
+    images_at_once,
+    leave_results,
+    prepare,
+    start,
+    train,
+)
 from .supervised_config import ProbeConfig
 from .weights import features_of, load_encoder, short_name
 
@@ -147,8 +157,9 @@ def optimizer_options(config: ProbeConfig) -> dict[str, Any]:
     return {**adaptive, **momentum}
 
 
-def frozen_features(encoder: nn.Module, images: torch.Tensor, at_once: int = 256) -> torch.Tensor:
+def frozen_features(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Pooled features [B, width] of images, float32, a part of the batch at a time: without gradients a batch of
     Table 16's 16,384 needs no more memory than a small one."""
     with torch.no_grad():
-        return torch.cat([features_of(encoder, part).float() for part in images.split(at_once)])
+        return torch.cat([features_of(encoder, part).float()
+                          for part in images.split(images_at_once(images.device))])

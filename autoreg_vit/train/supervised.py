@@ -79,6 +79,12 @@ def create_schedule(config: SupervisedConfig, optimizer: torch.optim.Optimizer, 
         step_on_epochs=False, updates_per_epoch=updates_per_epoch)[0]
 
 
+def images_at_once(device: torch.device) -> int:
+    """Images of a forward pass without gradients: more on a CPU leave its caches (ViT-Tiny at 32 pixels, 64 images: 71
+    a second a core, 256 images: 56)."""
+    return 64 if device.type == 'cpu' else 256
+
+
 @torch.no_grad()
 def evaluate(
         predict: Callable[[torch.Tensor], torch.Tensor],
@@ -86,7 +92,7 @@ def evaluate(
         classes: int,
         config: SupervisedConfig,
         group: Processes,
-        batch_size: int = 256,
+        batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Accuracies over `dataset`, of which every process sees its own part of the images, each once.
 
@@ -96,7 +102,7 @@ def evaluate(
         classes: How many there are.
         config: Gives precision and loader processes.
         group: The processes.
-        batch_size: Images at a time a process.
+        batch_size: Images at a time a process; by default what suits the device.
 
     Returns:
         On every process: top1 and, for more than five classes, top5 in percent, the mean cross entropy `loss`, how many
@@ -105,6 +111,7 @@ def evaluate(
     # Counts as float64, exact below 2^53: the confusion matrix, then hits of top 1 and 5, loss and images.
     counts = torch.zeros(classes * classes + 4, dtype=torch.float64)
     part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
+    batch_size = batch_size or images_at_once(group.device)
     for images, labels in DataLoader(part, batch_size, num_workers=config.workers) if len(part) else ():
         with autocast(config.precision, group.device):
             logits = predict(images.to(group.device, non_blocking=True))
