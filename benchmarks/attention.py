@@ -2,8 +2,9 @@
 
     python benchmarks/attention.py [--dtype bfloat16] [--tokens 64 196 576 1024] [--head-dims 32 64] [--output FILE]
 
-Cases: RandSAC's encoder (blobs, 11 segments), its cross-attention to memory, and SAIM's encoder (plain causal with a
-class token in front, so one token more). Each alternative is timed twice:
+Cases: RandSAC's encoder (blobs, 11 segments) and its cross-attention to memory; SAIM's encoder, plain causal with a
+class token in front, so one token more, and its query stream, causal on rows shifted by that token. Each alternative is
+timed twice:
 
 - packed: from the projection [B, N, 3, H, D] to its gradient, as in a model;
 - split: from q, k and v that already lie in the layout the alternative likes best, [B, H, N, D], to three gradients.
@@ -52,31 +53,35 @@ class Case:
             self.projections[0], *self.projections[1].unbind(2)]
         return [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in tensors]
 
+    @property
+    def keys(self) -> int:
+        return self.projections[-1].shape[1]
+
     def first(self, images: int) -> 'Case':
         return Case(self.name, [x[:images].detach().requires_grad_() for x in self.projections], self.limits[:images],
                     self.grad[:images], self.causal)
 
 
 def make_case(name: str, tokens: int, head_dim: int, batch: int, heads: int, dtype: torch.dtype, device) -> Case:
-    """'randsac' and 'memory' have `tokens` queries and keys on a square grid, 'saim' one more of each."""
+    """`tokens` patches on a square grid; SAIM has a class token in front of its keys, and of its encoder's queries."""
     generator = torch.Generator(device).manual_seed(0)
     side = round(tokens ** 0.5)
     if side * side != tokens:
         raise SystemExit(f'--tokens {tokens} is not a square number')
-    if name == 'saim':
+    saim = name.startswith('saim')
+    if saim:
         ranks = Serialization('random', (side, side))(batch, generator=generator, device=device)
-        limits = Layout.of(ranks, 'none', 1).encoder_limits
     else:
         ranks = Serialization('blobs', (side, side), min(11, tokens))(batch, generator=generator, device=device)
-        layout = Layout.of(ranks, 'self', 0)
-        limits = layout.encoder_limits if name == 'randsac' else layout.memory_limits
-    length = limits.shape[1]
+    layout = Layout.of(ranks, 'none' if saim else 'self', int(saim))
+    limits = layout.encoder_limits if name in ('randsac', 'saim') else layout.memory_limits
+    queries, keys = limits.shape[1], tokens + saim
 
-    def random(*parts: int) -> torch.Tensor:
+    def random(length: int, *parts: int) -> torch.Tensor:
         return torch.randn(batch, length, *parts, heads, head_dim, generator=generator, device=device).to(dtype)
 
-    projections = [random(), random(2)] if name == 'memory' else [random(3)]
-    return Case(name, [x.requires_grad_() for x in projections], limits, random(), name == 'saim')
+    projections = [random(keys, 3)] if name in ('randsac', 'saim') else [random(queries), random(keys, 2)]
+    return Case(name, [x.requires_grad_() for x in projections], limits, random(queries), saim)
 
 
 # Alternatives: what is prepared once a step, and attention from [B, H, N, D] to [B, H, N, D] with what was prepared.
@@ -87,18 +92,16 @@ def no_preparation(case: Case) -> None:
 
 
 def visible_mask(case: Case) -> torch.Tensor:
-    keys = case.limits.shape[1]
-    return torch.arange(keys, device=case.limits.device) < case.limits[:, None, :, None]
+    return torch.arange(case.keys, device=case.limits.device) < case.limits[:, None, :, None]
 
 
 def float_mask(case: Case) -> torch.Tensor:
-    """0 and -inf [B, 1, N, N] in the dtype of q, as a slice of rows whose length is a multiple of 8, which the fast
+    """0 and -inf [B, 1, Nq, Nk] in the dtype of q, as a slice of rows whose length is a multiple of 8, which the fast
     kernels ask for."""
-    keys = case.limits.shape[1]
-    padded = torch.full((*case.limits.shape, -(-keys // 8) * 8), float('-inf'), dtype=case.grad.dtype,
+    padded = torch.full((*case.limits.shape, -(-case.keys // 8) * 8), float('-inf'), dtype=case.grad.dtype,
                         device=case.limits.device)
     columns = torch.arange(padded.shape[-1], device=case.limits.device)
-    return padded.masked_fill_(columns < case.limits[..., None], 0)[:, None, :, :keys]
+    return padded.masked_fill_(columns < case.limits[..., None], 0)[:, None, :, :case.keys]
 
 
 def plain(q, k, v, mask):
@@ -123,24 +126,24 @@ def causal_sdpa(backend: SDPBackend) -> Callable:
 def flex_blocks(size: int) -> Callable[[Case], BlockMask]:
     """FlexAttention's block mask straight from the limits."""
     def prepare(case: Case) -> BlockMask:
-        limits, length = case.limits, case.limits.shape[1]
-        blocks = -(-length // size)
-        padded = F.pad(limits, (0, blocks * size - length), value=-1).view(len(limits), 1, blocks, size)
+        limits, queries, keys = case.limits, case.limits.shape[1], case.keys
+        rows, columns = -(-queries // size), -(-keys // size)
+        padded = F.pad(limits, (0, rows * size - queries), value=-1).view(len(limits), 1, rows, size)
         most = padded.amax(-1)
-        least = padded.masked_fill(padded < 0, length).amin(-1)
+        least = padded.masked_fill(padded < 0, keys).amin(-1)
         full = (least // size).int()
         partial = (-(most // -size)).int() - full
-        columns = torch.arange(blocks, device=limits.device, dtype=torch.int32).expand(*full.shape, -1)
+        indices = torch.arange(columns, device=limits.device, dtype=torch.int32).expand(*full.shape, -1)
         return BlockMask.from_kv_blocks(
-            partial, ((columns + full[..., None]) % blocks).contiguous(), full, columns.contiguous(), BLOCK_SIZE=size,
-            mask_mod=lambda b, h, i, j: j < limits[b, i], seq_lengths=(length, length))
+            partial, ((indices + full[..., None]) % columns).contiguous(), full, indices.contiguous(), BLOCK_SIZE=size,
+            mask_mod=lambda b, h, i, j: j < limits[b, i], seq_lengths=(queries, keys))
     return prepare
 
 
 def flex_created(case: Case) -> BlockMask:
     """FlexAttention's block mask the documented way."""
-    limits, length = case.limits, case.limits.shape[1]
-    return create_block_mask(lambda b, h, i, j: j < limits[b, i], len(limits), None, length, length,
+    limits = case.limits
+    return create_block_mask(lambda b, h, i, j: j < limits[b, i], len(limits), None, limits.shape[1], case.keys,
                              device=limits.device)
 
 
@@ -222,11 +225,12 @@ def check(case: Case, make_run: Callable[[Case], Callable], layout: str, backwar
 def floors(case: Case, bandwidth: float, rate: float) -> dict[bool, float]:
     """Microseconds at least of forward and of forward with backward."""
     heads, head_dim = case.grad.shape[2:]
-    tensor = case.grad.numel() * case.grad.element_size()
+    out = case.grad.numel() * case.grad.element_size()
+    projections = sum(x.numel() * x.element_size() for x in case.projections)
     rows = case.limits.numel() * 4 * (1 + heads)  # limits and LSE
     pairs = case.limits.sum().item() * heads
-    forward = max((4 * tensor + rows) / bandwidth, 4 * head_dim * pairs / rate)
-    backward = max((8 * tensor + rows) / bandwidth, 10 * head_dim * pairs / rate)
+    forward = max((projections + out + rows) / bandwidth, 4 * head_dim * pairs / rate)
+    backward = max((2 * projections + 2 * out + rows) / bandwidth, 10 * head_dim * pairs / rate)
     return {False: forward * 1e6, True: (forward + backward) * 1e6}
 
 
@@ -242,12 +246,12 @@ def measured_limits(dtype: torch.dtype, device: torch.device) -> tuple[float, fl
 
 def benchmark(case: Case, device: torch.device, bandwidth: float, rate: float, seconds: float) -> list[dict]:
     floor = floors(case, bandwidth, rate)
-    batch, length, heads, head_dim = case.grad.shape
+    batch, queries, heads, head_dim = case.grad.shape
     rows = []
 
     def add(name: str, layout: str, make_run: Callable[[Case], Callable], prepare: Callable | None = None) -> None:
         for backward in (False, True):
-            row = {'case': case.name, 'tokens': length, 'head_dim': head_dim, 'batch': batch, 'heads': heads,
+            row = {'case': case.name, 'tokens': queries, 'head_dim': head_dim, 'batch': batch, 'heads': heads,
                    'pass': 'forward+backward' if backward else 'forward', 'name': name, 'layout': layout}
             rows.append(row)
             try:
@@ -307,7 +311,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', default='bfloat16', choices=['float32', 'float16', 'bfloat16'])
-    parser.add_argument('--cases', nargs='+', default=['randsac', 'memory', 'saim'])
+    parser.add_argument('--cases', nargs='+', default=['randsac', 'randsac-memory', 'saim', 'saim-query'],
+                        choices=['randsac', 'randsac-memory', 'saim', 'saim-query'])
     parser.add_argument('--tokens', type=int, nargs='+', default=[64, 196, 576, 1024])
     parser.add_argument('--head-dims', type=int, nargs='+', default=[32, 64])
     parser.add_argument('--heads', type=int, default=12)
@@ -330,7 +335,7 @@ def main() -> None:
         # Written as it grows: a run that is stopped keeps what it has.
         output.write_text(json.dumps(result, indent=1) + '\n')
         for row in rows:
-            tqdm.write('{case:8}{tokens:>5} x{head_dim:<3} {pass:17}{name:44}{layout:7}'.format(**row) + (
+            tqdm.write('{case:15}{tokens:>5} x{head_dim:<3} {pass:17}{name:44}{layout:7}'.format(**row) + (
                 '{median_us:>10.1f} us  {p20_us:>10.1f} {p80_us:>10.1f}  {fraction_of_floor:>6.1%} of floor  '
                 '{peak_mib} MiB'.format(**row) if 'median_us' in row else row['refused']))
     plot(result['rows'], output.with_suffix('.png'),
