@@ -20,7 +20,10 @@ setup(
     license_files=['LICENSE'],
     python_requires='>=3.10',
     packages=find_packages(include=['autoreg_vit', 'autoreg_vit.*']),
-    package_data={'autoreg_vit.ops.triton': ['launches.json'], 'autoreg_vit.train': ['recipes/*.yaml', 'recipes/*/*.yaml']},
+    package_data={
+        'autoreg_vit.ops.triton': ['launches.json'],
+        'autoreg_vit.train': ['recipes/*.yaml', 'recipes/*/*.yaml'],
+    },
     install_requires=[
         'torch>=2.11',
         'torchvision',
