@@ -23,7 +23,7 @@ from autoreg_vit.train.config import load_recipe
 from autoreg_vit.train.data import ImageSpec
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.finetune import adam_options, add_classifier, check_pairs, finetune, mixing_loss
-from autoreg_vit.train.pretrain import NonFiniteLoss
+from autoreg_vit.train.losses import NonFiniteLoss
 from autoreg_vit.train.runtime import Stopped
 from autoreg_vit.train.supervised_config import FinetuneConfig
 from autoreg_vit.train.weights import load_encoder

@@ -242,21 +242,18 @@ class TestWeights:
         from autoreg_vit.train.weights import load_encoder
 
         folder = write_encoder(tmp_path / 'encoder')
-        weights = folder / 'model.safetensors'
-        if damage == 'flip':
-            write_checksum(weights)
-        data = bytearray(weights.read_bytes())
-        if damage == 'cut':
-            weights.write_bytes(data[:1000])
-            (folder / 'model.safetensors.sha256').unlink(missing_ok=True)
-        elif damage == 'flip':
-            data[-1] ^= 1
-            weights.write_bytes(data)
-        elif damage == 'json':
-            (folder / 'config.json').write_text('{')
-        else:
-            for file in folder.glob('*model*'):
+        for file in list(folder.glob('*model*')):
+            data = bytearray(file.read_bytes())
+            if damage == 'cut':
+                file.write_bytes(data[:1000])
+            elif damage == 'flip':
+                write_checksum(file)
+                data[-1] ^= 1
+                file.write_bytes(data)
+            elif damage == 'gone':
                 file.unlink()
+        if damage == 'json':
+            (folder / 'config.json').write_text('{')
         with pytest.raises(CheckpointError, match=str(folder)):
             load_encoder(str(folder))
 

@@ -72,6 +72,7 @@ def cached_features(
             scratch = path.with_name(path.name + '.new')
             save_file({f'{name}.{field}': value.contiguous() for name, part in zip(('train', 'test'), sets)
                        for field, value in part._asdict().items()}, scratch, metadata={'encoder': key})
+            scratch.chmod(0o644)  # safetensors leaves 0600
             scratch.replace(path)
             write_checksum(path)
     return sets

@@ -36,7 +36,7 @@ from .supervised import (
     train,
 )
 from .supervised_config import FinetuneConfig
-from .weights import load_encoder, short_name, source_config
+from .weights import WEIGHT_FILES, load_encoder, short_name, source_config
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -181,11 +181,14 @@ def export_classifier(
     else:
         source = source_config(config.weights)
         args = {**source.get('model_args', {}), **config.model_options(), 'in_chans': spec.channels}
-        save_for_hf(model, str(folder), model_args=args, safe_serialization=True)
+        # timm before 1.0.26 reads no safetensors from a folder.
+        save_for_hf(model, str(folder), model_args=args, safe_serialization='both')
     path = folder / 'config.json'
     content = json.loads(path.read_text(encoding='utf-8'))
     # transformers passes num_classes itself and fails on a second one; drop path belongs to this training.
     for name in ('num_classes', 'drop_path_rate'):
         content.get('model_args', {}).pop(name, None)
     path.write_text(json.dumps({**content, 'label_names': classes}, indent=2) + '\n', encoding='utf-8')
-    write_checksum(folder / 'model.safetensors')
+    for weights in (folder / name for name in WEIGHT_FILES):
+        weights.chmod(0o644)  # safetensors leaves 0600
+        write_checksum(weights)

@@ -101,6 +101,7 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
             with writing(run.folder):
                 path = run.folder / 'classifier.safetensors'
                 save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, path)
+                path.chmod(0o644)  # safetensors leaves 0600
                 write_checksum(path)
         leave_results(run, config, result, images.classes, train_images=len(images.train), fast=config.fast,
                       batch_norm=config.batch_norm, **more)

@@ -28,8 +28,8 @@ from . import figures
 from .checkpoint import load_into, writing
 from .data import Batches
 from .distributed import Flags, Processes
+from .losses import Losses
 from .parallel import get_state, set_state, synchronised
-from .pretrain import Losses
 from .run import Run
 from .runtime import Stopped, StopSignals, autocast, keep_freed_memory, resolve_precision
 from .supervised_config import SupervisedConfig
@@ -187,7 +187,8 @@ def train(config: SupervisedConfig, run: Run, batches: Batches, classifier: Clas
         f'{run.folder} holds is from before.'))
     first_step = 0
     if run.state:
-        first_step, losses.values = run.state['step'], run.state['losses']
+        first_step = losses.step = run.state['step']
+        losses.values = run.state['losses']
         classifier.load_state(run.state, str(run.folder / 'last.pt'))
         run.say(f'Going on from step {first_step} of {steps} in {run.folder}.')
         run.state = None
@@ -226,7 +227,7 @@ def train(config: SupervisedConfig, run: Run, batches: Batches, classifier: Clas
                         part_loss = classifier.loss(images, labels, number) / config.accumulate
                     part_loss.backward()
                 loss += part_loss.detach()
-            losses.add(step, loss)
+            losses.check(loss)
             schedule.step_update(step)
             if config.clip_grad:
                 nn.utils.clip_grad_norm_(classifier.model.parameters(), config.clip_grad)
@@ -234,6 +235,7 @@ def train(config: SupervisedConfig, run: Run, batches: Batches, classifier: Clas
             optimizer.zero_grad(set_to_none=True)
             if classifier.average is not None:
                 classifier.average.update(classifier.model)
+            losses.add(loss)
             progress.update()
 
             done = step + 1

@@ -13,6 +13,9 @@ from ..models.encoders import check_sizes
 from ..models.pretraining import pretraining_models
 from .checkpoint import verify_checksum
 
+#: Names under which timm looks for the weights in a folder.
+WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
+
 
 def load_encoder(weights: str, pretrained: bool = True, **options: Any) -> nn.Module:
     """An encoder by `timm.create_model`.
@@ -80,8 +83,9 @@ def _resolve(weights: str) -> str:
         if _architecture(folder) in pretraining_models():
             raise ModelError(f'{folder} holds a pretraining model, encoder and decoder: name the folder '
                              f'{folder.with_name("encoder")} beside it.')
-        if (folder / 'model.safetensors').is_file():
-            verify_checksum(folder / 'model.safetensors')
+        for file in (folder / name for name in WEIGHT_FILES):
+            if file.is_file():
+                verify_checksum(file)
         return f'local-dir:{folder}'
     if path.exists():
         raise CheckpointError(f'{path} is a file: --weights names the folder of an encoder, with config.json and '
