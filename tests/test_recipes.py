@@ -8,6 +8,7 @@ from timm.optim import create_optimizer_v2
 pytest.importorskip('sklearn')
 
 from autoreg_vit.errors import ConfigError
+from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import RECIPES, PretrainConfig, bundled_recipes, load_recipe, make_config
 from autoreg_vit.train.supervised_config import FinetuneConfig, ProbeConfig
 
@@ -114,3 +115,11 @@ def test_unknown_names_suggest_those_of_the_command():
         load_recipe('randsak', 'finetune')
     with pytest.raises(ConfigError, match=r"No recipe 'saim-tiny-cifar'.*'saim-tiny-cifar10'"):
         load_recipe('saim-tiny-cifar')
+
+
+@pytest.mark.parametrize('command', ['pretrain', 'probe', 'finetune'])
+def test_help_lists_them(command: str, capsys):
+    with pytest.raises(SystemExit):
+        main([command, '--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert all(name in text for name in bundled_recipes(command)) and bundled_recipes(command)

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 import traceback
 from typing import NamedTuple, NoReturn
 
@@ -34,6 +35,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(' '.join(message.split()))
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Names of recipes stay whole at the end of a line."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +80,7 @@ def _run(arguments: list[str]) -> int:
             parsers[name] = commands.add_parser(
                 name, allow_abbrev=False, help=command.help,
                 description=f'{command.help[0].upper()}{command.help[1:]}.{default}',
-                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
+                formatter_class=lambda prog: HelpFormatter(prog, max_help_position=32, width=110))
             configs[name] = getattr(importlib.import_module(f'.{command.config_module}', __package__),
                                     command.config_class)
             bundled = ', '.join(bundled_recipes(name))
