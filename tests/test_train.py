@@ -15,10 +15,11 @@ from PIL import Image
 pytest.importorskip('sklearn')
 
 from autoreg_vit.errors import ConfigError, DataError, UsageError
-from autoreg_vit.train import data, evaluate, runtime
+from autoreg_vit.train import data, evaluate, figures, runtime
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import PretrainConfig, load_recipe, make_config
-from autoreg_vit.train.pretrain import NonFiniteLoss, pretrain
+from autoreg_vit.train.losses import NonFiniteLoss
+from autoreg_vit.train.pretrain import pretrain
 
 SMALL = {'embed_dim': 32, 'depth': 2, 'num_heads': 1, 'decoder_depth': 1}
 DIGITS = {**load_recipe('digits'), **SMALL, 'epochs': 1, 'batch_size': 128, 'eval_images': 200}
@@ -28,6 +29,10 @@ FOLDER = {**SMALL, 'img_size': 16, 'patch_size': 4, 'segments': [4, 2], 'epochs'
 
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+
+
+def last_of(folder: Path, event: str) -> dict:
+    return [line for line in log_of(folder) if line['event'] == event][-1]
 
 
 def weights_of(folder: Path) -> bytes:
@@ -110,11 +115,11 @@ class TestFolders:
         folder = pretrain(PretrainConfig(**FOLDER, data_dir=str(class_folders), eval_split='test',
                                          output_dir=str(tmp_path / 'run')))
         log = log_of(folder)
-        assert log[0]['train_images'] == 16 and {'knn', 'linear'} <= set(log[-1])
+        assert log[0]['train_images'] == 16 and {'knn', 'linear'} <= set(last_of(folder, 'evaluation'))
 
     def test_held_out_fifth_without_a_split(self, class_folders: Path, tmp_path: Path):
         folder = pretrain(PretrainConfig(**FOLDER, data_dir=str(class_folders), output_dir=str(tmp_path / 'run')))
-        assert 'linear' in log_of(folder)[-1]
+        assert 'linear' in last_of(folder, 'evaluation')
 
     @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L'])
     @pytest.mark.parametrize('channels', [1, 3])
@@ -122,7 +127,7 @@ class TestFolders:
         draw_images(tmp_path / 'flat', 9, mode)
         folder = pretrain(PretrainConfig(**FOLDER, in_chans=channels, data_dir=str(tmp_path / 'flat'),
                                          output_dir=str(tmp_path / 'run')))
-        assert log_of(folder)[-1]['event'] == 'step'
+        assert last_of(folder, 'step') and 'evaluation' not in {line['event'] for line in log_of(folder)}
         assert (folder / 'figures' / 'reconstruction.png').exists()
 
     def test_loader_processes_and_saim(self, class_folders: Path, tmp_path: Path):
@@ -148,7 +153,7 @@ class TestFolders:
             'name': 'train', 'filenames': ['train-0000.tar'], 'shard_lengths': [16], 'num_samples': 16}}}))
         folder = pretrain(PretrainConfig(**FOLDER, dataset='wds/images', data_dir=str(tmp_path),
                                          output_dir=str(tmp_path / 'run')))
-        assert log_of(folder)[-1]['images'] == 16
+        assert last_of(folder, 'step')['images'] == 16
 
 
 class TestAccuracies:
@@ -168,6 +173,21 @@ class TestAccuracies:
         features, labels = evaluate.extract_features(encoder, dataset, torch.device('cpu'), batch_size=2)
         assert encoder.training and labels.tolist() == [0, 1, 2, 3, 4]
         torch.testing.assert_close(torch.from_numpy(features), encoder.eval()(images))
+
+
+def test_loss_by_rank_takes_the_loss_apart():
+    model = timm.create_model('randsac_vit_tiny_patch4_32', depth=1, decoder_depth=1, serialization='random')
+    images = torch.randn(7, 3, 32, 32)
+    torch.manual_seed(1)
+    by_rank = figures.loss_by_rank(model, images, batch_size=7)
+    torch.manual_seed(1)
+    out = model.eval()(images)
+    assert by_rank.tokens.tolist() == [7] * 64
+    torch.testing.assert_close(by_rank.mean.mean().float(), out.loss, atol=1e-6, rtol=1e-5)
+    errors = (out.pred - out.target).square().mean(-1)
+    first = errors[out.ranks == 0].double()
+    torch.testing.assert_close(by_rank.mean[0], first.mean())
+    torch.testing.assert_close(by_rank.error[0], first.std(correction=0) / 7 ** 0.5)
 
 
 class TestErrors:

@@ -64,6 +64,9 @@ class PretrainConfig:
     eval_every: int = option(0, 'report accuracies every so many epochs; 0, only before and after training', free=True)
     download: bool = option(False, 'let torch/... data sets download themselves', free=True)
     workers: int | None = option(None, 'processes that load images; none on a CPU by default, else up to 8', free=True)
+    max_corrupt: float = option(0.001, 'part of the images that may be unreadable; others stand in for them', free=True)
+    check_images: int = option(
+        10000, 'images of a folder decoded before training, to find unreadable ones; 0, only file names', free=True)
     crop_scale: tuple[float, ...] | None = option(
         None, 'area of random crops; by default 0.2 1.0 (RandSAC 5) or 0.67 1.0 (SAIM)')
     hflip: float = option(0.5, 'probability of a horizontal flip')
@@ -72,6 +75,11 @@ class PretrainConfig:
     batch_size: int = option(256, 'images a forward pass, over all processes together')
     accumulate: int = option(1, 'forward passes an optimizer step; the batch of a step is their product')
     fsdp: bool = option(False, 'shard model and optimizer over the processes of torchrun (FSDP2), for ViT-L and up')
+    compile: bool = option(False, 'compile the model with torch.compile')
+    cache_on_device: bool = option(
+        False, 'keep all images on the device as uint8, and crop and flip them there: for small images of one size')
+    cuda_graph: bool = option(
+        False, 'replay each step as one CUDA graph, for small models; one process, adamw, no accumulation')
     opt: str = option('adamw', 'optimizer, a timm name')
     lr: float = option(1e-3, 'learning rate for 256 images a step, scaled linearly')
     weight_decay: float = option(0.05, 'weight decay')
@@ -96,9 +104,11 @@ class PretrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f'{name} must be at least 1, got {getattr(self, name)}.')
         for name in ('lr', 'weight_decay', 'warmup_epochs', 'eval_every', 'checkpoint_every_steps',
-                     'checkpoint_every_minutes'):
+                     'checkpoint_every_minutes', 'check_images'):
             if getattr(self, name) < 0:
                 raise ConfigError(f'{name} cannot be negative, got {getattr(self, name)}.')
+        if not 0 <= self.max_corrupt <= 1:
+            raise ConfigError(f'max_corrupt is a part between 0 and 1, got {self.max_corrupt}.')
         if not 0 <= self.hflip <= 1:
             raise ConfigError(f'hflip is a probability between 0 and 1, got {self.hflip}.')
         if self.crop_scale is not None and not (len(self.crop_scale) == 2

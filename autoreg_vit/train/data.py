@@ -1,6 +1,10 @@
 """Images for pretraining and evaluation: folders, timm's data sets, and scikit-learn's bundled digits."""
 
+import os
+import struct
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import Compose
+from tqdm import tqdm
 
 from ..errors import ConfigError, DataError, suggest
 from .distributed import EpochSampler, Processes, check_divisible
@@ -114,9 +119,40 @@ def open_dataset(
             batch_size=batch_size, seed=seed)
     except (AssertionError, ImportError, RuntimeError, OSError, TypeError, ValueError) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise DataError(f'Cannot open data set {name!r}, split {split!r}, under {data_dir!r}: {reason}') from error
+        known = _timm_names(name.split('/')[0])
+        hint = f' {suggest(name, known)}' if known and name.lower() not in known else ''
+        raise DataError(f'Cannot open data set {name!r}, split {split!r}, under {data_dir!r}: {reason}.{hint}'
+                        ) from error
     dataset.transform = transform  # torchvision data sets behind timm take it here
+    if hasattr(dataset, '_max_retries'):
+        dataset._max_retries = 1  # timm would put the next image in place of a corrupt one, uncounted
+    _check_shards(dataset, data_dir)
     return dataset
+
+
+def _timm_names(prefix: str) -> list[str]:
+    """Names of the torchvision data sets that timm opens."""
+    from timm.data import dataset_factory
+
+    known = {**getattr(dataset_factory, '_TORCH_BASIC_DS', {}), **getattr(dataset_factory, '_EMNIST', {})}
+    return [f'torch/{name}' for name in known] if prefix == 'torch' else []
+
+
+def _check_shards(dataset: Dataset, data_dir: str | None) -> None:
+    """Raise DataError for local WebDataset shards that are missing or cut short, which the reader would pass over."""
+    info = getattr(getattr(dataset, 'reader', None), 'split_info', None)
+    for name in getattr(info, 'filenames', ()):
+        shard = Path(data_dir or '', name)
+        if '://' in name or name.startswith('pipe:') or shard.suffix != '.tar':
+            continue
+        if not shard.is_file():
+            raise DataError(f'The shard {shard} is missing: _info.json names it. Fetch it, or correct _info.json.')
+        with shard.open('rb') as file:
+            size = file.seek(0, 2)
+            file.seek(max(size - 1024, 0))
+            if size % 512 or file.read() != bytes(1024):  # a tar file is whole blocks, and two of zeros end it
+                raise DataError(f'The shard {shard} is cut short at {size} bytes: it does not end as a tar file does. '
+                                'Fetch it again.')
 
 
 class Digits(VisionDataset):
@@ -153,12 +189,14 @@ class FlatFolder(VisionDataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        with Image.open(self.samples[index]) as image:
-            return self.transform(image.copy()), -1
+        return self.transform(_open_image(self.samples[index])), -1
 
 
-def _open_image(path: str) -> Image.Image:
+def _open_image(path: str | Path) -> Image.Image:
     with Image.open(path) as image:
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            # PIL only warns up to twice as many, and would decode them.
+            raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels, more than PIL holds to be safe')
         image.load()
         return image
 
@@ -194,7 +232,19 @@ def labels_of(dataset: Dataset) -> np.ndarray | None:
     if labels is None:
         return None
     labels = np.asarray(labels)
-    return labels if len(np.unique(labels)) > 1 else None
+    if len(np.unique(labels)) < 2:
+        return None
+    check_labels(labels, len(classes) if (classes := getattr(dataset, 'classes', None)) else None)
+    return labels
+
+
+def check_labels(labels: np.ndarray, num_classes: int | None = None) -> None:
+    """Raise DataError for the first label [images] that is no class: negative, or `num_classes` and more."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= (np.inf if num_classes is None else num_classes)))
+    if len(wrong):
+        expected = 'from 0' if num_classes is None else f'between 0 and {num_classes - 1}'
+        raise DataError(f'Image {wrong[0]} has the label {labels[wrong[0]]}, and {len(wrong)} of {len(labels)} labels '
+                        f'are not {expected}: number the classes from 0, or correct num_classes.')
 
 
 def sample(dataset: Dataset, most: int, seed: int) -> Dataset:
@@ -205,14 +255,26 @@ def sample(dataset: Dataset, most: int, seed: int) -> Dataset:
     return Subset(dataset, sorted(torch.randperm(len(dataset), generator=generator)[:most].tolist()))
 
 
+# What reading and decoding a damaged file raises.
+DAMAGE = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, struct.error, zlib.error,
+          Image.DecompressionBombError)
+
+
 class SeededSamples(Dataset):
     """A map-style data set whose augmentation is a function of (seed, epoch, index), whatever process does it.
 
-    Takes keys (epoch, index) and gives what the data set gives for the index.
+    Takes keys (epoch, index) and gives what the data set gives for the index. In place of an image that cannot be read
+    it gives the next that can, and counts it.
+
+    Attributes:
+        corrupt: A mark for every image that could not be read, uint8 [images], shared with loader processes.
+        count: How many there may be, a lower bound, int64 [1], shared with loader processes.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
+        self.corrupt = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+        self.count = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -221,12 +283,83 @@ class SeededSamples(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list:
-        samples = []
         with kept_random_state():
-            for epoch, index in keys:
-                seed_cpu(mix_seed(self.seed, 'image', epoch, index))
-                samples.append(self.dataset[index])
-        return samples
+            return [self._sample(*key) for key in keys]
+
+    def _sample(self, epoch: int, index: int):
+        for another in range(min(16, len(self))):
+            place = (index + another) % len(self)
+            seed_cpu(mix_seed(self.seed, 'image', epoch, index))
+            try:
+                return self.dataset[place]
+            except DAMAGE as error:
+                last = error
+                if not self.corrupt[place]:
+                    self.corrupt[place] = 1
+                    self.count += 1
+        raise DataError(f'{min(16, len(self))} images in a row cannot be read, the first being '
+                        f'{image_name(self.dataset, index)}: {" ".join(str(last).split())}')
+
+
+def image_name(dataset: Dataset, index: int) -> str:
+    """File of an image where its data set knows it, else its number."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    samples = getattr(dataset, 'samples', None)
+    if samples is not None:
+        return str(samples[index][0] if isinstance(samples[index], tuple) else samples[index])
+    try:
+        return str(dataset.filename(index))
+    except (AttributeError, AssertionError, KeyError, NotImplementedError, TypeError):
+        return f'image {index}'
+
+
+def check_images(dataset: Dataset, most: int, max_corrupt: float, say: Callable[[str], None] = print) -> list[str]:
+    """Decode up to `most` images of a folder, spread evenly, and look at the sizes of all its files.
+
+    Args:
+        dataset: Of the folder kind; others are left unchecked.
+        most: Images to decode.
+        max_corrupt: Part of the images that may be unreadable.
+        say: Takes a message that names the unreadable ones, where they are few enough.
+
+    Returns:
+        Names of the unreadable images.
+
+    Raises:
+        DataError: for more unreadable images, naming them.
+    """
+    samples = getattr(dataset, 'samples', None)
+    if not samples or most < 1:
+        return []
+    paths = [Path(image_name(dataset, i)) for i in range(len(samples))]
+    chosen = sorted(set(np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int).tolist()))
+    damages = {path: 'it is empty' for path in paths if path.stat().st_size == 0}
+
+    def decode(path: Path) -> None:
+        try:
+            _open_image(path)
+        except DAMAGE as error:
+            damages.setdefault(path, ' '.join(str(error).split()))
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:  # decoding does not hold the interpreter
+        list(pool.map(decode, [paths[i] for i in chosen]))
+    if damages:
+        named = [f'{path} ({reason})' for path, reason in sorted(damages.items())]
+        refuse_corrupt(len(named), len(chosen), max_corrupt, named)
+        say(f'{len(named)} of {len(chosen)} images cannot be read, and others stand in for them: {_some(named)}')
+    return [str(path) for path in sorted(damages)]
+
+
+def refuse_corrupt(count: int, images: int, max_corrupt: float, names: list[str]) -> None:
+    """Raise DataError where `count` unreadable images of `images` are more than the part `max_corrupt`."""
+    if count > max_corrupt * images:
+        raise DataError(f'{count} of {images} images cannot be read, more than --max-corrupt {max_corrupt:g} allows: '
+                        f'{_some(names)}. Mend or remove them, or allow more.')
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return '; '.join(names[:most]) + (f'; and {len(names) - most} more' if len(names) > most else '')
 
 
 class SeededStream(IterableDataset):
@@ -271,13 +404,14 @@ class Batches:
         group: The processes of the run.
         workers: Processes that load images.
         multiple_of: Makes the batches of an epoch a multiple of this, for accumulation.
+        max_corrupt: Part of a map-style data set's images that may be unreadable.
 
     Attributes:
         per_epoch: Batches an epoch.
         sampler: The EpochSampler of a map-style data set, None for a stream.
 
     Raises:
-        DataError: for fewer images than a batch.
+        DataError: for fewer images than a batch, and while batches are taken for too many unreadable images.
         ConfigError: for a batch that processes cannot share out, or accumulation over more batches than an epoch has.
     """
 
@@ -289,8 +423,10 @@ class Batches:
             group: Processes,
             workers: int = 0,
             multiple_of: int = 1,
+            max_corrupt: float = 0.001,
     ):
         check_divisible(batch_size, group)
+        self.max_corrupt, self._counted = max_corrupt, 0
         self.is_stream = isinstance(dataset, IterableDataset)
         images = stream_length(dataset, workers) * group.world_size if self.is_stream else len(dataset)
         if images < batch_size:
@@ -321,8 +457,18 @@ class Batches:
                 yield from self._stream(epoch, offset)
             else:
                 self.sampler.start_at(epoch, offset)
-                yield from self.loader
+                for batch in self.loader:
+                    self._check_corrupt()
+                    yield batch
             epoch, offset = epoch + 1, 0
+
+    def _check_corrupt(self) -> None:
+        """Name images that turned out to be unreadable since the last batch; too many are a DataError."""
+        if self._counted != (count := int(self.dataset.count)):
+            self._counted = count
+            names = [image_name(self.dataset.dataset, i) for i in self.dataset.corrupt.nonzero().flatten().tolist()]
+            refuse_corrupt(len(names), len(self.dataset), self.max_corrupt, names)
+            tqdm.write(f'{len(names)} images cannot be read, and others stand in for them: {_some(names)}')
 
     def _stream(self, epoch: int, offset: int) -> Iterator:
         """The batches of an epoch after the first `offset`; a stream that ends early begins again."""

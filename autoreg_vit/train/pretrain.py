@@ -1,12 +1,11 @@
 """`autoreg-vit pretrain`: the training loop, to be read from top to bottom."""
 
 import dataclasses
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import timm
@@ -17,22 +16,21 @@ from torch.utils.data import IterableDataset, Subset
 from tqdm import tqdm
 
 from .. import __version__
-from ..errors import ConfigError, UsageError, suggest
+from ..errors import ConfigError, suggest
 from ..models import AutoregressiveViT, create_pretraining_model
 from ..models.export import export_encoder, export_pretraining
 from . import data, figures
 from .checkpoint import write_checksum, writing
 from .config import PretrainConfig
+from .device_data import DeviceBatches, DeviceImages
 from .distributed import Flags, Processes, check_divisible, processes
 from .evaluate import accuracies
+from .graph import GraphedStep, check_graph
+from .losses import Losses
 from .parallel import WholeModel, get_state, replicate, set_state, settle_buckets, shard, synchronised
 from .run import Log, Run
 from .runtime import Stopped, StopSignals, autocast, keep_freed_memory, resolve_precision
 from .seeding import mix_seed
-
-
-class NonFiniteLoss(UsageError):
-    """The loss became NaN or infinite; the last checkpoint before it is kept."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -75,6 +73,10 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     whole = WholeModel(model, config.fsdp)
     if config.fsdp:
         shard(model, group)
+    if config.compile:
+        model.compile()
+    if config.cuda_graph:
+        check_graph(config, group)
 
     # 3. The data.
     if config.dataset is None:
@@ -82,11 +84,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     if config.crop_scale is None:
         config.crop_scale = (0.67, 1.0) if config.model.startswith('saim') else (0.2, 1.0)
     check_divisible(config.batch_size, group)
-    train_set = data.open_dataset(
-        config.dataset, config.data_dir, config.train_split,
-        data.training_transform(spec, config.crop_scale, config.hflip), config.download,
-        training=True, batch_size=config.batch_size // group.world_size, seed=config.seed)
-    batches = data.Batches(train_set, config.batch_size, config.seed, group, config.workers, config.accumulate)
+    batches = _training_batches(config, spec, group)
     labelled = _labelled_sets(config, spec)
 
     # 4. The optimizer.
@@ -103,7 +101,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         updates_per_epoch=steps_per_epoch)
 
     # 5. The run: begun, resumed, or found finished.
-    facts = {'train_images': len(train_set) if batches.sampler else None,
+    facts = {'train_images': batches.sampler.length if batches.sampler else None,
              'workers': None if batches.sampler else config.workers}
     with Run(config, f'{config.model}-{Path(config.dataset).name}', group, facts) as run:
         folder, log = run.folder, run.log
@@ -123,7 +121,8 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         losses = Losses(group, explain)
         first_step = 0
         if run.state:
-            first_step, losses.values = run.state['step'], run.state['losses']
+            first_step = losses.step = run.state['step']
+            losses.values = run.state['losses']
             set_state(model, optimizer, run.state, config.fsdp, str(folder / 'last.pt'))
         elif group.is_main:
             log.write(event='start', version=__version__, torch=torch.__version__, timm=timm.__version__,
@@ -162,6 +161,23 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
             losses.read()  # never save what follows a loss that is not finite
             run.save({'step': step, 'losses': losses.values, **get_state(model, optimizer, config.fsdp)})
 
+        def train_step(images_of: Iterator) -> torch.Tensor:
+            """Forward, backward and optimizer step; the loss, on the device."""
+            # Orders are drawn for the whole step, so that no sharing out of its images changes them.
+            ranks = model.draw_ranks(images_per_step, generator=ranks_generator, device=device)
+            loss = torch.zeros((), device=device)
+            for part, part_ranks in enumerate(ranks.split(config.batch_size)):
+                images = next(images_of)[0].to(device, non_blocking=True)
+                with synchronised(trained, last=part == config.accumulate - 1):
+                    with autocast(config.precision, device):
+                        part_loss = trained(images, part_ranks[share]).loss / config.accumulate
+                    part_loss.backward()
+                loss += part_loss.detach()
+            losses.check(loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss
+
         # 6. The loop.
         trained = model if config.fsdp else replicate(model, group)
         ranks_generator = torch.Generator(device)
@@ -170,6 +186,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
             settle_buckets(trained, spec.nothing(share.stop - share.start, device))
         model.train()
         images_of = batches.start_at(first_step * config.accumulate)
+        take_step = GraphedStep(train_step, optimizer, [ranks_generator]) if config.cuda_graph else train_step
         flags, last_save, since = Flags(group, 2), time.monotonic(), (time.perf_counter(), first_step)
         # In a file, a line a minute instead of a bar that redraws itself.
         progress = tqdm(total=steps, initial=first_step, unit='step', mininterval=0.5 if sys.stderr.isatty() else 60,
@@ -182,22 +199,10 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
                     evaluate(step)
                     since = since[0] + time.perf_counter() - paused, since[1]
 
-                # Orders are drawn for the whole step, so that no sharing out of its images changes them.
                 ranks_generator.manual_seed(mix_seed(config.seed, 'ranks', step))
-                ranks = model.draw_ranks(images_per_step, generator=ranks_generator, device=device)
                 torch.manual_seed(mix_seed(config.seed, 'dropout', step, group.rank))
-                loss = torch.zeros((), device=device)
-                for part, part_ranks in enumerate(ranks.split(config.batch_size)):
-                    images = next(images_of)[0].to(device, non_blocking=True)
-                    with synchronised(trained, last=part == config.accumulate - 1):
-                        with autocast(config.precision, device):
-                            part_loss = trained(images, part_ranks[share]).loss / config.accumulate
-                        part_loss.backward()
-                    loss += part_loss.detach()
-                losses.add(step, loss)
                 schedule.step_update(step)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                losses.add(take_step(images_of))
                 progress.update()
 
                 done = step + 1
@@ -207,7 +212,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
                     rate = (done - since[1]) * images_per_step / (time.perf_counter() - since[0])
                     log.write(event='step', step=done, epoch=round(done / steps_per_epoch, 3),
                               images=done * images_per_step, loss=sum(values) / len(values),
-                              lr=optimizer.param_groups[0]['lr'], images_per_second=round(rate, 1))
+                              lr=float(optimizer.param_groups[0]['lr']), images_per_second=round(rate, 1))
                     progress.set_postfix_str(f'epoch {epoch + 1}/{config.epochs}, loss {log.lines[-1]["loss"]:.4f}, '
                                              f'{rate:.0f} images/s', refresh=False)
                     since = time.perf_counter(), done
@@ -243,44 +248,6 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         return folder
 
 
-class Losses:
-    """Losses of the steps since the last line of the log, and the guard against those that are not finite.
-
-    On a CPU each is checked before the optimizer's step. On a GPU they stay there, since reading one would make the
-    host wait: they are checked whenever the log, a checkpoint or an evaluation reads them, and the error names the
-    first bad step all the same. Nothing is saved unchecked, so the last checkpoint is good.
-
-    Args:
-        group: The processes, whose mean counts, so that all of them see the same.
-        explain: From a step to what to say about it.
-
-    Attributes:
-        values: Losses that were read since the last line.
-    """
-
-    def __init__(self, group: Processes, explain: Callable[[int], str]):
-        self.group, self.explain = group, explain
-        self.values: list[float] = []
-        self._unread: list[tuple[int, torch.Tensor]] = []
-
-    def add(self, step: int, loss: torch.Tensor) -> None:
-        """Note the loss of a step, a scalar on the device."""
-        self._unread.append((step, loss))
-        if self.group.device.type == 'cpu':
-            self.read()
-
-    def read(self) -> list[float]:
-        """All losses since the last line; raises NonFiniteLoss for the first that is not finite, on all processes."""
-        if self._unread:
-            losses = self.group.mean(torch.stack([loss for _, loss in self._unread])).tolist()
-            for (step, _), loss in zip(self._unread, losses):
-                if not math.isfinite(loss):
-                    raise NonFiniteLoss(f'The loss became {loss} at step {step} {self.explain(step)}')
-            self.values += losses
-            self._unread = []
-        return self.values
-
-
 def draw_figures(
         model: AutoregressiveViT,
         log: Log,
@@ -306,6 +273,27 @@ def _examples(dataset: torch.utils.data.Dataset, most: int) -> torch.Tensor:
         return torch.stack([image for (image, _), _ in zip(dataset, range(most))])
     return torch.stack([dataset[i][0] for i in
                         torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist()])
+
+
+def _training_batches(
+        config: PretrainConfig,
+        spec: data.ImageSpec,
+        group: Processes,
+) -> 'data.Batches | DeviceBatches':
+    def load(transform: Callable) -> torch.utils.data.Dataset:
+        dataset = data.open_dataset(
+            config.dataset, config.data_dir, config.train_split, transform, config.download, training=True,
+            batch_size=config.batch_size // group.world_size, seed=config.seed)
+        group.on_main(lambda: data.check_images(dataset, config.check_images, config.max_corrupt))
+        return dataset
+
+    if config.cache_on_device:
+        images = DeviceImages(load(lambda image: image), spec, group.device)
+        return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
+                             config.hflip)
+    dataset = load(data.training_transform(spec, config.crop_scale, config.hflip))
+    return data.Batches(dataset, config.batch_size, config.seed, group, config.workers, config.accumulate,
+                        config.max_corrupt)
 
 
 def _labelled_sets(config: PretrainConfig, spec: data.ImageSpec) -> tuple | None:
@@ -337,7 +325,7 @@ def _create_optimizer(config: PretrainConfig, model: AutoregressiveViT) -> torch
     lr = config.lr * config.batch_size * config.accumulate / 256  # linear scaling (RandSAC 5)
     extra = {'betas': config.betas} if 'adam' in config.opt.lower() else {}
     if config.opt.lower() == 'adamw':
-        extra['fused'] = True
+        extra |= {'fused': True, 'capturable': config.cuda_graph}
     return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **extra)
 
 

@@ -1,0 +1,182 @@
+"""Data that cannot be trained on is named in one error, before training where it can be known."""
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip('sklearn')
+
+from launching import SETTINGS, log_of
+
+from autoreg_vit.errors import ConfigError, DataError
+from autoreg_vit.train import data
+from autoreg_vit.train.config import PretrainConfig
+from autoreg_vit.train.distributed import Processes
+from autoreg_vit.train.pretrain import pretrain
+
+ONE = Processes(torch.device('cpu'))
+TRANSFORM = data.training_transform(data.ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), (0.5, 1.0), 0.5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty images of two classes."""
+    draws = np.random.default_rng(0)
+    for number in range(20):
+        path = tmp_path / 'images' / 'ab'[number % 2] / f'{number:02d}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, (20, 14, 3), dtype=np.uint8)).save(path)
+    return tmp_path / 'images'
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def no_image(path: Path) -> None:
+    path.write_text('this is no image')
+
+
+def bomb(path: Path) -> None:
+    Image.new('1', (20_000, 10_000)).save(path)
+
+
+@pytest.mark.parametrize('damage', [truncate, empty, no_image, bomb])
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+class TestCorruptImages:
+    def test_too_many_are_refused_before_training(self, damage, folder: Path, tmp_path: Path):
+        damage(folder / 'a' / '04.png')
+        with pytest.raises(DataError, match=r'1 of 20 images cannot be read.*--max-corrupt 0\.001.*04\.png'):
+            pretrain(PretrainConfig(data_dir=str(folder), img_size=8, patch_size=4, segments=2, batch_size=4,
+                                    output_dir=str(tmp_path / 'run')))
+        assert not (tmp_path / 'run').exists()
+
+    def test_few_are_counted_named_and_stood_in_for(self, damage, folder: Path, capsys):
+        damage(folder / 'a' / '04.png')
+        dataset = data.open_dataset('folder', str(folder), 'train', TRANSFORM)
+        messages = []
+        names = data.check_images(dataset, 100, 0.1, messages.append)
+        assert names == [str(folder / 'a' / '04.png')] and '1 of 20 images cannot be read' in messages[0]
+        for workers in (0, 1):
+            batches = data.Batches(dataset, 20, 0, ONE, workers=workers, max_corrupt=0.1)
+            assert next(batches.start_at(0))[0].shape == (20, 3, 8, 8)
+            assert '04.png' in capsys.readouterr().out
+        with pytest.raises(DataError, match=r'1 of 20 images cannot be read.*04\.png'):
+            next(data.Batches(dataset, 20, 0, ONE).start_at(0))
+
+    def test_through_timm(self, damage, folder: Path):
+        """timm's own readers would replace it and go on."""
+        damage(folder / 'a' / '04.png')
+        dataset = data.open_dataset('torch/image_folder', str(folder), 'train', TRANSFORM)
+        with pytest.raises(DataError, match=r'1 of 20 images cannot be read.*04\.png'):
+            next(data.Batches(dataset, 20, 0, ONE).start_at(0))
+
+
+def test_nothing_but_corrupt_images(folder: Path):
+    for path in folder.rglob('*.png'):
+        no_image(path)
+    dataset = data.open_dataset('folder', str(folder), 'train', TRANSFORM)
+    with pytest.raises(DataError, match=r'16 images in a row cannot be read'):
+        next(data.Batches(dataset, 20, 0, ONE, max_corrupt=1.0).start_at(0))
+
+
+@pytest.mark.parametrize('labels, words', [([0, 1, 10], 'Image 2 has the label 10'), ([0, -1, 3], 'Image 1.* -1')])
+def test_label_out_of_range(labels: list[int], words: str, monkeypatch, tmp_path: Path):
+    with pytest.raises(DataError, match=words):
+        data.check_labels(np.array(labels), 10)
+    data.check_labels(np.array([0, 9]), 10)
+    digits = data.Digits.__init__
+
+    def mislabelled(self, split, transform):
+        digits(self, split, transform)
+        self.targets[5], self.classes = labels[int(np.argmax(np.abs(labels)))] if 10 in labels else -1, list(range(10))
+
+    monkeypatch.setattr(data.Digits, '__init__', mislabelled)
+    with pytest.raises(DataError, match='Image 5 has the label'):
+        pretrain(PretrainConfig(**{**SETTINGS, 'output_dir': str(tmp_path / 'run')}))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(DataError, match="'torch/cifar10'"):
+        data.open_dataset('torch/cifar11', '.', 'train', TRANSFORM)
+    with pytest.raises(DataError, match='digits, folder, or a timm name'):
+        data.open_dataset('cifar', None, 'train', TRANSFORM)
+
+
+class TestShards:
+    @pytest.fixture
+    def shards(self, folder: Path, tmp_path: Path) -> Path:
+        webdataset = pytest.importorskip('webdataset')
+        root = tmp_path / 'shards'
+        root.mkdir()
+        images = sorted(folder.rglob('*.png'))
+        for shard in range(2):
+            with webdataset.TarWriter(str(root / f'train-{shard}.tar')) as tar:
+                for number in range(10 * shard, 10 * shard + 10):
+                    tar.write({'__key__': f'{number:04d}', 'png': images[number].read_bytes(), 'cls': b'0'})
+        (root / '_info.json').write_text(json.dumps({'splits': {'train': {
+            'name': 'train', 'filenames': ['train-0.tar', 'train-1.tar'], 'shard_lengths': [10, 10],
+            'num_samples': 20}}}))
+        return root
+
+    def open(self, root: Path):
+        return data.open_dataset('wds/images', str(root), 'train', TRANSFORM, training=True, batch_size=4)
+
+    def test_truncated(self, shards: Path):
+        truncate(shards / 'train-1.tar')
+        with pytest.raises(DataError, match=r'train-1\.tar is cut short'):
+            self.open(shards)
+
+    def test_missing(self, shards: Path):
+        (shards / 'train-1.tar').unlink()
+        with pytest.raises(DataError, match=r'train-1\.tar is missing'):
+            self.open(shards)
+
+    @pytest.mark.parametrize('workers', [0, 2])
+    def test_stream_goes_on_from_any_place(self, workers: int, shards: Path):
+        def take(start: int, count: int) -> list[torch.Tensor]:
+            source = data.Batches(self.open(shards), 4, 0, ONE, workers=workers).start_at(start)
+            return [next(source)[0] for _ in range(count)]
+
+        straight = take(0, 8)  # five an epoch, or six where each of two processes rounds up
+        assert all(map(torch.equal, take(3, 5), straight[3:]))
+        assert not torch.equal(straight[0], straight[1])
+
+
+class TestTracker:
+    def test_not_installed(self, tmp_path: Path, monkeypatch):
+        monkeypatch.setitem(sys.modules, 'wandb', None)
+        monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+        with pytest.raises(ConfigError, match='pip install wandb'):
+            pretrain(PretrainConfig(**{**SETTINGS, 'tracker': 'wandb', 'output_dir': str(tmp_path / 'run')}))
+        with pytest.raises(ConfigError, match="'comet'"):
+            pretrain(PretrainConfig(**{**SETTINGS, 'tracker': 'comet', 'output_dir': str(tmp_path / 'run')}))
+        assert not (tmp_path / 'run').exists()
+
+    def test_gets_the_lines_of_the_log(self, tmp_path: Path, monkeypatch):
+        sent, begun = [], []
+        module = types.ModuleType('wandb')
+        module.__spec__ = types.SimpleNamespace(name='wandb')
+        module.init = lambda **options: begun.append(options) or types.SimpleNamespace(log=sent.append)
+        monkeypatch.setitem(sys.modules, 'wandb', module)
+        folder = pretrain(PretrainConfig(**{**SETTINGS, 'epochs': 1, 'eval_every': 0, 'tracker': 'wandb',
+                                            'output_dir': str(tmp_path / 'run')}))
+        losses = [line['loss'] for line in log_of(folder) if line['event'] == 'step']
+        assert [line['step/loss'] for line in sent if 'step/loss' in line] == losses and begun[0]['resume'] == 'allow'
+        by_rank = next(line for line in log_of(folder) if line['event'] == 'loss_by_rank')
+        assert sum(by_rank['tokens']) == 60 * 16 and len(by_rank['loss_by_rank']) <= 5
+        events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+        board = events.EventAccumulator(str(folder / 'tensorboard')).Reload()
+        assert [point.value for point in board.Scalars('step/loss')] == pytest.approx(losses)
