@@ -94,6 +94,11 @@ def test_sigterm_to_one_process_stops_all_and_resumes(fsdp: bool, tmp_path: Path
     assert weights_of(stopped) == weights_of(straight)
 
 
+@pytest.mark.slow
+def test_compiled_steps_equal_eager_ones(alone: Path, start: Path, tmp_path: Path):
+    assert_same_but_for_rounding(alone, run({**PLAIN, 'compile': True}, tmp_path / 'run'), start)
+
+
 class TestErrors:
     def test_batch_that_cannot_be_shared(self, tmp_path: Path):
         launches = launch_together({**PLAIN, 'batch_size': 63, 'output_dir': str(tmp_path / 'run')}, 2)

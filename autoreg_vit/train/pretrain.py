@@ -73,8 +73,6 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     whole = WholeModel(model, config.fsdp)
     if config.fsdp:
         shard(model, group)
-    if config.compile:
-        model.compile()
     if config.cuda_graph:
         check_graph(config, group)
 
@@ -109,6 +107,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
             run.say(f'The run in {folder} is finished: its weights are in {folder / "encoder"} and '
                     f'{folder / "pretrain"}. Name another --output-dir for a new one.')
             return folder
+
         def explain(step: int) -> str:
             epoch, number = divmod(step * config.accumulate, batches.per_epoch)
             images = f'batch {number} of the stream {config.dataset}'
@@ -179,11 +178,13 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
             return loss
 
         # 6. The loop.
-        trained = model if config.fsdp else replicate(model, group)
+        trained = torch.compile(model) if config.compile else model
+        trained = trained if config.fsdp else replicate(trained, group)
         ranks_generator = torch.Generator(device)
         share = group.share(config.batch_size)
         with autocast(config.precision, device):
-            settle_buckets(trained, spec.nothing(share.stop - share.start, device))
+            nothing = spec.nothing(share.stop - share.start, device)
+            settle_buckets(trained, nothing, model.draw_ranks(len(nothing), device=device))
         model.train()
         images_of = batches.start_at(first_step * config.accumulate)
         take_step = GraphedStep(train_step, optimizer, [ranks_generator]) if config.cuda_graph else train_step
