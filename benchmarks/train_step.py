@@ -1,24 +1,29 @@
 """Images a second of a whole pretraining step, against the published design and this machine's matrix products.
 
-    python benchmarks/train_step.py [--batch-size 64] [--rounds 5] [--output FILE]
+    python benchmarks/train_step.py [--device cpu|cuda] [--rounds 5] [--output FILE]
 
-For RandSAC and SAIM with ViT-Tiny at 32 x 32, the variants take turns, round by round, each turn in a fresh process
-that has the machine to itself; ratios are taken within a round. A turn is two steps to warm up, then five that count,
-a product of matrices before each: the turn's time is their median, its ceiling the fastest product.
+On a CPU: RandSAC and SAIM with ViT-Tiny at 32 x 32. On a GPU: RandSAC with ViT-Tiny and ViT-Small at 32 x 32, RandSAC
+and SAIM with ViT-B/16 at 224. Images are synthetic and on the device. Variants take turns, round by round, each turn in
+a fresh process that has the machine to itself; ratios are taken within a round. A turn is some steps to warm up, then
+five measurements (of one step on a CPU, of ten on a GPU), a product of matrices before each: the turn's time is their
+median, its ceiling the fastest product.
 
-- package: the step as `autoreg-vit pretrain` runs it;
-- eager: the same with the eager implementation of segment attention;
-- default_malloc: the same, but freed memory goes back to the kernel (without `keep_freed_memory`);
+- package: the step as `autoreg-vit pretrain` runs it at its best: on a GPU with --compile, at 32 x 32 with --cuda-graph
+  too;
+- plain: on a GPU, the same without either;
+- eager, sdpa: the plain step with that implementation of segment attention;
+- default_malloc: on a CPU, the package's step where freed memory goes back to the kernel;
 - dense: the way SAIM's published code works: float masks [B, 1, N, N] of 0 and -inf built once a step and added to
-  scores, unfused softmax, separate q, k and v, float32, memory handled as by default.
+  scores, unfused softmax, separate q, k and v, memory handled as by default.
 
-The products are of two 2048 x 2048 matrices in the precision of the step. FLOPs are those of matrix products, attention
-counted over all keys, forward and backward.
+Products are of two matrices, 2048 x 2048 on a CPU and 8192 x 8192 on a GPU, in the precision of the step. FLOPs are
+those of matrix products, attention counted over all keys, forward and backward.
 """
 
 import argparse
 import json
 import multiprocessing
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -31,11 +36,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoreg_vit import ops
 from autoreg_vit.serialization import Layout
+from autoreg_vit.train.graph import GraphedStep
 from autoreg_vit.train.runtime import autocast, keep_freed_memory, resolve_precision
 
-MODELS = ('randsac_vit_tiny_patch4_32', 'saim_vit_tiny_patch4_32')
-VARIANTS = ('package', 'eager', 'default_malloc', 'dense')
-CPU = torch.device('cpu')
+# Models and images a step, by device.
+MODELS = {
+    'cpu': {'randsac_vit_tiny_patch4_32': 64, 'saim_vit_tiny_patch4_32': 64},
+    'cuda': {'randsac_vit_tiny_patch4_32': 1024, 'randsac_vit_small_patch4_32': 1024, 'randsac_vit_base': 256,
+             'saim_vit_base': 256},
+}
+VARIANTS = {'cpu': ('package', 'eager', 'default_malloc', 'dense'), 'cuda': ('package', 'plain', 'sdpa', 'dense')}
 
 
 class DenseAttention:
@@ -44,70 +54,104 @@ class DenseAttention:
     def __init__(self):
         self.masks = {}
 
-    def mask(self, limits: torch.Tensor, keys: int) -> torch.Tensor:
+    def mask(self, limits: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
         if id(limits) not in self.masks:
-            hidden = torch.arange(keys) >= limits[..., None]
-            self.masks[id(limits)] = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]
+            hidden = torch.arange(keys, device=limits.device) >= limits[..., None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=limits.device).masked_fill(hidden, -torch.inf)
+            self.masks[id(limits)] = mask[:, None]
         return self.masks[id(limits)]
 
     def __call__(self, q, k, v, limits, **_):
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + self.mask(limits, k.shape[2])
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + self.mask(limits, k.shape[2], q.dtype)
         return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-def turn(pipe, model_name: str, variant: str, batch_size: int) -> None:
-    """Send the FLOPs of a step, its seconds and the FLOP/s of the fastest product of matrices."""
+def turn(pipe, device_name: str, model_name: str, variant: str, batch_size: int) -> None:
+    """Send the seconds of a step, the FLOP/s of the fastest product of matrices, and the peak memory in MiB."""
     torch.manual_seed(0)
-    if variant in ('package', 'eager'):
+    device = torch.device(device_name)
+    if device.type == 'cpu' and variant not in ('default_malloc', 'dense'):
         keep_freed_memory()
-    precision = 'float32' if variant == 'dense' else resolve_precision('auto', CPU)
-    model = timm.create_model(model_name)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    images = torch.randn(batch_size, 3, 32, 32)
+    precision = resolve_precision('auto', device)
+    model = timm.create_model(model_name).to(device)
+    size = model.encoder.patch_embed.img_size
+    whole = device.type == 'cuda' and variant == 'package'
+    graphed = whole and size[0] == 32
+    if whole:
+        model.compile()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, capturable=graphed)
+    images = torch.randn(batch_size, 3, *size, device=device)
+    generator = torch.Generator(device)
     dense = DenseAttention()
-    patches = []
-    if variant == 'eager':
-        patches.append(mock.patch('autoreg_vit.ops.api.choose_implementation', lambda q, k: 'eager'))
-    elif variant == 'dense':
-        patches.append(mock.patch.object(
-            ops, 'segment_attention_qkvpacked', lambda qkv, limits: dense(*qkv.unbind(2), limits)))
-        patches.append(mock.patch.object(
-            ops, 'segment_attention_kvpacked', lambda q, kv, limits: dense(q, *kv.unbind(2), limits)))
-    for patch in patches:
-        patch.start()
+    if variant in ('eager', 'sdpa'):
+        ops.set_implementation(variant)
+    if variant == 'dense':
+        mock.patch.object(
+            ops, 'segment_attention_qkvpacked', lambda qkv, limits: dense(*qkv.unbind(2), limits)).start()
+        mock.patch.object(
+            ops, 'segment_attention_kvpacked', lambda q, kv, limits: dense(q, *kv.unbind(2), limits)).start()
 
-    def step() -> None:
+    def train_step(batches) -> torch.Tensor:
         dense.masks.clear()
-        with autocast(precision, CPU):
-            loss = model(images).loss
+        ranks = model.draw_ranks(batch_size, generator=generator, device=device)
+        with autocast(precision, device):
+            loss = model(next(batches)[0], ranks).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
-    matrices = torch.randn(2, 2048, 2048, dtype=torch.bfloat16 if precision == 'bfloat16' else torch.float32)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    step()
-    products, steps = [], []
+    take_step = GraphedStep(train_step, optimizer, [generator]) if graphed else train_step
+
+    def steps() -> None:
+        for _ in range(10 if device.type == 'cuda' else 1):
+            take_step(iter([(images,)]))
+
+    side = 8192 if device.type == 'cuda' else 2048
+    dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
+    matrices = torch.randn(2, side, side, device=device).to(dtype)
+    steps()
+    steps()
+    products, times = [], []
     for _ in range(5):
-        products.append(seconds(lambda: torch.mm(*matrices)))
-        steps.append(seconds(step))
-    pipe.send((counter.get_total_flops(), statistics.median(steps), 2 * 2048 ** 3 / min(products)))
+        products.append(seconds(lambda: torch.mm(*matrices), device))
+        times.append(seconds(steps, device))
+    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == 'cuda' else None
+    pipe.send((statistics.median(times) / (10 if device.type == 'cuda' else 1), 2 * side ** 3 / min(products), memory))
 
 
-def seconds(function: Callable[[], object]) -> float:
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
     start = time.perf_counter()
     function()
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def serialization_seconds(model_name: str, batch_size: int) -> float:
+def step_flops(model_name: str) -> float:
+    """FLOPs of an image's step, counted without computing."""
+    model = timm.create_model(model_name).to('meta')
+    images = torch.empty(1, 3, *model.encoder.patch_embed.img_size, device='meta')
+    ops.set_implementation('eager')
+    with FlopCounterMode(display=False) as counter:
+        model(images).loss.backward()
+    ops.set_implementation('auto')
+    return counter.get_total_flops()
+
+
+def serialization_seconds(model_name: str, batch_size: int, device: torch.device) -> float:
     """Median seconds of drawing ranks, sorting and computing limits for a batch."""
     model = timm.create_model(model_name)
-    return statistics.median(
-        seconds(lambda: Layout.of(model.draw_ranks(batch_size), model.first_segment, model.encoder.num_prefix_tokens))
-        for _ in range(11))
+
+    def serialize() -> Layout:
+        ranks = model.draw_ranks(batch_size, device=device)
+        return Layout.of(ranks, model.first_segment, model.encoder.num_prefix_tokens)
+
+    serialize()
+    return statistics.median(seconds(serialize, device) for _ in range(11))
 
 
 def spread(values: list[float], digits: int = 3) -> dict[str, float]:
@@ -117,41 +161,47 @@ def spread(values: list[float], digits: int = 3) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=['cpu', 'cuda'])
+    parser.add_argument('--models', nargs='+', default=None, help='of those above; all by default')
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--output', default=str(RESULTS / 'train_step-cpu.json'))
+    parser.add_argument('--output', default=None)
     args = parser.parse_args()
-    context = multiprocessing.get_context('spawn')
-    precision = resolve_precision('auto', CPU)
-    rows = []
-    for model_name in MODELS:
-        flops, times, ceilings = {}, {v: [] for v in VARIANTS}, {v: [] for v in VARIANTS}
+    device = torch.device(args.device)
+    gpu = re.sub(r'\W+', '-', torch.cuda.get_device_name()).lower() if device.type == 'cuda' else 'cpu'
+    output = args.output or RESULTS / f'train_step-{gpu}.json'
+    context, variants = multiprocessing.get_context('spawn'), VARIANTS[args.device]
+    result = {**provenance(), 'threads': torch.get_num_threads(), 'rounds': args.rounds,
+              'precision': resolve_precision('auto', device), 'rows': []}
+    for model_name in args.models or MODELS[args.device]:
+        batch_size = MODELS[args.device][model_name]
+        times, ceilings, memory = ({v: [] for v in variants} for _ in range(3))
         for _ in range(args.rounds):
-            for variant in VARIANTS:
+            for variant in variants:
                 mine, theirs = context.Pipe()
-                process = context.Process(target=turn, args=(theirs, model_name, variant, args.batch_size), daemon=True)
+                process = context.Process(
+                    target=turn, args=(theirs, args.device, model_name, variant, batch_size), daemon=True)
                 process.start()
-                flops[variant], time_of_step, ceiling = mine.recv()
-                times[variant].append(time_of_step)
-                ceilings[variant].append(ceiling)
+                theirs.close()  # so that a turn that fails ends the wait with EOFError
+                for record, value in zip((times, ceilings, memory), mine.recv()):
+                    record[variant].append(value)
                 process.join()
-        serialization = serialization_seconds(model_name, args.batch_size)
-        for variant in VARIANTS:
-            rows.append({
-                'model': model_name, 'variant': variant, 'batch_size': args.batch_size,
-                'precision': 'float32' if variant == 'dense' else precision,
-                'images_per_second': spread([args.batch_size / s for s in times[variant]], 1),
+        flops, serialization = step_flops(model_name), serialization_seconds(model_name, batch_size, device)
+        for variant in variants:
+            result['rows'].append({
+                'model': model_name, 'variant': variant, 'batch_size': batch_size,
+                'images_per_second': spread([batch_size / s for s in times[variant]], 1),
                 'speed_over_dense': spread([d / s for d, s in zip(times['dense'], times[variant])], 2),
-                'gflop_per_image': round(flops['package'] / args.batch_size / 1e9, 3),
+                'gflop_per_image': round(flops / 1e9, 3),
                 'fraction_of_ceiling': spread(
-                    [flops['package'] / s / c for s, c in zip(times[variant], ceilings[variant])]),
+                    [flops * batch_size / s / c for s, c in zip(times[variant], ceilings[variant])]),
                 'ceiling_gflops': spread([c / 1e9 for c in ceilings[variant]], 1),
+                'peak_memory_mib': round(max(memory[variant])) if device.type == 'cuda' else None,
                 'serialization_share_of_step': round(serialization / statistics.median(times[variant]), 5),
             })
-            print(rows[-1], flush=True)
-    result = {**provenance(), 'threads': torch.get_num_threads(), 'rounds': args.rounds, 'rows': rows}
-    with open(args.output, 'w') as file:
-        file.write(json.dumps(result, indent=2) + '\n')
+            print(result['rows'][-1], flush=True)
+        # Written as it grows: a run that is stopped keeps what it has.
+        with open(output, 'w') as file:
+            file.write(json.dumps(result, indent=2) + '\n')
 
 
 if __name__ == '__main__':
