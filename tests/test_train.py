@@ -217,6 +217,8 @@ class TestErrors:
         (['--eval-split', 'val'], ['val', 'test']),
         (['--precision', 'float8'], ['float8', 'bfloat16']),
         (['--in-chans', '5'], ['5', 'grey']),
+        (['--impl', 'spda'], ['spda', 'sdpa']),
+        (['--impl', 'triton', '--num-heads', '8'], ['(32, 64)', 'got 16']),
     ])
     def test_one_line_and_status_2(self, arguments: list[str], words: list[str], capsys, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

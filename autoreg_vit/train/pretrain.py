@@ -15,7 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from torch.utils.data import IterableDataset, Subset
 from tqdm import tqdm
 
-from .. import __version__
+from .. import __version__, ops
 from ..errors import ConfigError, suggest
 from ..models import AutoregressiveViT, create_pretraining_model
 from ..models.export import export_encoder, export_pretraining
@@ -70,6 +70,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     model = create_pretraining_model(config.model, **config.model_options()).to(device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     spec = data.ImageSpec.of(model)
+    attention = _attention(config, model, device)
     whole = WholeModel(model, config.fsdp)
     if config.fsdp:
         shard(model, group)
@@ -126,7 +127,8 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         elif group.is_main:
             log.write(event='start', version=__version__, torch=torch.__version__, timm=timm.__version__,
                       device=str(device), processes=group.world_size, threads=torch.get_num_threads(),
-                      precision=config.precision, train_images=facts['train_images'] or 0,
+                      precision=config.precision, attention=attention,
+                      train_images=facts['train_images'] or 0,
                       parameters=sum(p.numel() for p in model.parameters()),
                       encoder_parameters=sum(p.numel() for p in model.encoder.parameters()))
         if shortened:
@@ -328,6 +330,15 @@ def _create_optimizer(config: PretrainConfig, model: AutoregressiveViT) -> torch
     if config.opt.lower() == 'adamw':
         extra |= {'fused': True, 'capturable': config.cuda_graph}
     return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **extra)
+
+
+def _attention(config: PretrainConfig, model: AutoregressiveViT, device: torch.device) -> str:
+    """The implementation of segment attention that the encoder will run on, tried out."""
+    block, tokens = model.encoder.blocks[0].attn, model.encoder.patch_embed.num_patches
+    q = torch.zeros(1, tokens, block.num_heads, block.head_dim, dtype=getattr(torch, config.precision), device=device)
+    ops.segment_attention(q, q, q, torch.ones(1, tokens, dtype=torch.int32, device=device), impl=config.impl)
+    ops.set_implementation(config.impl)
+    return ops.choose_implementation(q, q)
 
 
 def _report(run: Run) -> None:
