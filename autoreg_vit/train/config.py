@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError, suggest
+from ..ops import IMPLEMENTATIONS
 
 RECIPES = Path(__file__).parent / 'recipes'
 
@@ -86,6 +87,7 @@ class PretrainConfig:
     betas: tuple[float, ...] = option((0.9, 0.999), 'Adam\'s betas')
     warmup_epochs: float = option(10, 'epochs of linear warm-up from 0')
     precision: str = option('auto', 'auto, float32 or bfloat16 autocast')
+    impl: str = option('auto', f'segment attention: auto, {", ".join(IMPLEMENTATIONS)}')
     seed: int = option(0, 'seed of initialisation, order of images, augmentation and ranks')
     device: str = option('auto', 'auto, cpu, cuda, cuda:1, ...')
     log_every: int = option(20, 'steps a line of log.jsonl averages over', free=True)
