@@ -64,7 +64,7 @@ class TestRun:
     @pytest.mark.parametrize('name', ['model', 'average'])
     def test_the_classifier_loads_in_timm_alone(self, name: str, run: Path, encoder: str):
         images = labelled.labelled_images(FinetuneConfig(weights=encoder, dataset='digits', eval_split='test'),
-                                          ImageSpec((8, 8), 1, (0.5,), (0.25,)))
+                                          ImageSpec((8, 8), 1, (0.5,), (0.25,)), CPU)
         model = timm.create_model(f'local-dir:{run / name}', pretrained=True).eval()
         assert model.num_classes == 10
         config = FinetuneConfig(weights=encoder, precision='float32', workers=0)

@@ -58,7 +58,7 @@ class TestLars:
 
     def test_the_classifier_gives_the_accuracy_that_was_reported(self, run: Path, encoder: str):
         images = labelled.labelled_images(ProbeConfig(weights=encoder, dataset='digits', eval_split='test'),
-                                          labelled.ImageSpec((8, 8), 1, (0.5,), (0.25,)))
+                                          labelled.ImageSpec((8, 8), 1, (0.5,), (0.25,)), CPU)
         model = timm.create_model(f'local-dir:{encoder}', pretrained=True, num_classes=0).eval()
         head = LinearHead(32, 10, True, 0, CPU).eval()
         head.load_state_dict(load_file(run / 'classifier.safetensors'))
@@ -259,12 +259,14 @@ class TestWeights:
 
 
 class TestLabels:
-    def test_out_of_range(self):
-        labelled.check_labels(np.array([0, 2, 1]), 3, 'train')
-        with pytest.raises(UsageError, match=r"label 3 of image 1 of the split 'train'.*0 to 2 \(1 of 3"):
-            labelled.check_labels(np.array([0, 3, 1]), 3, 'train')
-        with pytest.raises(UsageError, match='label -1'):
-            labelled.check_labels(np.array([0, -1]), 3, 'train')
+    def test_out_of_range(self, encoder: str, tmp_path: Path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        labels_of = labelled.labels_of
+        # Of the 360 test images alone.
+        monkeypatch.setattr(labelled, 'labels_of', lambda dataset: labels_of(dataset) + 3 * (len(dataset) == 360))
+        with pytest.raises(UsageError, match=r'Image \d+ has the label 1[0-2], .* are not between 0 and 9'):
+            probe(ProbeConfig(**SHORT, weights=encoder))
+        assert not list(tmp_path.iterdir())
 
     def test_splits_of_other_classes(self, encoder: str, tmp_path: Path):
         for split, names in (('train', 'abc'), ('test', 'abd')):
@@ -274,14 +276,31 @@ class TestLabels:
         with pytest.raises(UsageError, match='other class folders: c, d are in one alone'):
             probe(ProbeConfig(weights=encoder, data_dir=str(tmp_path), eval_split='test', batch_size=2))
 
-    def test_a_damaged_image_is_named(self, encoder: str, tmp_path: Path):
-        for name in 'ab':
-            (tmp_path / name).mkdir()
-            for number in range(6):
-                Image.new('L', (8, 8), 40 * number).save(tmp_path / name / f'{number}.png')
-        (tmp_path / 'b' / '3.png').write_bytes((tmp_path / 'b' / '3.png').read_bytes()[:40])
+    def test_damaged_images(self, encoder: str, tmp_path: Path, monkeypatch, capsys):
+        """Found before training; where some are allowed, others stand in for them in training, never in a test."""
+        for split in ('train', 'test'):
+            for name in 'ab':
+                (tmp_path / 'data' / split / name).mkdir(parents=True)
+                for number in range(6):
+                    Image.new('L', (8, 8), 40 * number).save(tmp_path / 'data' / split / name / f'{number}.png')
+        monkeypatch.chdir(tmp_path)
+        settings = {**SHORT, 'weights': encoder, 'dataset': None, 'data_dir': 'data', 'batch_size': 4, 'knn': 0}
+
+        def damage(split: str) -> None:
+            path = tmp_path / 'data' / split / 'b' / '3.png'
+            path.write_bytes(path.read_bytes()[:40])
+
+        damage('train')
+        with pytest.raises(UsageError, match=r'1 of 12 images cannot be read.*b/3\.png'):
+            probe(ProbeConfig(**settings))
+        assert not Path('runs').exists()
+        folder = probe(ProbeConfig(**settings, max_corrupt=0.1))
+        assert results_of(folder)['test_images'] == 12 and 'others stand in' in capsys.readouterr().out
         with pytest.raises(UsageError, match=r'Cannot read .*b/3\.png: it is damaged'):
-            probe(ProbeConfig(weights=encoder, data_dir=str(tmp_path), fast=True, output_dir=str(tmp_path / 'run')))
+            probe(ProbeConfig(**settings, max_corrupt=0.1, fast=True))
+        damage('test')
+        with pytest.raises(UsageError, match=r'1 of 12 images cannot be read.*test/b/3\.png'):
+            probe(ProbeConfig(**settings, max_corrupt=0.1))
 
     def test_held_out_images_are_apart_and_the_same(self):
         kept, held = labelled.hold_out(50, 0.2, seed=3)

@@ -65,13 +65,14 @@ def _finetune(config: FinetuneConfig, group: Processes) -> Path:
     check_pairs(config, group)
     model = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
     spec = ImageSpec.of(model, config.in_chans)
-    images = labelled_images(config, spec, auto_augment=config.auto_augment, erase=config.erase)
+    images = labelled_images(config, spec, group, auto_augment=config.auto_augment, erase=config.erase)
     classes = len(images.classes)
     add_classifier(model, classes, config.seed)
     model.to(group.device)
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
-    batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate)
+    batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate,
+                      config.max_corrupt)
     optimizer = create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
     average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
 

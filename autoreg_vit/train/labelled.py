@@ -12,7 +12,19 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose
 
 from ..errors import ConfigError, DataError
-from .data import ImageSpec, ToMode, evaluation_transform, labels_of, open_dataset, training_transform
+from .data import (
+    DAMAGE,
+    ImageSpec,
+    ToMode,
+    check_images,
+    check_labels,
+    evaluation_transform,
+    image_name,
+    labels_of,
+    open_dataset,
+    training_transform,
+)
+from .distributed import Processes
 from .supervised_config import SupervisedConfig
 
 
@@ -29,12 +41,14 @@ class Images(Dataset):
         index = int(self.indices[position])
         try:
             image, label = self.dataset[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by the kind of damage
-            samples = getattr(self.dataset, 'samples', None)
-            name = samples[index][0] if samples else f'image {index}'
-            raise DataError(f'Cannot read {name}: it is damaged or no image ({" ".join(str(error).split())}). Replace '
-                            'or remove it.') from error
+        except DAMAGE as error:
+            raise DataError(f'Cannot read {image_name(self.dataset, index)}: it is damaged or no image '
+                            f'({" ".join(str(error).split())}). Replace or remove it.') from error
         return self.transform(image), int(label)
+
+    def filename(self, position: int) -> str:
+        """File of an image where its data set knows it."""
+        return image_name(self.dataset, int(self.indices[position]))
 
 
 @dataclass(frozen=True)
@@ -55,16 +69,22 @@ class LabelledImages:
     classes: list[str]
 
 
-def labelled_images(config: SupervisedConfig, spec: ImageSpec, **augmentation: Any) -> LabelledImages:
+def labelled_images(
+        config: SupervisedConfig,
+        spec: ImageSpec,
+        group: Processes,
+        **augmentation: Any,
+) -> LabelledImages:
     """Open the data of a run and check its labels.
 
     Args:
         config: Settings; `dataset` is resolved in place.
         spec: What images the model takes.
+        group: The processes, of which the main one looks for unreadable images.
         **augmentation: For `augmenting_transform`.
 
     Raises:
-        DataError: for data that is not there, has no labels, or labels out of range.
+        DataError: for data that is not there, has no labels, labels out of range, or unreadable images.
         ConfigError: for a number of classes that is not the data's.
     """
     if config.dataset is None:
@@ -73,10 +93,10 @@ def labelled_images(config: SupervisedConfig, spec: ImageSpec, **augmentation: A
     crop_pct = config.crop_pct or (1.0 if min(spec.size) <= 64 else 0.875)  # 0.875 of 256 is 224, as is usual
     plain = evaluation_transform(spec, crop_pct)
 
-    train, train_labels = _open(config, config.train_split)
+    train, train_labels = _open(config, config.train_split, group, config.max_corrupt)
     names = getattr(train, 'classes', None)
     if config.eval_split:
-        test, test_labels = _open(config, config.eval_split)
+        test, test_labels = _open(config, config.eval_split, group, 0.0)
         if config.dataset == 'folder' and test.classes != names:
             odd = sorted(set(names) ^ set(test.classes))
             raise DataError(f'The splits {config.train_split!r} and {config.eval_split!r} have other class folders: '
@@ -93,20 +113,11 @@ def labelled_images(config: SupervisedConfig, spec: ImageSpec, **augmentation: A
         raise ConfigError(f'num_classes={config.num_classes} does not fit the data, which has {count} classes: leave '
                           'it out, or name the right data.')
     count = config.num_classes or count
-    for split, labels in ((config.train_split, train_labels), (config.eval_split or config.train_split, test_labels)):
-        check_labels(labels, count, split)
+    for labels in (train_labels, test_labels):
+        check_labels(labels, count)
     return LabelledImages(
         Images(train, train_indices, augment), Images(train, train_indices, plain), Images(test, test_indices, plain),
         train_labels[train_indices], list(names) if names and len(names) == count else [str(n) for n in range(count)])
-
-
-def check_labels(labels: np.ndarray, count: int, split: str) -> None:
-    """Raise DataError unless all labels are classes 0 to count - 1."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= count))
-    if len(wrong):
-        raise DataError(f'The label {labels[wrong[0]]} of image {wrong[0]} of the split {split!r} is out of range: '
-                        f'{count} classes have the labels 0 to {count - 1} ({len(wrong)} of {len(labels)} images are '
-                        'affected). Correct the labels, or name the number of classes with --num-classes.')
 
 
 def hold_out(count: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,7 +183,12 @@ def posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
 
 
-def _open(config: SupervisedConfig, split: str) -> tuple[Dataset, np.ndarray]:
+def _open(
+        config: SupervisedConfig,
+        split: str,
+        group: Processes,
+        max_corrupt: float,
+) -> tuple[Dataset, np.ndarray]:
     dataset = open_dataset(config.dataset, config.data_dir, split, _as_it_is, config.download)
     where = f'{config.dataset!r} {config.data_dir or ""}'.strip()
     if isinstance(dataset, IterableDataset):
@@ -185,6 +201,7 @@ def _open(config: SupervisedConfig, split: str) -> tuple[Dataset, np.ndarray]:
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f'The labels of the split {split!r} of {where} are of type {labels.dtype}, such as '
                         f'{labels.flat[0]!r}: expected whole numbers, the classes.')
+    group.on_main(lambda: check_images(dataset, config.check_images, max_corrupt))
     return dataset, labels.astype(np.int64)
 
 

@@ -56,14 +56,15 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
     check_divisible(config.batch_size, group)
     encoder = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
     spec = ImageSpec.of(encoder, config.in_chans)
-    images = labelled_images(config, spec)
+    images = labelled_images(config, spec, group)
     encoder.to(group.device).eval().requires_grad_(False)
     head = LinearHead(encoder.head_hidden_size, len(images.classes), config.batch_norm, config.seed, group)
     head.to(group.device)
     optimizer = create_optimizer(config, lars_groups(head), **optimizer_options(config))
     batches = None
     if not config.fast:
-        batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate)
+        batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate,
+                          config.max_corrupt)
 
     # 2. The run.
     with Run(config, f'probe-{short_name(config.weights)}', group, {'train_images': len(images.train)}) as run:

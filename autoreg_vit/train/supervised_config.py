@@ -28,6 +28,10 @@ class SupervisedConfig:
     test_images: int | None = option(None, 'images to report on at most, drawn by the seed; all by default')
     download: bool = option(False, 'let torch/... data sets download themselves')
     workers: int | None = option(None, 'processes that load images; none on a CPU by default, else up to 8', free=True)
+    max_corrupt: float = option(
+        0.0, 'part of the training images that may be unreadable; others stand in for them', free=True)
+    check_images: int = option(
+        10000, 'images of a folder decoded before training, to find unreadable ones; 0, only file names', free=True)
     crop_scale: tuple[float, ...] = option((0.08, 1.0), 'area of random crops')
     crop_pct: float | None = option(
         None, 'part of the image\'s shorter side that evaluation keeps; by default 0.875, and 1 up to 64 pixels')
@@ -61,8 +65,9 @@ class SupervisedConfig:
                               '(runs/NAME/encoder) or a timm name such as vit_base_patch16_224.')
         self._at_least(1, 'epochs', 'batch_size', 'accumulate', 'log_every', 'num_classes', 'train_images',
                        'test_images')
-        self._at_least(0, 'lr', 'weight_decay', 'warmup_epochs', 'min_lr', 'eval_every', 'clip_grad')
-        self._between_0_and_1('hflip')
+        self._at_least(0, 'lr', 'weight_decay', 'warmup_epochs', 'min_lr', 'eval_every', 'clip_grad',
+                       'check_images')
+        self._between_0_and_1('hflip', 'max_corrupt')
         if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
             raise ConfigError(f'crop_scale is two areas between 0 and 1, the smaller first; got {self.crop_scale}.')
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
