@@ -359,7 +359,7 @@ def test_the_attention_benchmark_runs(tmp_path):
                    check=True, env=environment, cwd=ROOT)
     rows = json.loads(output.read_text())['rows']
     own = [r for r in rows if r['name'] == 'segment_attention, triton']
-    assert {(r['case'], r['pass']) for r in own} == {
-        (case, kind) for case in ('randsac', 'randsac-memory', 'saim', 'saim-query') for kind in ('forward', 'forward+backward')}
+    cases = ('randsac', 'randsac-memory', 'saim', 'saim-query')
+    assert {(r['case'], r['pass']) for r in own} == {(c, p) for c in cases for p in ('forward', 'forward+backward')}
     assert all(r['p20_us'] <= r['median_us'] <= r['p80_us'] for r in own)
     assert output.with_suffix('.png').stat().st_size > 10_000
