@@ -7,7 +7,7 @@ from pathlib import Path
 import timm
 
 from autoreg_vit.models.export import export_encoder
-from autoreg_vit.train import supervised
+from autoreg_vit.train import loop
 from autoreg_vit.train.runtime import StopSignals
 
 #: An encoder of scikit-learn's digits, 16 tokens of 2 x 2 pixels.
@@ -37,7 +37,7 @@ def stop_after(steps: int, monkeypatch) -> None:
         def received(self, value):
             pass
 
-    monkeypatch.setattr(supervised, 'StopSignals', Signals)
+    monkeypatch.setattr(loop, 'StopSignals', Signals)
 
 
 def results_of(folder: Path) -> dict:

@@ -17,12 +17,13 @@ from launching import launch_together
 from supervising import log_of, results_of, stop_after, write_encoder
 
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.train import labelled, supervised
+from autoreg_vit.train import labelled, loop, supervised
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import load_recipe
 from autoreg_vit.train.data import ImageSpec
 from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.finetune import adam_options, add_classifier, check_pairs, finetune, mixing_loss
+from autoreg_vit.train.finetune import add_classifier, check_pairs, finetune, mixing_loss
+from autoreg_vit.train.loop import adam_options
 from autoreg_vit.train.losses import NonFiniteLoss
 from autoreg_vit.train.runtime import Stopped
 from autoreg_vit.train.supervised_config import FinetuneConfig
@@ -130,7 +131,7 @@ class TestParts:
         """Blocks learn at 0.65 of the rate of the block above, the patch embedding slowest, the classifier fastest."""
         model = timm.create_model('vit_tiny_patch4_32_randsac', depth=3, num_classes=10)
         config = FinetuneConfig(weights='x')
-        optimizer = supervised.create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
+        optimizer = loop.create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
         names = {id(p): name for name, p in model.named_parameters()}
         scale, decay = {}, {}
         for group in optimizer.param_groups:
@@ -141,7 +142,7 @@ class TestParts:
             assert scale[f'{below}.mlp.fc1.weight'] / scale[f'{above}.mlp.fc1.weight'] == pytest.approx(0.65)
         assert scale['patch_embed.proj.weight'] == scale['pos_embed'] == min(scale.values())
         assert decay['blocks.0.mlp.fc1.weight'] == 0.05 and decay['blocks.0.mlp.fc1.bias'] == decay['pos_embed'] == 0
-        schedule = supervised.create_schedule(config, optimizer, updates_per_epoch=10)
+        schedule = loop.create_schedule(config, optimizer, 10, config.min_lr)
         schedule.step_update(50)
         rates = [group['lr'] for group in optimizer.param_groups]
         assert max(rates) == pytest.approx(5e-4 * 1024 / 256) and min(rates) == pytest.approx(max(rates) * min(

@@ -15,7 +15,7 @@ from launching import launch_together
 from supervising import log_of, results_of, stop_after, write_encoder
 
 from autoreg_vit.errors import CheckpointError, UsageError
-from autoreg_vit.train import features, labelled, supervised
+from autoreg_vit.train import features, labelled, loop, supervised
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.features import Bank, Features
@@ -83,7 +83,7 @@ class TestLars:
         """A step of the weight has the length rate x 0.001 x its own; the bias takes the plain rate, as MAE's does."""
         head = LinearHead(16, 4, False, 0, CPU)
         config = ProbeConfig(weights='x', batch_size=256, lr=2.0)
-        optimizer = supervised.create_optimizer(config, lars_groups(head), **optimizer_options(config))
+        optimizer = loop.create_optimizer(config, lars_groups(head), **optimizer_options(config))
         head(torch.randn(8, 16)).logsumexp(1).sum().backward()
         weight, gradient = head.linear.weight.detach().clone(), head.linear.bias.grad.clone()
         optimizer.step()
@@ -94,8 +94,8 @@ class TestLars:
     def test_rate_is_scaled_and_warmed_up(self):
         config = ProbeConfig(weights='x', batch_size=4096, accumulate=4)
         head = LinearHead(8, 2, False, 0, CPU)
-        optimizer = supervised.create_optimizer(config, lars_groups(head), **optimizer_options(config))
-        schedule = supervised.create_schedule(config, optimizer, updates_per_epoch=10)
+        optimizer = loop.create_optimizer(config, lars_groups(head), **optimizer_options(config))
+        schedule = loop.create_schedule(config, optimizer, 10, config.min_lr)
         rates = []
         for step in (0, 50, 100, 500, 899):
             schedule.step_update(step)

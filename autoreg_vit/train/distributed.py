@@ -204,8 +204,3 @@ def check_divisible(batch_size: int, group: Processes) -> None:
                             (batch_size // group.world_size + 1) * group.world_size) if n]
         raise ConfigError(f'A batch of {batch_size} images cannot be shared out evenly to {group.world_size} '
                           f'processes: use --batch-size {" or ".join(map(str, near))}.')
-
-
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model

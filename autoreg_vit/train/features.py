@@ -17,9 +17,10 @@ from .checkpoint import verify_checksum, write_checksum, writing
 from .distributed import Processes
 from .evaluate import extract_features, knn_accuracy
 from .labelled import LabelledImages, hold_out
+from .loop import scaled_lr
 from .run import Run
 from .seeding import mix_seed
-from .supervised import describe, evaluate, images_at_once, scaled_lr, scores
+from .supervised import describe, evaluate, images_at_once, scores
 from .supervised_config import ProbeConfig
 
 CACHE = 'features.safetensors'

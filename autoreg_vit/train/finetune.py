@@ -20,21 +20,12 @@ from .checkpoint import write_checksum, writing
 from .data import Batches, ImageSpec
 from .distributed import Processes, check_divisible, processes
 from .labelled import labelled_images
+from .loop import adam_options, create_optimizer, prepare, start
 from .parallel import replicate, settle_buckets
 from .run import Run
 from .runtime import autocast
 from .seeding import mix_seed, seed_cpu
-from .supervised import (
-    Classifier,
-    create_optimizer,
-    evaluate,
-    finished,
-    leave_results,
-    prepare,
-    scores,
-    start,
-    train,
-)
+from .supervised import Classifier, evaluate, finished, leave_results, scores, train
 from .supervised_config import FinetuneConfig
 from .weights import WEIGHT_FILES, load_encoder, short_name, source_config
 
@@ -80,7 +71,8 @@ def _finetune(config: FinetuneConfig, group: Processes) -> Path:
     with Run(config, f'finetune-{short_name(config.weights)}', group, {'train_images': len(images.train)}) as run:
         if finished(run):
             return run.folder
-        start(run, config, len(images.train), classes=classes, parameters=sum(p.numel() for p in model.parameters()))
+        start(run, config, train_images=len(images.train), classes=classes,
+              parameters=sum(p.numel() for p in model.parameters()))
         run.say(f'Fine-tuning {config.weights} on {len(images.train):,} images of {classes} classes for '
                 f'{config.epochs} epochs; {group.world_size} x {group.device}, {config.precision}; writing to '
                 f'{run.folder}')
@@ -141,11 +133,6 @@ def share_buffers(model: nn.Module, group: Processes) -> None:
     if group.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-def adam_options(config: FinetuneConfig) -> dict[str, Any]:
-    options = {'betas': config.betas} if 'adam' in config.opt.lower() else {}
-    return {**options, 'fused': True} if config.opt.lower() == 'adamw' else options
 
 
 def mixing_loss(config: FinetuneConfig, trained: nn.Module, classes: int, group: Processes):

@@ -1,35 +1,28 @@
-"""`autoreg-vit pretrain`: the training loop, to be read from top to bottom."""
+"""`autoreg-vit pretrain`, to be read from top to bottom; `loop.run_steps` is the loop around its steps."""
 
 import dataclasses
-import os
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import timm
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from torch.utils.data import IterableDataset, Subset
-from tqdm import tqdm
 
-from .. import __version__, ops
-from ..errors import ConfigError, suggest
+from .. import ops
+from ..errors import ConfigError
 from ..models import AutoregressiveViT, create_pretraining_model
 from ..models.export import export_encoder, export_pretraining
 from . import data, figures
 from .checkpoint import write_checksum, writing
 from .config import PretrainConfig
 from .device_data import DeviceBatches, DeviceImages
-from .distributed import Flags, Processes, check_divisible, processes
+from .distributed import Processes, check_divisible, processes
 from .evaluate import accuracies
 from .graph import GraphedStep, check_graph
+from .loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from .losses import Losses
 from .parallel import WholeModel, get_state, replicate, set_state, settle_buckets, shard, synchronised
 from .run import Log, Run
-from .runtime import Stopped, StopSignals, autocast, keep_freed_memory, resolve_precision
+from .runtime import autocast
 from .seeding import mix_seed
 
 
@@ -57,14 +50,8 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     # 1. The machine. Every draw from here on is a function of the seed and of what it is for.
-    device = group.device
-    config.device, config.precision = device.type, resolve_precision(config.precision, device)
-    if config.workers is None:
-        config.workers = 0 if device.type == 'cpu' else min(max((os.cpu_count() or 1) // group.world_size, 1), 8)
-    if device.type == 'cpu':
-        keep_freed_memory()
-    torch.backends.cudnn.deterministic = True
-    timm.utils.random_seed(config.seed)
+    device, shortened = group.device, config.warmup_epochs > config.epochs / 2
+    prepare(config, group)
 
     # 2. The model.
     model = create_pretraining_model(config.model, **config.model_options()).to(device)
@@ -87,17 +74,13 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     labelled = _labelled_sets(config, spec)
 
     # 4. The optimizer.
-    optimizer = _create_optimizer(config, model)
+    options = adam_options(config)
+    if config.cuda_graph:
+        options['capturable'] = True
+    optimizer = create_optimizer(config, model, **options)
     steps_per_epoch = batches.per_epoch // config.accumulate
     steps, images_per_step = config.epochs * steps_per_epoch, config.batch_size * config.accumulate
-    shortened = config.warmup_epochs > config.epochs / 2
-    if shortened:
-        config.warmup_epochs = config.epochs / 2
-    # The cosine begins where the warm-up ends (warmup_prefix) and falls to 0 at the last step.
-    schedule, _ = create_scheduler_v2(
-        optimizer, sched='cosine', num_epochs=config.epochs - config.warmup_epochs, warmup_prefix=True,
-        warmup_epochs=config.warmup_epochs, warmup_lr=0.0, min_lr=0.0, step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch)
+    schedule = create_schedule(config, optimizer, steps_per_epoch)
 
     # 5. The run: begun, resumed, or found finished.
     facts = {'train_images': batches.sampler.length if batches.sampler else None,
@@ -124,13 +107,9 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
             first_step = losses.step = run.state['step']
             losses.values = run.state['losses']
             set_state(model, optimizer, run.state, config.fsdp, str(folder / 'last.pt'))
-        elif group.is_main:
-            log.write(event='start', version=__version__, torch=torch.__version__, timm=timm.__version__,
-                      device=str(device), processes=group.world_size, threads=torch.get_num_threads(),
-                      precision=config.precision, attention=attention,
-                      train_images=facts['train_images'] or 0,
-                      parameters=sum(p.numel() for p in model.parameters()),
-                      encoder_parameters=sum(p.numel() for p in model.encoder.parameters()))
+        start(run, config, attention=attention, train_images=facts['train_images'] or 0,
+              parameters=sum(p.numel() for p in model.parameters()),
+              encoder_parameters=sum(p.numel() for p in model.encoder.parameters()))
         if shortened:
             run.say(f'Warm-up shortened to {config.warmup_epochs:g} epochs, half of the run.')
         run.say(f'{config.model} on {config.dataset}: {facts["train_images"] or "streamed"} images, {config.epochs} '
@@ -161,6 +140,8 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         def save(step: int) -> None:
             losses.read()  # never save what follows a loss that is not finite
             run.save({'step': step, 'losses': losses.values, **get_state(model, optimizer, config.fsdp)})
+            if step < steps:
+                export()
 
         def train_step(images_of: Iterator) -> torch.Tensor:
             """Forward, backward and optimizer step; the loss, on the device."""
@@ -189,52 +170,16 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
             settle_buckets(trained, nothing, model.draw_ranks(len(nothing), device=device))
         model.train()
         images_of = batches.start_at(first_step * config.accumulate)
-        take_step = GraphedStep(train_step, optimizer, [ranks_generator]) if config.cuda_graph else train_step
-        flags, last_save, since = Flags(group, 2), time.monotonic(), (time.perf_counter(), first_step)
-        # In a file, a line a minute instead of a bar that redraws itself.
-        progress = tqdm(total=steps, initial=first_step, unit='step', mininterval=0.5 if sys.stderr.isatty() else 60,
-                        dynamic_ncols=True, disable=not group.is_main)
-        with StopSignals() as signals, progress:
-            for step in range(first_step, steps):
-                epoch = step // steps_per_epoch
-                if step == 0 or (config.eval_every and step % (config.eval_every * steps_per_epoch) == 0):
-                    paused = time.perf_counter()
-                    evaluate(step)
-                    since = since[0] + time.perf_counter() - paused, since[1]
+        step_on = GraphedStep(train_step, optimizer, [ranks_generator]) if config.cuda_graph else train_step
 
-                ranks_generator.manual_seed(mix_seed(config.seed, 'ranks', step))
-                torch.manual_seed(mix_seed(config.seed, 'dropout', step, group.rank))
-                schedule.step_update(step)
-                losses.add(take_step(images_of))
-                progress.update()
+        def take_step(step: int) -> torch.Tensor:
+            ranks_generator.manual_seed(mix_seed(config.seed, 'ranks', step))
+            torch.manual_seed(mix_seed(config.seed, 'dropout', step, group.rank))
+            schedule.step_update(step)
+            return step_on(images_of)
 
-                done = step + 1
-                if done % config.log_every == 0 or done == steps:
-                    values = losses.read()
-                    losses.values = []
-                    rate = (done - since[1]) * images_per_step / (time.perf_counter() - since[0])
-                    log.write(event='step', step=done, epoch=round(done / steps_per_epoch, 3),
-                              images=done * images_per_step, loss=sum(values) / len(values),
-                              lr=float(optimizer.param_groups[0]['lr']), images_per_second=round(rate, 1))
-                    progress.set_postfix_str(f'epoch {epoch + 1}/{config.epochs}, loss {log.lines[-1]["loss"]:.4f}, '
-                                             f'{rate:.0f} images/s', refresh=False)
-                    since = time.perf_counter(), done
-
-                minutes = (time.monotonic() - last_save) / 60
-                stop, time_to_save = flags.exchange(
-                    signals.received is not None, 0 < config.checkpoint_every_minutes <= minutes)
-                on_step = config.checkpoint_every_steps and done % config.checkpoint_every_steps == 0
-                if stop or time_to_save or on_step or done == steps:
-                    save(done)
-                    if done < steps:
-                        export()
-                    last_save = time.monotonic()
-                if stop and done < steps:
-                    flags.settle()
-                    group.barrier()
-                    raise Stopped(f'Stopped after step {done} of {steps}. The same command goes on from there.',
-                                  signals.received or signal.SIGTERM)
-            flags.settle()
+        run_steps(config, run, losses, optimizer, steps_per_epoch, first_step, take_step=take_step, evaluate=evaluate,
+                  save=save, evaluate_first=True)
 
         # 7. What was learned.
         evaluate(steps)
@@ -320,16 +265,6 @@ def _labelled_sets(config: PretrainConfig, spec: data.ImageSpec) -> tuple | None
         indices = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
         test, train = Subset(train, indices[::5]), Subset(train, [i for n, i in enumerate(indices) if n % 5])
     return tuple(data.sample(s, config.eval_images, config.seed) for s in (train, test))
-
-
-def _create_optimizer(config: PretrainConfig, model: AutoregressiveViT) -> torch.optim.Optimizer:
-    if config.opt.lower() not in list_optimizers():
-        raise ConfigError(f'Unknown optimizer {config.opt!r}. {suggest(config.opt, list_optimizers())}')
-    lr = config.lr * config.batch_size * config.accumulate / 256  # linear scaling (RandSAC 5)
-    extra = {'betas': config.betas} if 'adam' in config.opt.lower() else {}
-    if config.opt.lower() == 'adamw':
-        extra |= {'fused': True, 'capturable': config.cuda_graph}
-    return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **extra)
 
 
 def _attention(config: PretrainConfig, model: AutoregressiveViT, device: torch.device) -> str:

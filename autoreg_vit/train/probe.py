@@ -14,19 +14,10 @@ from .data import Batches, ImageSpec, sample
 from .distributed import Processes, check_divisible, processes
 from .features import cached_features, fit_features, gather_features, knn
 from .labelled import labelled_images
+from .loop import create_optimizer, prepare, start
 from .parallel import replicate, settle_buckets
 from .run import Run
-from .supervised import (
-    Classifier,
-    create_optimizer,
-    evaluate,
-    finished,
-    images_at_once,
-    leave_results,
-    prepare,
-    start,
-    train,
-)
+from .supervised import Classifier, evaluate, finished, images_at_once, leave_results, train
 from .supervised_config import ProbeConfig
 from .weights import features_of, load_encoder, short_name
 
@@ -70,7 +61,7 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
     with Run(config, f'probe-{short_name(config.weights)}', group, {'train_images': len(images.train)}) as run:
         if finished(run):
             return run.folder
-        start(run, config, len(images.train), classes=len(images.classes), width=encoder.head_hidden_size)
+        start(run, config, train_images=len(images.train), classes=len(images.classes), width=encoder.head_hidden_size)
         run.say(f'Probing {config.weights} with {len(images.train):,} images of {len(images.classes)} classes; '
                 f'{group.world_size} x {group.device}, {config.precision}; writing to {run.folder}')
         if config.fast:

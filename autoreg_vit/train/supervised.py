@@ -3,80 +3,27 @@
 import json
 import os
 import re
-import signal
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.distributed as dist
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
-from .. import __version__
-from ..errors import ConfigError, suggest
 from . import figures
 from .checkpoint import load_into, writing
 from .data import Batches
-from .distributed import Flags, Processes
+from .distributed import Processes
+from .loop import create_schedule, run_steps
 from .losses import Losses
 from .parallel import get_state, set_state, synchronised
 from .run import Run
-from .runtime import Stopped, StopSignals, autocast, keep_freed_memory, resolve_precision
+from .runtime import autocast
 from .supervised_config import SupervisedConfig
-
-
-def prepare(config: SupervisedConfig, group: Processes) -> None:
-    """Resolve the settings that depend on the machine, in place, and seed what is drawn before training."""
-    config.device, config.precision = group.device.type, resolve_precision(config.precision, group.device)
-    if config.workers is None:
-        share = max((os.cpu_count() or 1) // group.world_size, 1)
-        config.workers = 0 if group.device.type == 'cpu' else min(share, 8)
-    if group.device.type == 'cpu':
-        keep_freed_memory()
-    torch.backends.cudnn.deterministic = True
-    timm.utils.random_seed(config.seed)
-    if config.warmup_epochs > config.epochs / 2:
-        config.warmup_epochs = config.epochs / 2
-
-
-def scaled_lr(config: SupervisedConfig, lr: float) -> float:
-    """The rate of a step from a rate for 256 images (RandSAC 5)."""
-    return lr * config.batch_size * config.accumulate / 256
-
-
-def create_optimizer(config: SupervisedConfig, model_or_groups: Any, **options: Any) -> torch.optim.Optimizer:
-    """timm's optimizer of that name at the scaled learning rate.
-
-    Raises:
-        ConfigError: for an unknown name, or options that it does not take.
-    """
-    if config.opt.lower() not in list_optimizers():
-        raise ConfigError(f'Unknown optimizer {config.opt!r}. {suggest(config.opt, list_optimizers())}')
-    try:
-        return create_optimizer_v2(
-            model_or_groups, opt=config.opt, lr=scaled_lr(config, config.lr), weight_decay=config.weight_decay,
-            **options)
-    except TypeError as error:
-        raise ConfigError(f'The optimizer {config.opt!r} does not work with these settings: '
-                          f'{" ".join(str(error).split())}') from error
-
-
-def create_schedule(config: SupervisedConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
-    """Linear warm-up from 0, then a cosine that falls to `min_lr` at the last step (RandSAC Tables 15 and 16)."""
-    return create_scheduler_v2(
-        optimizer, sched='cosine', num_epochs=config.epochs - config.warmup_epochs, warmup_prefix=True,
-        warmup_epochs=config.warmup_epochs, warmup_lr=0.0, min_lr=scaled_lr(config, config.min_lr),
-        step_on_epochs=False, updates_per_epoch=updates_per_epoch)[0]
 
 
 def images_at_once(device: torch.device) -> int:
@@ -181,7 +128,7 @@ def train(config: SupervisedConfig, run: Run, batches: Batches, classifier: Clas
     group, optimizer = run.group, classifier.optimizer
     steps_per_epoch = batches.per_epoch // config.accumulate
     steps, images_per_step = config.epochs * steps_per_epoch, config.batch_size * config.accumulate
-    schedule = create_schedule(config, optimizer, steps_per_epoch)
+    schedule = create_schedule(config, optimizer, steps_per_epoch, config.min_lr)
     losses = Losses(group, lambda step: (
         f'(epoch {step // steps_per_epoch}): lower --lr ({config.lr:g}) or lengthen --warmup-epochs in a new run. What '
         f'{run.folder} holds is from before.'))
@@ -206,64 +153,30 @@ def train(config: SupervisedConfig, run: Run, batches: Batches, classifier: Clas
         losses.read()  # never save what follows a loss that is not finite
         run.save({'step': step, 'losses': losses.values, **classifier.state()})
 
+    def take_step(step: int) -> torch.Tensor:
+        loss = torch.zeros((), device=group.device)
+        for part in range(config.accumulate):
+            images, labels = (t.to(group.device, non_blocking=True) for t in next(supply))
+            number = step * config.accumulate + part
+            with synchronised(classifier.trained, last=part == config.accumulate - 1):
+                with autocast(config.precision, group.device):
+                    part_loss = classifier.loss(images, labels, number) / config.accumulate
+                part_loss.backward()
+            loss += part_loss.detach()
+        losses.check(loss)
+        schedule.step_update(step)
+        if config.clip_grad:
+            nn.utils.clip_grad_norm_(classifier.model.parameters(), config.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if classifier.average is not None:
+            classifier.average.update(classifier.model)
+        return loss
+
     classifier.trained.train()
     supply = batches.start_at(first_step * config.accumulate)
-    flags, last_save, since = Flags(group, 2), time.monotonic(), (time.perf_counter(), first_step)
-    progress = tqdm(total=steps, initial=first_step, unit='step', disable=not group.is_main, dynamic_ncols=True,
-                    mininterval=0.5 if sys.stderr.isatty() else 60)  # in a file, a line a minute
-    with StopSignals() as signals, progress:
-        for step in range(first_step, steps):
-            if step and config.eval_every and step % (config.eval_every * steps_per_epoch) == 0:
-                paused = time.perf_counter()
-                report(step)
-                since = since[0] + time.perf_counter() - paused, since[1]
-
-            loss = torch.zeros((), device=group.device)
-            for part in range(config.accumulate):
-                images, labels = (t.to(group.device, non_blocking=True) for t in next(supply))
-                number = step * config.accumulate + part
-                with synchronised(classifier.trained, last=part == config.accumulate - 1):
-                    with autocast(config.precision, group.device):
-                        part_loss = classifier.loss(images, labels, number) / config.accumulate
-                    part_loss.backward()
-                loss += part_loss.detach()
-            losses.check(loss)
-            schedule.step_update(step)
-            if config.clip_grad:
-                nn.utils.clip_grad_norm_(classifier.model.parameters(), config.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if classifier.average is not None:
-                classifier.average.update(classifier.model)
-            losses.add(loss)
-            progress.update()
-
-            done = step + 1
-            if done % config.log_every == 0 or done == steps:
-                values = losses.read()
-                losses.values = []
-                rate = (done - since[1]) * images_per_step / (time.perf_counter() - since[0])
-                run.log.write(event='step', step=done, epoch=round(done / steps_per_epoch, 3),
-                              images=done * images_per_step, loss=sum(values) / len(values),
-                              lr=max(g['lr'] for g in optimizer.param_groups),
-                              images_per_second=round(rate, 1))
-                progress.set_postfix_str(f'epoch {step // steps_per_epoch + 1}/{config.epochs}, '
-                                         f'loss {sum(values) / len(values):.4f}, {rate:.0f} images/s', refresh=False)
-                since = time.perf_counter(), done
-
-            minutes = (time.monotonic() - last_save) / 60
-            stop, time_to_save = flags.exchange(
-                signals.received is not None, 0 < config.checkpoint_every_minutes <= minutes)
-            on_step = config.checkpoint_every_steps and done % config.checkpoint_every_steps == 0
-            if stop or time_to_save or on_step or done == steps:
-                save(done)
-                last_save = time.monotonic()
-            if stop and done < steps:
-                flags.settle()
-                group.barrier()
-                raise Stopped(f'Stopped after step {done} of {steps}. The same command goes on from there.',
-                              signals.received or signal.SIGTERM)
-        flags.settle()
+    run_steps(config, run, losses, optimizer, steps_per_epoch, first_step, take_step=take_step, evaluate=report,
+              save=save)
     return report(steps)
 
 
@@ -275,14 +188,6 @@ def scores(result: dict[str, Any]) -> dict[str, float]:
 def describe(result: dict[str, Any]) -> str:
     return ', '.join(f'{name} {result[key]:.2f} %' for key, name in (('top1', 'top-1'), ('top5', 'top-5'))
                      if key in result) + f' of {result["images"]:,} test images'
-
-
-def start(run: Run, config: SupervisedConfig, train_images: int, **more: Any) -> None:
-    """The first line of log.jsonl: versions, device and sizes; a resumed run has one already."""
-    if run.state is None:
-        run.log.write(event='start', version=__version__, torch=torch.__version__, timm=timm.__version__,
-                      device=str(run.group.device), processes=run.group.world_size, threads=torch.get_num_threads(),
-                      precision=config.precision, train_images=train_images, **more)
 
 
 def leave_results(run: Run, config: SupervisedConfig, result: dict[str, Any], classes: list[str], **more: Any) -> None:
