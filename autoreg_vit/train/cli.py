@@ -19,6 +19,7 @@ class Command(NamedTuple):
     config_module: str
     config_class: str
     default_recipe: str | None = None  # where neither data nor a recipe is named
+    trains: bool = True  # takes --config RECIPE
 
 
 COMMANDS = {
@@ -83,9 +84,10 @@ def _run(arguments: list[str]) -> int:
                 formatter_class=lambda prog: HelpFormatter(prog, max_help_position=32, width=110))
             configs[name] = getattr(importlib.import_module(f'.{command.config_module}', __package__),
                                     command.config_class)
-            bundled = ', '.join(bundled_recipes(name))
-            parsers[name].add_argument('--config', metavar='RECIPE',
-                                       help=f'a YAML file or a bundled recipe ({bundled}); flags override it')
+            if command.trains:
+                bundled = ', '.join(bundled_recipes(name))
+                parsers[name].add_argument('--config', metavar='RECIPE',
+                                           help=f'a YAML file or a bundled recipe ({bundled}); flags override it')
             add_flags(parsers[name], configs[name])
         namespace, unknown = parser.parse_known_args(arguments)
         name = namespace.command
@@ -94,7 +96,8 @@ def _run(arguments: list[str]) -> int:
             raise UsageError(f'Unknown argument {unknown[0]!r}. {suggest(unknown[0], flags)}')
         function = getattr(importlib.import_module(f'.{COMMANDS[name].module}', __package__), name)
     except ModuleNotFoundError as error:
-        raise UsageError(f'Training needs the package {error.name!r}: pip install "autoreg-vit[train]".') from error
+        raise UsageError(
+            f'The command line needs the package {error.name!r}: pip install "autoreg-vit[train]".') from error
     flags = vars(namespace)
     del flags['command'], flags['debug']
     recipe = flags.pop('config', None)

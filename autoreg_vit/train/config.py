@@ -5,7 +5,7 @@ import dataclasses
 import os
 import types
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ RECIPES = Path(__file__).parent / 'recipes'
 def option(default: Any, help: str, free: bool = False) -> Any:
     """A setting; a free one may change when a run is resumed, since the weights do not depend on it."""
     return field(default=default, metadata={'help': help, 'free': free})
+
+
+def argument(help: str, default: Any = MISSING) -> Any:
+    """A setting that the command line takes by its place, in the order of the fields: one word, or for a tuple the
+    words that are left. Without a default it is required, and stands before the options."""
+    return field(default=default, metadata={'help': help, 'positional': True})
 
 
 def free_settings(config_class: type) -> set[str]:
@@ -198,12 +204,18 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One flag a field, spelt as its recipe key; flags that are not given stay out of the namespace."""
+    """One flag a field, spelt as its recipe key, or a place of its own for an `argument`; what is not given stays out
+    of the namespace."""
     hints = typing.get_type_hints(config_class)
     for item in fields(config_class):
         kind, several = _element(hints[item.name])
-        default = '' if item.default is None else f' ({_show(item.default)})'
+        default = '' if item.default in (None, MISSING, ()) else f' ({_show(item.default)})'
         options: dict[str, Any] = dict(default=argparse.SUPPRESS, help=item.metadata['help'] + default)
+        if item.metadata.get('positional'):
+            required = item.default is MISSING
+            nargs = ('+' if required else '*') if several else (None if required else '?')
+            parser.add_argument(item.name, type=kind, metavar=item.name.upper(), nargs=nargs, **options)
+            continue
         if kind is bool:
             options['action'] = argparse.BooleanOptionalAction
         else:
