@@ -19,14 +19,13 @@ measured in the same run. Without --device cuda (to try the script out), nothing
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from report import RESULTS, provenance
+from report import RESULTS, device_name, provenance
 from timing import measure, peak_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -321,8 +320,7 @@ def main() -> None:
     parser.add_argument('--output', type=Path, default=None)
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    gpu = re.sub(r'\W+', '-', torch.cuda.get_device_name(device)).lower() if device.type == 'cuda' else 'cpu'
-    output = args.output or RESULTS / f'attention-{gpu}.json'
+    output = args.output or RESULTS / f'attention-{device_name(device)}.json'
     bandwidth, rate = measured_limits(dtype, device)
     result = {**provenance(), 'dtype': args.dtype, 'bandwidth_tb_s': round(bandwidth / 1e12, 3),
               'product_tflop_s': round(rate / 1e12, 2), 'rows': []}

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def provenance() -> dict[str, Any]:
         'timm': timm.__version__,
         'autoreg_vit': autoreg_vit.__version__,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """A name for files of results: that of the GPU in lower case, or cpu."""
+    return re.sub(r'\W+', '-', torch.cuda.get_device_name(device)).lower() if device.type == 'cuda' else 'cpu'
 
 
 def _processor() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-def measure(function: Callable[[], object], device: torch.device, seconds: float = 0.5) -> dict[str, float | str]:
+def measure(function: Callable[[], object], device: torch.device, duration: float = 0.5) -> dict[str, float | str]:
     """Microseconds of a call: median, 20th and 80th percentile, and how they were taken.
 
     On a GPU several calls are captured in a CUDA graph and replayed, so that the device is timed and not the launches;
@@ -16,7 +16,7 @@ def measure(function: Callable[[], object], device: torch.device, seconds: float
     for _ in range(3):
         function()
     if device.type == 'cpu':
-        times = _repeat(lambda: _host_seconds(function), seconds)
+        times = _repeat(lambda: seconds(function, device), duration)
         return _summary(times, 'host clock')
     torch.cuda.synchronize(device)
     calls = 5
@@ -31,10 +31,10 @@ def measure(function: Callable[[], object], device: torch.device, seconds: float
                 function()
     except RuntimeError as error:
         torch.cuda.synchronize(device)
-        return _summary(_repeat(lambda: _device_seconds(function), seconds),
+        return _summary(_repeat(lambda: seconds(function, device), duration),
                         f'events: {str(error).splitlines()[0][:80]}')
     graph.replay()
-    return _summary([t / calls for t in _repeat(lambda: _device_seconds(graph.replay), seconds)], 'graph')
+    return _summary([t / calls for t in _repeat(lambda: seconds(graph.replay, device), duration)], 'graph')
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float | None:
@@ -49,13 +49,12 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> float |
     return round((torch.cuda.max_memory_allocated(device) - before) / 2 ** 20, 1)
 
 
-def _host_seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def _device_seconds(function: Callable[[], object]) -> float:
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: by the host's clock on a CPU, by events on a GPU."""
+    if device.type == 'cpu':
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     function()
@@ -64,8 +63,8 @@ def _device_seconds(function: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def _repeat(once: Callable[[], float], seconds: float) -> list[float]:
-    times, stop = [once() for _ in range(5)], time.perf_counter() + seconds
+def _repeat(once: Callable[[], float], duration: float) -> list[float]:
+    times, stop = [once() for _ in range(5)], time.perf_counter() + duration
     while time.perf_counter() < stop:
         times.append(once())
     return times

@@ -23,15 +23,13 @@ those of matrix products, attention counted over all keys, forward and backward.
 import argparse
 import json
 import multiprocessing
-import re
 import statistics
-import time
-from collections.abc import Callable
 from unittest import mock
 
 import timm
 import torch
-from report import RESULTS, provenance
+from report import RESULTS, device_name, provenance
+from timing import seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoreg_vit import ops
@@ -121,16 +119,6 @@ def turn(pipe, device_name: str, model_name: str, variant: str, batch_size: int)
     pipe.send((statistics.median(times) / (10 if device.type == 'cuda' else 1), 2 * side ** 3 / min(products), memory))
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def step_flops(model_name: str) -> float:
     """FLOPs of an image's step, counted on the CPU."""
     model = timm.create_model(model_name)
@@ -167,8 +155,7 @@ def main() -> None:
     parser.add_argument('--output', default=None)
     args = parser.parse_args()
     device = torch.device(args.device)
-    gpu = re.sub(r'\W+', '-', torch.cuda.get_device_name()).lower() if device.type == 'cuda' else 'cpu'
-    output = args.output or RESULTS / f'train_step-{gpu}.json'
+    output = args.output or RESULTS / f'train_step-{device_name(device)}.json'
     context, variants = multiprocessing.get_context('spawn'), VARIANTS[args.device]
     result = {**provenance(), 'threads': torch.get_num_threads(), 'rounds': args.rounds,
               'precision': resolve_precision('auto', device), 'rows': []}

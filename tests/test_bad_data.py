@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageDataset
 
 pytest.importorskip('sklearn')
 
@@ -76,11 +77,20 @@ class TestCorruptImages:
             next(data.Batches(dataset, 20, 0, ONE).start_at(0))
 
     def test_through_timm(self, damage, folder: Path):
-        """timm's own readers would replace it and go on."""
         damage(folder / 'a' / '04.png')
         dataset = data.open_dataset('torch/image_folder', str(folder), 'train', TRANSFORM)
         with pytest.raises(DataError, match=r'1 of 20 images cannot be read.*04\.png'):
             next(data.Batches(dataset, 20, 0, ONE).start_at(0))
+
+
+def test_through_timms_readers(folder: Path, monkeypatch):
+    """Those of hfds/... would put the next image in place of a corrupt one, with a line in the log alone."""
+    monkeypatch.setattr(data, 'create_dataset', lambda name, root, **_: ImageDataset(root))
+    assert next(data.Batches(data.open_dataset('hfds/x', str(folder), 'train', TRANSFORM), 20, 0, ONE).start_at(0))
+    no_image(folder / 'a' / '04.png')
+    dataset = data.open_dataset('hfds/x', str(folder), 'train', TRANSFORM)
+    with pytest.raises(DataError, match=r'1 of 20 images cannot be read.*04\.png'):
+        next(data.Batches(dataset, 20, 0, ONE).start_at(0))
 
 
 def test_nothing_but_corrupt_images(folder: Path):

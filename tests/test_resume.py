@@ -112,14 +112,15 @@ def test_killed_in_a_bad_moment(sabotage, reference: tuple[Path, float], tmp_pat
     finish_and_compare(settings, reference[0])
 
 
-def test_sigterm_saves_and_stops(reference: tuple[Path, float], tmp_path: Path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops(number: int, reference: tuple[Path, float], tmp_path: Path):
     settings = {**SETTINGS, 'checkpoint_every_steps': 0, 'output_dir': str(tmp_path / 'run')}
     launch = Launch(settings)
     while not any(line['event'] == 'step' for line in run.read_log(tmp_path / 'run' / 'log.jsonl')):
         time.sleep(0.02)
         assert launch.process.exitcode is None, launch.text()
-    os.kill(launch.process.pid, signal.SIGTERM)
-    assert launch.wait() == 128 + signal.SIGTERM
+    os.kill(launch.process.pid, number)
+    assert launch.wait() == 128 + number
     assert 'Stopped after step' in launch.text() and 'Traceback' not in launch.text()
     assert (tmp_path / 'run' / 'last.pt').exists()
     finish_and_compare(settings, reference[0])

@@ -1,6 +1,7 @@
 """A model spread over the processes of a run, by PyTorch's DistributedDataParallel or fully_shard (FSDP2)."""
 
 import copy
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -46,7 +47,10 @@ def replicate(model: nn.Module, group: Processes) -> nn.Module:
     if group.world_size == 1:
         return model
     ids = [group.device.index] if group.device.type == 'cuda' else None
-    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # PyTorch 2.15 renamed this argument.
+    renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel.__init__).parameters
+    options = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
 
 
 def settle_buckets(model: nn.Module, *inputs: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ def load_rows(pointer, rows, count, row_stride, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def store_rows(pointer, values, rows, count, row_stride, HEAD_DIM: tl.constexpr):
+    """Write rows of one head, values [len(rows), D] in the memory's own type; none at or beyond `count`."""
     columns = tl.arange(0, HEAD_DIM)
     tl.store(pointer + rows[:, None] * row_stride + columns[None, :], values.to(pointer.dtype.element_ty),
              mask=rows[:, None] < count)
