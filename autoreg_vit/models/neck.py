@@ -1,0 +1,169 @@
+"""The neck of dense prediction: the one scale of a Vision Transformer becomes maps of strides 4, 8, 16 and 32.
+
+Two doors lead on from it: `register_smp_encoder` gives it to segmentation-models-pytorch, and `DetectionBackbone` to
+torchvision's detection.
+"""
+
+import math
+from collections import OrderedDict
+
+import torch
+from timm.layers import LayerNorm2d
+from timm.models import FeatureInfo
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn.functional import pad
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from ..errors import ModelError
+from .encoders import check_sizes, refit_positions
+
+#: What heads are built for: UPerNet predicts at a quarter of the image, and the anchors and levels of Mask R-CNN begin
+#: at stride 4. Cost decides too: at patch 4 a map of the image's own size would have 16 times the tokens.
+STRIDES = (4, 8, 16, 32)
+
+
+class FeaturePyramid(nn.Module):
+    """Maps of strides 4, 8, 16 and 32 from a timm ViT, after its blocks at a quarter, half, three quarters and the end
+    of the depth. Each is brought to its stride by powers of two: at patch 16 by two transposed convolutions, one, none,
+    and max-pooling, as in BEiT, whose setting both papers take over (RandSAC C, SAIM "Semantic segmentation on
+    ADE20K"); at patch 4 by none and max-pooling alone; and so on.
+
+    Maps are the residual stream as it leaves the blocks, without the encoder's final norm, as in BEiT: heads bring
+    their own, smp's UPerNet a layer norm of each map, `DetectionBackbone` one after each convolution. Between two
+    transposed convolutions stands a layer norm where BEiT has a batch norm, so that no map depends on the other images
+    of a batch.
+
+    Args:
+        encoder: Made with `dynamic_img_size=True`; changed in place. Its final norm and head are removed, since nothing
+            reads them, and a patch that is no power of two is resampled to the nearest one by timm's own means (14 to
+            16), so that strides are exact.
+        img_size: Height and width in pixels to which positions are interpolated once and for all; for other images they
+            are interpolated in each forward pass. By default the encoder's own.
+
+    Attributes:
+        feature_info: timm's description of the maps: `channels()`, `reduction()`, `module_name()`.
+        multiple: Images are padded with zeros, right and below, to a multiple of so many pixels.
+
+    Raises:
+        ModelError: for an encoder that is no timm VisionTransformer, takes one image size alone or has patches that are
+            not square.
+        ShapeError: for an `img_size` that is not a whole number of patches.
+    """
+
+    def __init__(self, encoder: VisionTransformer, img_size: int | tuple[int, int] | None = None):
+        super().__init__()
+        patch = _fit(encoder, img_size)
+        depth, width = len(encoder.blocks), encoder.embed_dim
+        self.blocks = [math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+        encoder.prune_intermediate_layers([depth - 1], prune_norm=True)
+        self.encoder = encoder
+        self.levels = nn.ModuleList(_resample(width, patch, stride) for stride in STRIDES)
+        self.multiple = max(patch, STRIDES[-1])
+        self.feature_info = FeatureInfo(
+            [dict(num_chs=width, reduction=s, module=f'levels.{i}') for i, s in enumerate(STRIDES)], (0, 1, 2, 3))
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Maps [B, C, ceil(H / s), ceil(W / s)] of images [B, in_chans, H, W] for strides s = 4, 8, 16, 32."""
+        height, width = images.shape[-2:]
+        images = pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
+        taken = sorted(set(self.blocks))  # with fewer than four blocks some serve two levels
+        maps = self.encoder.forward_intermediates(images, indices=taken, intermediates_only=True)
+        maps = [level(maps[taken.index(block)]) for level, block in zip(self.levels, self.blocks)]
+        return [m[..., :-(-height // s), :-(-width // s)] for m, s in zip(maps, STRIDES)]
+
+
+def _fit(encoder: VisionTransformer, img_size: int | tuple[int, int] | None) -> int:
+    """Bring an encoder to a power of two as its patch and to `img_size`; returns the patch in pixels."""
+    if not isinstance(encoder, VisionTransformer) or not hasattr(encoder.patch_embed, 'proj'):
+        raise ModelError(f'The neck takes a timm VisionTransformer, such as vit_base_patch16_224, got '
+                         f'{type(encoder).__name__}.')
+    if not encoder.dynamic_img_size:
+        raise ModelError('Dense prediction sees images of many sizes: create the encoder with dynamic_img_size=True.')
+    height, width = encoder.patch_embed.patch_size
+    if height != width:
+        raise ModelError(f'The neck takes square patches, got {height} x {width} pixels.')
+    patch = 2 ** round(math.log2(height))
+    if img_size is not None:
+        check_sizes(img_size, patch)
+    if img_size is not None or patch != height:
+        positions, grid = encoder.pos_embed, encoder.patch_embed.grid_size
+        encoder.set_input_size(img_size=img_size, patch_size=patch)
+        refit_positions(encoder, positions, grid)
+    return patch
+
+
+def _resample(width: int, patch: int, stride: int) -> nn.Module:
+    """From a map of stride `patch` to one of `stride`, both powers of two."""
+    if patch < stride:
+        return nn.MaxPool2d(stride // patch)
+    layers = []
+    for _ in range(int(math.log2(patch // stride))):
+        layers += [LayerNorm2d(width), nn.GELU(), nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)]
+    return nn.Sequential(*layers[2:])  # norm and activation stand between convolutions
+
+
+class SmpEncoder(nn.Module):
+    """A FeaturePyramid as an encoder of segmentation-models-pytorch: the image, an empty map of stride 2, as in smp's
+    other transformers, and the pyramid's four.
+
+    Args:
+        pyramid: The neck with its encoder.
+    """
+
+    def __init__(self, pyramid: FeaturePyramid):
+        super().__init__()
+        self.pyramid = pyramid
+        self.in_channels = pyramid.encoder.patch_embed.proj.in_channels
+        self.out_channels = [self.in_channels, 0, *pyramid.feature_info.channels()]
+        self.output_stride = STRIDES[-1]
+
+    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
+        """smp's door to other channels; the encoder brings its own.
+
+        Raises:
+            ModelError: for other ones.
+        """
+        if in_channels != self.in_channels:
+            raise ModelError(f'in_channels={in_channels}, but the encoder was made for {self.in_channels}: create it '
+                             f'with in_chans={in_channels}.')
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Six maps of images [B, in_chans, H, W], of strides 1, 2, 4, 8, 16 and 32."""
+        batch, _, height, width = images.shape
+        return [images, images.new_empty(batch, 0, height // 2, width // 2), *self.pyramid(images)]
+
+
+def register_smp_encoder(name: str, pyramid: FeaturePyramid) -> None:
+    """Let segmentation-models-pytorch's models find a pyramid: `smp.UPerNet(name, encoder_weights=None, ...)`, and FPN,
+    Unet and the others alike. Models made with the name share the pyramid; registering another replaces it.
+
+    Args:
+        name: Of the encoder there.
+        pyramid: The neck with its encoder, trained or not.
+    """
+    from segmentation_models_pytorch.encoders import encoders
+
+    encoders[name] = {'encoder': lambda depth, output_stride: SmpEncoder(pyramid), 'params': {},
+                      'pretrained_settings': {}}
+
+
+class DetectionBackbone(nn.Module):
+    """A FeaturePyramid as a backbone of torchvision's detection: a feature pyramid network on its maps gives them all
+    one width, and max-pooling adds a fifth of stride 64.
+
+    Args:
+        pyramid: The neck with its encoder.
+        out_channels: Width of the maps.
+    """
+
+    def __init__(self, pyramid: FeaturePyramid, out_channels: int = 256):
+        super().__init__()
+        self.pyramid, self.out_channels = pyramid, out_channels
+        self.fpn = FeaturePyramidNetwork(
+            pyramid.feature_info.channels(), out_channels, LastLevelMaxPool(), norm_layer=LayerNorm2d)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Maps '0' to '3' of strides 4 to 32 and 'pool' of stride 64, [B, out_channels, h, w]."""
+        return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.pyramid(images))))
