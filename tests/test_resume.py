@@ -14,6 +14,7 @@ pytest.importorskip('sklearn')
 
 from launching import SETTINGS, Launch, log_of, weights_of
 
+from autoreg_vit import checksums
 from autoreg_vit.errors import CheckpointError, ConfigError
 from autoreg_vit.train import checkpoint, data, run
 from autoreg_vit.train import pretrain as pretraining
@@ -208,10 +209,10 @@ class TestCheckpointFiles:
     def test_sha256sum_reads_the_checksums(self, saved: Path):
         for path in (saved, checkpoint.previous_of(saved)):
             assert checkpoint.checksum_path(path).read_text() == f'{checkpoint.sha256_of(path)}  {path.name}\n'
-            checkpoint.verify_checksum(path)
+            checksums.verify_checksum(path)
         self.flip(saved)
         with pytest.raises(CheckpointError, match='does not match'):
-            checkpoint.verify_checksum(saved)
+            checksums.verify_checksum(saved)
 
     def test_checksum_missing(self, saved: Path):
         for path in saved.parent.glob('*.sha256'):

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError
 
+from ..checksums import checksum_path, read_checksum, sha256_of, sync, write_checksum
 from ..errors import CheckpointError
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,7 +47,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             write_checksum(previous_of(path), digest)
     os.replace(new, path)
     os.replace(checksum_path(new), checksum_path(path))
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def load_checkpoint(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
@@ -159,47 +160,6 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f'{path.stem}.previous{path.suffix}')
 
 
-def checksum_path(path: Path) -> Path:
-    """Where the checksum of `path` stands: last.pt.sha256 for last.pt."""
-    return _beside(path, '.sha256')
-
-
-def write_checksum(path: Path, digest: str | None = None) -> None:
-    """Write PATH.sha256, which `sha256sum --check` reads; computed from the file where no digest is given."""
-    name = path.name.removesuffix('.new')
-    scratch = _beside(path, '.sha256.new')
-    with scratch.open('w', encoding='utf-8') as file:
-        file.write(f'{digest or sha256_of(path)}  {name}\n')
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, checksum_path(path))
-
-
-def read_checksum(path: Path) -> str | None:
-    """The digest in PATH.sha256, or None where there is none."""
-    try:
-        words = checksum_path(path).read_text(encoding='utf-8', errors='replace').split()
-    except OSError:
-        return None
-    return words[0] if words and re.fullmatch('[0-9a-f]{64}', words[0]) else None
-
-
-def verify_checksum(path: Path) -> None:
-    """Raise CheckpointError if `path` has a checksum beside it that it does not match."""
-    digest = read_checksum(path)
-    if digest is not None and digest != sha256_of(path):
-        raise CheckpointError(f'{path} does not match its checksum in {checksum_path(path).name}: it is damaged or was '
-                              'changed. Get a whole copy of it.')
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def load_into(model: torch.nn.Module, state_dict: dict[str, torch.Tensor], source: str) -> None:
     """Load all of `state_dict` into `model`, which must have the same parameters.
 
@@ -283,20 +243,6 @@ def _check_regular(path: Path) -> None:
         kind = {stat.S_IFLNK: 'a symbolic link', stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe'}.get(
             stat.S_IFMT(mode), 'a device or socket')
         raise CheckpointError(f'{path} is {kind}, not a regular file: move it away or name another --output-dir.')
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have renames in `folder` on disk, where the system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from .checkpoint import verify_checksum, write_checksum, writing
+from ..checksums import verify_checksum, write_checksum
+from .checkpoint import writing
 from .distributed import Processes
 from .evaluate import extract_features, knn_accuracy
 from .labelled import LabelledImages, hold_out

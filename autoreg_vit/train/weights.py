@@ -8,10 +8,10 @@ import timm
 import torch
 from torch import nn
 
+from ..checksums import verify_checksum
 from ..errors import CheckpointError, ModelError, UsageError, suggest
 from ..models.encoders import check_sizes
 from ..models.pretraining import pretraining_models
-from .checkpoint import verify_checksum
 
 #: Names under which timm looks for the weights in a folder.
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
