@@ -6,6 +6,7 @@ torchvision's detection.
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from timm.layers import LayerNorm2d
@@ -156,13 +157,19 @@ class DetectionBackbone(nn.Module):
     Args:
         pyramid: The neck with its encoder.
         out_channels: Width of the maps.
+        norm_layer: Made with a number of channels, after each convolution of the network.
     """
 
-    def __init__(self, pyramid: FeaturePyramid, out_channels: int = 256):
+    def __init__(
+            self,
+            pyramid: FeaturePyramid,
+            out_channels: int = 256,
+            norm_layer: Callable[[int], nn.Module] = LayerNorm2d,
+    ):
         super().__init__()
         self.pyramid, self.out_channels = pyramid, out_channels
         self.fpn = FeaturePyramidNetwork(
-            pyramid.feature_info.channels(), out_channels, LastLevelMaxPool(), norm_layer=LayerNorm2d)
+            pyramid.feature_info.channels(), out_channels, LastLevelMaxPool(), norm_layer=norm_layer)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Maps '0' to '3' of strides 4 to 32 and 'pool' of stride 64, [B, out_channels, h, w]."""
