@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
 from ..errors import CheckpointError, ModelError, ShapeError, suggest
+from .pretrained import register_weights, weights_options
 from .saim_checkpoint import convert_saim_encoder
 
 _logger = logging.getLogger(__name__)
@@ -191,13 +192,12 @@ def default_cfg(size: str, **kwargs) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({
-    f'{size}_{method}.untrained': default_cfg(size) for method in METHODS for size in SIZES
-})
+default_cfgs = register_weights({f'{size}_{method}': default_cfg(size) for method in METHODS for size in SIZES})
 
 
 def _create_encoder(variant: str, pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
     check_options(variant, kwargs, ENCODER_OPTIONS)
+    kwargs = {**weights_options(variant, default_cfgs[variant], pretrained, kwargs), **kwargs}
     size, method = variant.rsplit('_', 1)
     out_indices = kwargs.pop('out_indices', 3)
     return build_model_with_cfg(

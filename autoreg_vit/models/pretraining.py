@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
@@ -31,6 +31,7 @@ from .encoders import (
     init_xavier,
     refit_positions,
 )
+from .pretrained import check_tag, register_weights, weights_options
 from .saim_checkpoint import convert_saim_pretraining
 from .targets import PixelTarget
 
@@ -311,8 +312,8 @@ _DESIGNS = {
                  blur=(9, 1.0)),
 }
 
-default_cfgs = generate_default_cfgs({
-    f'{method}_{size}.untrained': default_cfg(size, first_conv='encoder.patch_embed.proj', classifier=None)
+default_cfgs = register_weights({
+    f'{method}_{size}': default_cfg(size, first_conv='encoder.patch_embed.proj', classifier=None)
     for method in _DESIGNS
     for size in SIZES
 })
@@ -323,6 +324,7 @@ def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> Aut
     classifier = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
     known = [option for option in PRETRAINING_OPTIONS + ENCODER_OPTIONS if option not in classifier]
     check_options(variant, kwargs, known)
+    kwargs = {**weights_options(variant, default_cfgs[variant], pretrained, kwargs), **kwargs}
     method, size = variant.split('_', 1)
     if kwargs.get('features_only'):
         raise ModelError(f'{variant} is a pretraining model: take features from its encoder, or from '
@@ -363,8 +365,8 @@ def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
     if base not in default_cfgs:
         encoder = f' {name!r} is an encoder, which learns nothing by itself.' if timm.is_model(base) else ''
         raise ModelError(f'Unknown pretraining model {name!r}.{encoder} {suggest(base, pretraining_models())}')
-    if tag and tag not in default_cfgs[base].cfgs:
-        raise ModelError(f'{base!r} has no tag {tag!r}. {suggest(tag, list(default_cfgs[base].cfgs))}')
+    if tag:
+        check_tag(base, tag, default_cfgs[base])
     return timm.create_model(name, **kwargs)
 
 
