@@ -20,6 +20,7 @@ from ..errors import ConfigError, suggest
 from .config import PretrainConfig
 from .distributed import Flags, Processes
 from .losses import Losses
+from .provenance import hardware, source_commit
 from .run import Run
 from .runtime import Stopped, StopSignals, keep_freed_memory, resolve_precision
 from .supervised_config import SupervisedConfig
@@ -83,9 +84,10 @@ def create_schedule(
 
 
 def start(run: Run, config: TrainConfig, **more: Any) -> None:
-    """The first line of log.jsonl: versions, device and sizes; a resumed run has one already."""
+    """The first line of log.jsonl: versions, hardware and sizes; a resumed run has one already."""
     if run.state is None:
-        run.log.write(event='start', version=__version__, torch=torch.__version__, timm=timm.__version__,
+        run.log.write(event='start', version=__version__, commit=source_commit(), torch=torch.__version__,
+                      timm=timm.__version__, hardware=hardware(run.group.device),
                       device=str(run.group.device), processes=run.group.world_size, threads=torch.get_num_threads(),
                       precision=config.precision, **more)
 
