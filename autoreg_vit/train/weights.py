@@ -31,9 +31,27 @@ def load_encoder(weights: str, pretrained: bool = True, **options: Any) -> nn.Mo
         ModelError: for an unknown name, or options that the model does not take.
         ShapeError: for an image that is not a whole number of patches.
     """
-    name = _resolve(weights)
+    return _create(_resolve(weights), weights, pretrained, options)
+
+
+def load_model(weights: str, pretrained: bool = True) -> nn.Module:
+    """A pretraining model where `weights` has one, else an encoder.
+
+    Args:
+        weights: As for `load_encoder`, or a folder or timm name of a pretraining model; of a run's folder, pretrain/
+            comes before encoder/.
+        pretrained: Load the weights; False gives the same architecture as it is initialised.
+
+    Raises:
+        CheckpointError, ModelError: as `load_encoder`.
+    """
+    return _create(_resolve(weights, pretraining=True), weights, pretrained, {})
+
+
+def _create(name: str, weights: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """The model of timm's `name`; `weights` is what the caller called it."""
     try:
-        encoder = timm.create_model(name, pretrained=pretrained, **options)
+        model = timm.create_model(name, pretrained=pretrained, **options)
     except UsageError:
         raise
     except TypeError as error:
@@ -42,12 +60,12 @@ def load_encoder(weights: str, pretrained: bool = True, **options: Any) -> nn.Mo
         if pretrained and 'No pretrained weights exist' in str(error):
             raise CheckpointError(f'{weights!r} has no trained weights: name a folder that pretraining wrote, or start '
                                   'from initialisation with --no-pretrained.') from error
-        raise CheckpointError(f'Cannot load the encoder {weights!r} with {_show(options) or "no options"} '
+        raise CheckpointError(f'Cannot load {weights!r} with {_show(options) or "no options"} '
                               f'({type(error).__name__}: {_line(error)}).') from error
-    embed = getattr(encoder, 'patch_embed', None)
+    embed = getattr(model, 'patch_embed', None)
     if getattr(embed, 'img_size', None) and hasattr(embed, 'patch_size'):
         check_sizes(embed.img_size, embed.patch_size)  # timm rounds down
-    return encoder
+    return model
 
 
 @torch.no_grad()
@@ -59,7 +77,7 @@ def features_of(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def short_name(weights: str) -> str:
     """A name for the folder of a run: the timm name, or that of the run that wrote the weights."""
     path = Path(weights.rpartition(':')[2])
-    return path.resolve().parent.name if path.is_dir() and path.name == 'encoder' else path.name
+    return path.resolve().parent.name if path.is_dir() and path.name in ('encoder', 'pretrain') else path.name
 
 
 def source_config(weights: str) -> dict[str, Any]:
@@ -70,17 +88,18 @@ def source_config(weights: str) -> dict[str, Any]:
     return json.loads(Path(name.removeprefix('local-dir:'), 'config.json').read_text(encoding='utf-8'))
 
 
-def _resolve(weights: str) -> str:
-    """The name by which timm knows `weights`."""
+def _resolve(weights: str, pretraining: bool = False) -> str:
+    """The name by which timm knows `weights`: an encoder's, or with `pretraining` rather a pretraining model's."""
     if weights.startswith(('hf-hub:', 'hf_hub:')):
         return weights
     path = Path(weights.removeprefix('local-dir:')).expanduser()
     if path.is_dir():
-        folder = path if (path / 'config.json').is_file() else path / 'encoder'
-        if not (folder / 'config.json').is_file():
+        folders = [path, path / 'pretrain', path / 'encoder'] if pretraining else [path, path / 'encoder']
+        folder = next((f for f in folders if (f / 'config.json').is_file()), None)
+        if folder is None:
             raise CheckpointError(f'{path} holds no encoder: expected config.json and model.safetensors, as '
                                   'pretraining writes to runs/NAME/encoder.')
-        if _architecture(folder) in pretraining_models():
+        if _architecture(folder) in pretraining_models() and not pretraining:
             raise ModelError(f'{folder} holds a pretraining model, encoder and decoder: name the folder '
                              f'{folder.with_name("encoder")} beside it.')
         for file in (folder / name for name in WEIGHT_FILES):
@@ -91,7 +110,7 @@ def _resolve(weights: str) -> str:
         raise CheckpointError(f'{path} is a file: --weights names the folder of an encoder, with config.json and '
                               'model.safetensors.')
     base, _, tag = weights.partition('.')
-    if base in pretraining_models():
+    if base in pretraining_models() and not pretraining:
         method, size = base.split('_', 1)
         raise ModelError(f'{weights!r} is a pretraining model: its encoder is {size}_{method}.')
     if timm.is_model(base):
