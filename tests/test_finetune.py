@@ -160,7 +160,7 @@ class TestParts:
         model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
         loss = mixing_loss(FinetuneConfig(weights='x'), model, 4, CPU)
         images, labels = torch.randn(6, 3, 2, 2), torch.arange(6) % 4
-        values = [loss(images.clone(), labels, number).item() for number in (0, 1, 0)]
+        values = [loss([images.clone(), labels], number).item() for number in (0, 1, 0)]
         assert values[0] == values[2] != values[1]
         assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], images)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -405,6 +406,7 @@ class Batches:
         workers: Processes that load images.
         multiple_of: Makes the batches of an epoch a multiple of this, for accumulation.
         max_corrupt: Part of a map-style data set's images that may be unreadable.
+        collate: Makes a batch of a list of samples; by default tensors are stacked.
 
     Attributes:
         per_epoch: Batches an epoch.
@@ -424,6 +426,7 @@ class Batches:
             workers: int = 0,
             multiple_of: int = 1,
             max_corrupt: float = 0.001,
+            collate: Callable[[list], Any] | None = None,
     ):
         check_divisible(batch_size, group)
         self.max_corrupt, self._counted = max_corrupt, 0
@@ -436,7 +439,7 @@ class Batches:
         if self.per_epoch == 0:
             raise ConfigError(
                 f'accumulate={multiple_of} asks for more batches than the {images // batch_size} of an epoch.')
-        shared = dict(num_workers=workers, pin_memory=group.device.type == 'cuda')
+        shared = dict(num_workers=workers, pin_memory=group.device.type == 'cuda', collate_fn=collate)
         if self.is_stream:
             self.sampler = None
             self.dataset = SeededStream(dataset, seed, group.rank)
@@ -450,7 +453,7 @@ class Batches:
                 self.dataset, batch_sampler=self.sampler, persistent_workers=workers > 0, **shared)
 
     def start_at(self, batch: int) -> Iterator:
-        """Batches from number `batch` of the whole run on, as the DataLoader collates them."""
+        """Batches from number `batch` of the whole run on, as `collate` makes them."""
         epoch, offset = divmod(batch, self.per_epoch)
         while True:
             if self.is_stream:

@@ -25,7 +25,7 @@ from .parallel import replicate, settle_buckets
 from .run import Run
 from .runtime import autocast
 from .seeding import mix_seed, seed_cpu
-from .supervised import Classifier, evaluate, finished, leave_results, scores, train
+from .supervised import Learner, evaluate, finished, leave_results, scores, train
 from .supervised_config import FinetuneConfig
 from .weights import WEIGHT_FILES, load_encoder, short_name, source_config
 
@@ -85,9 +85,9 @@ def _finetune(config: FinetuneConfig, group: Processes) -> Path:
             network.eval()
             return evaluate(network, images.test, classes, config, group)
 
-        classifier = Classifier(model, trained, optimizer, mixing_loss(config, trained, classes, group),
-                                lambda: measure(model), average)
-        result = train(config, run, batches, classifier)
+        learner = Learner(model, trained, optimizer, mixing_loss(config, trained, classes, group),
+                          lambda: measure(model), average)
+        result = train(config, run, batches, learner)
 
         # 3. What is left.
         more = {} if average is None else {'average': scores(measure(average.module))}
@@ -146,7 +146,8 @@ def mixing_loss(config: FinetuneConfig, trained: nn.Module, classes: int, group:
     else:
         criterion = nn.CrossEntropyLoss()
 
-    def loss(images: torch.Tensor, labels: torch.Tensor, number: int) -> torch.Tensor:
+    def loss(batch: list[torch.Tensor], number: int) -> torch.Tensor:
+        images, labels = batch
         if mixup is not None:
             seed_cpu(mix_seed(config.seed, 'mixup', number, group.rank))
             images, labels = mixup(images, labels)

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -23,9 +23,9 @@ from .losses import Losses
 from .provenance import hardware, source_commit
 from .run import Run
 from .runtime import Stopped, StopSignals, keep_freed_memory, resolve_precision
-from .supervised_config import SupervisedConfig
+from .supervised_config import DenseConfig, RunConfig
 
-TrainConfig = PretrainConfig | SupervisedConfig
+TrainConfig = PretrainConfig | RunConfig
 
 
 def prepare(config: TrainConfig, group: Processes) -> None:
@@ -38,12 +38,35 @@ def prepare(config: TrainConfig, group: Processes) -> None:
         keep_freed_memory()
     torch.backends.cudnn.deterministic = True
     timm.utils.random_seed(config.seed)
-    config.warmup_epochs = min(config.warmup_epochs, config.epochs / 2)
+    if isinstance(config, DenseConfig):
+        config.warmup_steps = min(config.warmup_steps, config.steps // 2)
+    else:
+        config.warmup_epochs = min(config.warmup_epochs, config.epochs / 2)
+
+
+class Length(NamedTuple):
+    """How long a run is, in optimizer steps.
+
+    Args:
+        steps: In all.
+        eval_every: Between evaluations; 0, only at the end.
+        epochs: Passes over the training images, begun ones counted as whole.
+    """
+    steps: int
+    eval_every: int
+    epochs: int
+
+
+def length_of(config: TrainConfig, steps_per_epoch: int) -> Length:
+    """The length of a run whose settings count in epochs, or in steps where they are those of dense prediction."""
+    if isinstance(config, DenseConfig):
+        return Length(config.steps, config.eval_every, -(-config.steps // steps_per_epoch))
+    return Length(config.epochs * steps_per_epoch, config.eval_every * steps_per_epoch, config.epochs)
 
 
 def scaled_lr(config: TrainConfig, lr: float) -> float:
-    """The rate of a step from a rate for 256 images (RandSAC 5)."""
-    return lr * config.batch_size * config.accumulate / 256
+    """The rate of a step from a rate for 256 images (RandSAC 5), or for 16 in dense prediction."""
+    return lr * config.batch_size * config.accumulate / (16 if isinstance(config, DenseConfig) else 256)
 
 
 def create_optimizer(config: TrainConfig, model_or_groups: Any, **options: Any) -> torch.optim.Optimizer:
@@ -75,12 +98,16 @@ def create_schedule(
         steps_per_epoch: int,
         min_lr: float = 0.0,
 ) -> Scheduler:
-    """Linear warm-up from 0, then a cosine that begins where the warm-up ends and falls to `min_lr`, for 256 images, at
-    the last step (RandSAC Tables 12 to 16)."""
+    """Linear warm-up from 0, then a cosine that begins where the warm-up ends and falls to `min_lr`, which is scaled as
+    the rate is, at the last step (RandSAC Tables 12 to 16); in dense prediction a line where the settings say so."""
+    if isinstance(config, DenseConfig):
+        sched = {'linear': 'poly', 'cosine': 'cosine'}[config.schedule]
+        epochs, warmup, steps_per_epoch = config.steps, config.warmup_steps, 1
+    else:
+        sched, epochs, warmup = 'cosine', config.epochs, config.warmup_epochs
     return create_scheduler_v2(
-        optimizer, sched='cosine', num_epochs=config.epochs - config.warmup_epochs, warmup_prefix=True,
-        warmup_epochs=config.warmup_epochs, warmup_lr=0.0, min_lr=scaled_lr(config, min_lr), step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch)[0]
+        optimizer, sched=sched, num_epochs=epochs - warmup, decay_rate=1.0, warmup_prefix=True, warmup_epochs=warmup,
+        warmup_lr=0.0, min_lr=scaled_lr(config, min_lr), step_on_epochs=False, updates_per_epoch=steps_per_epoch)[0]
 
 
 def start(run: Run, config: TrainConfig, **more: Any) -> None:
@@ -108,14 +135,14 @@ def run_steps(
     """Take the steps of a run from `first_step` to its end.
 
     Args:
-        config: Gives epochs, batch, and how often to log, evaluate and save.
+        config: Gives length, batch, and how often to log, evaluate and save.
         run: The run's folder.
         losses: Collects the losses; stands at `first_step`.
         optimizer: Gives the learning rate that is logged, the highest of its groups.
         steps_per_epoch: Optimizer steps.
         first_step: 0, or that of the checkpoint the run goes on from.
         take_step: From the number of a step to its loss, a scalar on the device: forward, backward, optimizer step.
-        evaluate: Called with the number of steps taken, every `eval_every` epochs but the last.
+        evaluate: Called with the number of steps taken, as often as `eval_every` says, but for the end.
         save: Called with the number of steps taken, when a checkpoint is due and at the end.
         evaluate_first: Evaluate before the first step too.
 
@@ -123,7 +150,7 @@ def run_steps(
         NonFiniteLoss: when training diverges.
         Stopped: when SIGTERM or SIGINT asked any process for it, after a checkpoint.
     """
-    group, steps = run.group, config.epochs * steps_per_epoch
+    group, (steps, eval_every, epochs) = run.group, length_of(config, steps_per_epoch)
     images_per_step = config.batch_size * config.accumulate
     flags, last_save, since = Flags(group, 2), time.monotonic(), (time.perf_counter(), first_step)
     # In a file, a line a minute instead of a bar that redraws itself.
@@ -131,7 +158,7 @@ def run_steps(
                     dynamic_ncols=True, disable=not group.is_main)
     with StopSignals() as signals, progress:
         for step in range(first_step, steps):
-            due = config.eval_every and step % (config.eval_every * steps_per_epoch) == 0
+            due = eval_every and step % eval_every == 0
             if due if step else evaluate_first:
                 paused = time.perf_counter()
                 evaluate(step)
@@ -149,7 +176,7 @@ def run_steps(
                 run.log.write(event='step', step=done, epoch=round(done / steps_per_epoch, 3),
                               images=done * images_per_step, loss=loss,
                               lr=max(float(g['lr']) for g in optimizer.param_groups), images_per_second=round(rate, 1))
-                progress.set_postfix_str(f'epoch {step // steps_per_epoch + 1}/{config.epochs}, loss {loss:.4f}, '
+                progress.set_postfix_str(f'epoch {step // steps_per_epoch + 1}/{epochs}, loss {loss:.4f}, '
                                          f'{rate:.0f} images/s', refresh=False)
                 since = time.perf_counter(), done
 

@@ -17,7 +17,7 @@ from .labelled import labelled_images
 from .loop import create_optimizer, prepare, start
 from .parallel import replicate, settle_buckets
 from .run import Run
-from .supervised import Classifier, evaluate, finished, images_at_once, leave_results, train
+from .supervised import Learner, evaluate, finished, images_at_once, leave_results, train
 from .supervised_config import ProbeConfig
 from .weights import features_of, load_encoder, short_name
 
@@ -72,15 +72,16 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
             # In evaluation mode, so that the batch norm takes no notice.
             settle_buckets(trained.eval(), torch.zeros(2, encoder.head_hidden_size, device=group.device))
 
-            def loss(batch: torch.Tensor, labels: torch.Tensor, number: int) -> torch.Tensor:
-                return cross_entropy(trained(frozen_features(encoder, batch)).float(), labels)
+            def loss(batch: list[torch.Tensor], number: int) -> torch.Tensor:
+                images, labels = batch
+                return cross_entropy(trained(frozen_features(encoder, images)).float(), labels)
 
             def measure() -> dict[str, Any]:
                 head.eval()
                 return evaluate(lambda batch: head(frozen_features(encoder, batch)), images.test, len(images.classes),
                                 config, group)
 
-            result = train(config, run, batches, Classifier(head, trained, optimizer, loss, measure))
+            result = train(config, run, batches, Learner(head, trained, optimizer, loss, measure))
             more = {'epochs': config.epochs, 'optimizer': config.opt}
             if config.knn:
                 plain = sample(images.plain, config.knn_images, config.seed)

@@ -1,9 +1,9 @@
-"""What probing and fine-tuning share: the training loop of a classifier, its accuracies, and what a run leaves."""
+"""What training on annotated images shares: the loop, the accuracies of a classifier, and what a run leaves."""
 
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from . import figures
 from .checkpoint import load_into, writing
 from .data import Batches
 from .distributed import Processes
-from .loop import create_schedule, run_steps
+from .loop import create_schedule, length_of, run_steps
 from .losses import Losses
 from .parallel import get_state, set_state, synchronised
 from .run import Run
 from .runtime import autocast
-from .supervised_config import SupervisedConfig
+from .supervised_config import RunConfig, SupervisedConfig
+
+#: Scores in percent that log lines and results hold, and what a person calls them.
+SCORES = {'top1': 'top-1', 'top5': 'top-5', 'miou': 'mIoU', 'pixel_accuracy': 'pixel accuracy'}
 
 
 def images_at_once(device: torch.device) -> int:
@@ -57,9 +60,7 @@ def evaluate(
     """
     # Counts as float64, exact below 2^53: the confusion matrix, then hits of top 1 and 5, loss and images.
     counts = torch.zeros(classes * classes + 4, dtype=torch.float64)
-    part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
-    batch_size = batch_size or images_at_once(group.device)
-    for images, labels in DataLoader(part, batch_size, num_workers=config.workers) if len(part) else ():
+    for images, labels in own_part(dataset, batch_size or images_at_once(group.device), config, group):
         with autocast(config.precision, group.device):
             logits = predict(images.to(group.device, non_blocking=True))
         logits = logits.float().cpu()
@@ -75,15 +76,47 @@ def evaluate(
     }
 
 
-class Classifier:
-    """A classifier in training: what `train` needs beside data and settings.
+def own_part(
+        dataset: Dataset,
+        batch_size: int,
+        config: RunConfig,
+        group: Processes,
+        collate: Callable[[list], Any] | None = None,
+) -> Iterator:
+    """Batches of this process's part of a data set, in its order; the processes together see each image once.
+
+    Args:
+        dataset: Map-style.
+        batch_size: Images a batch of one process.
+        config: Gives loader processes.
+        group: The processes.
+        collate: Makes a batch of a list of samples; by default tensors are stacked.
+    """
+    part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
+    return iter(DataLoader(part, batch_size, num_workers=config.workers, collate_fn=collate) if len(part) else ())
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch of any structure, lists, tuples and dictionaries of tensors, with its tensors on the device."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [to_device(value, device) for value in batch]
+    return batch
+
+
+class Learner:
+    """Something in training: what `train` needs beside data and settings.
 
     Args:
         model: Its state is saved: the whole network when fine-tuning, the linear layer when probing.
         trained: The same over all processes, from `parallel.replicate`.
         optimizer: Over its parameters.
-        loss: From images and labels of this process, on its device, and the number of the forward pass, to a scalar.
-        evaluate: Gives accuracies, as the function `evaluate` does.
+        loss: From a batch of this process, as its loader collates it, on its device, and the number of the forward
+            pass, to a scalar.
+        evaluate: Gives how many test `images` there were, and the scores that `SCORES` names.
         average: Moving average of the model that every step updates and that is saved too, or None.
     """
 
@@ -92,7 +125,7 @@ class Classifier:
             model: nn.Module,
             trained: nn.Module,
             optimizer: torch.optim.Optimizer,
-            loss: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+            loss: Callable[[Any, int], torch.Tensor],
             evaluate: Callable[[], dict[str, Any]],
             average: ModelEmaV3 | None = None,
     ):
@@ -109,41 +142,41 @@ class Classifier:
             load_into(self.average, state['average'], source)
 
 
-def train(config: SupervisedConfig, run: Run, batches: Batches, classifier: Classifier) -> dict[str, Any]:
-    """Train a classifier from where the run stands to its end, and evaluate it there.
+def train(config: RunConfig, run: Run, batches: Batches, learner: Learner) -> dict[str, Any]:
+    """Train from where the run stands to its end, and evaluate it there.
 
     Args:
         config: Settings.
         run: The run's folder; gives the checkpoint to go on from.
         batches: Training batches of this process.
-        classifier: What is trained.
+        learner: What is trained.
 
     Returns:
-        What `classifier.evaluate` gives at the end.
+        What `learner.evaluate` gives at the end.
 
     Raises:
         NonFiniteLoss: when training diverges.
         Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
     """
-    group, optimizer = run.group, classifier.optimizer
+    group, optimizer = run.group, learner.optimizer
     steps_per_epoch = batches.per_epoch // config.accumulate
-    steps, images_per_step = config.epochs * steps_per_epoch, config.batch_size * config.accumulate
+    steps, images_per_step = length_of(config, steps_per_epoch).steps, config.batch_size * config.accumulate
     schedule = create_schedule(config, optimizer, steps_per_epoch, config.min_lr)
     losses = Losses(group, lambda step: (
-        f'(epoch {step // steps_per_epoch}): lower --lr ({config.lr:g}) or lengthen --warmup-epochs in a new run. What '
+        f'(epoch {step // steps_per_epoch}): lower --lr ({config.lr:g}) or lengthen the warm-up in a new run. What '
         f'{run.folder} holds is from before.'))
     first_step = 0
     if run.state:
         first_step = losses.step = run.state['step']
         losses.values = run.state['losses']
-        classifier.load_state(run.state, str(run.folder / 'last.pt'))
+        learner.load_state(run.state, str(run.folder / 'last.pt'))
         run.say(f'Going on from step {first_step} of {steps} in {run.folder}.')
         run.state = None
 
     def report(step: int) -> dict[str, Any]:
         losses.read()
-        result, images = classifier.evaluate(), step * images_per_step
-        classifier.trained.train()
+        result, images = learner.evaluate(), step * images_per_step
+        learner.trained.train()
         if not any(line['event'] == 'evaluation' and line['images'] == images for line in run.log.lines):
             run.log.write(event='evaluation', images=images, test_images=result['images'], **scores(result))
         run.say(f'{images:>11,} images seen: {describe(result)}')
@@ -151,29 +184,29 @@ def train(config: SupervisedConfig, run: Run, batches: Batches, classifier: Clas
 
     def save(step: int) -> None:
         losses.read()  # never save what follows a loss that is not finite
-        run.save({'step': step, 'losses': losses.values, **classifier.state()})
+        run.save({'step': step, 'losses': losses.values, **learner.state()})
 
     def take_step(step: int) -> torch.Tensor:
         loss = torch.zeros((), device=group.device)
         for part in range(config.accumulate):
-            images, labels = (t.to(group.device, non_blocking=True) for t in next(supply))
+            batch = to_device(next(supply), group.device)
             number = step * config.accumulate + part
-            with synchronised(classifier.trained, last=part == config.accumulate - 1):
+            with synchronised(learner.trained, last=part == config.accumulate - 1):
                 with autocast(config.precision, group.device):
-                    part_loss = classifier.loss(images, labels, number) / config.accumulate
+                    part_loss = learner.loss(batch, number) / config.accumulate
                 part_loss.backward()
             loss += part_loss.detach()
         losses.check(loss)
         schedule.step_update(step)
         if config.clip_grad:
-            nn.utils.clip_grad_norm_(classifier.model.parameters(), config.clip_grad)
+            nn.utils.clip_grad_norm_(learner.model.parameters(), config.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if classifier.average is not None:
-            classifier.average.update(classifier.model)
+        if learner.average is not None:
+            learner.average.update(learner.model)
         return loss
 
-    classifier.trained.train()
+    learner.trained.train()
     supply = batches.start_at(first_step * config.accumulate)
     run_steps(config, run, losses, optimizer, steps_per_epoch, first_step, take_step=take_step, evaluate=report,
               save=save)
@@ -181,21 +214,22 @@ def train(config: SupervisedConfig, run: Run, batches: Batches, classifier: Clas
 
 
 def scores(result: dict[str, Any]) -> dict[str, float]:
-    """The numbers of `evaluate` that a log line holds."""
-    return {name: round(result[name], 4) for name in ('top1', 'top5', 'loss') if name in result}
+    """The numbers of an evaluation that a log line holds."""
+    return {name: round(result[name], 4) for name in (*SCORES, 'loss') if name in result}
 
 
 def describe(result: dict[str, Any]) -> str:
-    return ', '.join(f'{name} {result[key]:.2f} %' for key, name in (('top1', 'top-1'), ('top5', 'top-5'))
+    return ', '.join(f'{name} {result[key]:.2f} %' for key, name in SCORES.items()
                      if key in result) + f' of {result["images"]:,} test images'
 
 
-def leave_results(run: Run, config: SupervisedConfig, result: dict[str, Any], classes: list[str], **more: Any) -> None:
-    """Write results.json and, for up to twenty classes, figures/confusion.png, on the main process; end the run."""
+def leave_results(run: Run, config: RunConfig, result: dict[str, Any], classes: list[str], **more: Any) -> None:
+    """Write results.json and, of a classifier with up to twenty classes, figures/confusion.png, on the main process;
+    end the run."""
     if run.group.is_main:
-        few = len(classes) <= 20
+        few = 'confusion' in result and len(classes) <= 20
         content = {
-            'weights': config.weights, 'pretrained': config.pretrained, 'data': config.dataset,
+            'weights': config.weights, 'pretrained': config.pretrained, 'data': config.data_name,
             'eval_split': config.eval_split or f'a fifth of {config.train_split}', **scores(result),
             'test_images': result['images'], **more, 'num_classes': len(classes),
             **({'classes': classes, 'confusion': result['confusion'].tolist()} if few else {}),
@@ -212,7 +246,7 @@ def leave_results(run: Run, config: SupervisedConfig, result: dict[str, Any], cl
 def finished(run: Run) -> bool:
     """Whether there is nothing to do in the run's folder, which is then said."""
     if run.finished:
-        run.say(f'The run in {run.folder} is finished: its accuracies are in {run.folder / "results.json"}. Name '
+        run.say(f'The run in {run.folder} is finished: its results are in {run.folder / "results.json"}. Name '
                 'another --output-dir for a new one.')
     return run.finished
 
