@@ -10,17 +10,27 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from ..checksums import sync
 from ..errors import ModelError
 from .encoders import STOCK_ARCHITECTURES, SinCosVisionTransformer
 from .pretraining import AutoregressiveViT
 
 
-def export_encoder(encoder: SinCosVisionTransformer, folder: str | Path, **pretrained_cfg) -> None:
+def export_encoder(
+        encoder: SinCosVisionTransformer,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        pickle: bool = True,
+        **pretrained_cfg,
+) -> None:
     """Write an encoder as a stock timm ViT, which loads where this package is not installed.
 
     Args:
         encoder: Stand-alone, or `model.encoder` of a pretraining model.
         folder: Replaced if it exists.
+        dtype: What weights are stored in; they load as float32.
+        pickle: Write pytorch_model.bin too, without which timm before 1.0.26 loads nothing from a folder.
         **pretrained_cfg: Entries of timm's configuration to set, such as mean and std.
     """
     # For a width of no stock model any of them serves as a base: every size is written out in the arguments.
@@ -30,11 +40,19 @@ def export_encoder(encoder: SinCosVisionTransformer, folder: str | Path, **pretr
     args.pop('num_classes', None)
     _write(folder, encoder.state_dict(), architecture, args, {
         'first_conv': 'patch_embed.proj', 'classifier': 'head', **pretrained_cfg,
-    }, encoder)
+    }, encoder, dtype, pickle)
 
 
-def export_pretraining(model: AutoregressiveViT, folder: str | Path, **pretrained_cfg) -> None:
-    """Write a whole pretraining model, encoder and decoder; this package must be imported where it is loaded."""
+def export_pretraining(
+        model: AutoregressiveViT,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        pickle: bool = True,
+        **pretrained_cfg,
+) -> None:
+    """Write a whole pretraining model, encoder and decoder; this package must be imported where it is loaded. Arguments
+    are those of `export_encoder`."""
     if not hasattr(model, 'init_args'):
         raise ModelError('Only models made by timm.create_model can be exported: others have no name to load by.')
     args = {**model.init_args, **_current_size(model.encoder)}
@@ -42,7 +60,7 @@ def export_pretraining(model: AutoregressiveViT, folder: str | Path, **pretraine
         args['blur'] = False  # timm drops None, and the model's default may be a blur
     _write(folder, model.state_dict(), model.pretrained_cfg['architecture'], args, {
         'first_conv': 'encoder.patch_embed.proj', 'classifier': None, **pretrained_cfg,
-    }, model.encoder)
+    }, model.encoder, dtype, pickle)
 
 
 def _current_size(encoder: VisionTransformer) -> dict[str, Any]:
@@ -58,6 +76,8 @@ def _write(
         model_args: dict[str, Any],
         pretrained_cfg: dict[str, Any],
         encoder: VisionTransformer,
+        dtype: torch.dtype,
+        pickle: bool,
 ) -> None:
     channels = encoder.patch_embed.proj.in_channels
     if channels not in (1, 3):
@@ -68,6 +88,7 @@ def _write(
         'num_classes': encoder.num_classes,
         'num_features': encoder.num_features,
         'global_pool': encoder.global_pool,
+        'torch_dtype': 'float32',  # else transformers computes in the dtype that weights are stored in
         'model_args': {k: v for k, v in model_args.items() if v is not None},
         'pretrained_cfg': {
             'input_size': [channels, *encoder.patch_embed.img_size],
@@ -88,11 +109,16 @@ def _write(
         new.mkdir()
         # A tensor shared or viewed must be stored once and whole.
         tensors = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
         save_file(tensors, new / 'model.safetensors')
         os.chmod(new / 'model.safetensors', 0o644)
-        # timm before 1.0.26 reads this one, and cannot read safetensors from a folder.
-        torch.save(tensors, new / 'pytorch_model.bin')
+        if pickle:
+            torch.save(tensors, new / 'pytorch_model.bin')
         (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        # On disk before they take the place of the last export, so that a power cut leaves one of them whole.
+        for path in (*new.iterdir(), new):
+            sync(path)
         if folder.exists():
             os.replace(folder, Path(scratch) / 'old')
         os.replace(new, folder)
+        sync(folder.parent)

@@ -28,6 +28,8 @@ COMMANDS = {
                      'ProbeConfig'),
     'finetune': Command('fine-tune an encoder end to end on labelled images', 'finetune', 'supervised_config',
                         'FinetuneConfig'),
+    'export': Command('write a pretraining run\'s weights as folders to publish', 'export', 'weights_config',
+                      'ExportConfig', trains=False),
 }
 
 

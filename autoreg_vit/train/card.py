@@ -1,0 +1,285 @@
+"""The model card of exported weights: where they come from, what they are worth, and what they are not for."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..errors import ConfigError
+from ..models.pretrained import ROOTS
+from .config import PretrainConfig
+
+PAPERS = {
+    'randsac': ('RandSAC', 'https://arxiv.org/abs/2203.12054'),
+    'saim': ('SAIM', 'https://arxiv.org/abs/2212.01610'),
+}
+#: Entries of a results.json that are measures, and how a table names them.
+MEASURES = {'top1': 'top-1', 'top5': 'top-5', 'knn': 'kNN', 'miou': 'mIoU', 'pixel_accuracy': 'pixel accuracy',
+            'AP': 'AP', 'AP50': 'AP50', 'AP75': 'AP75'}
+#: Settings that say how images become a task, in the order of the card.
+DESIGN = ('serialization', 'segments', 'decoder', 'decoder_depth', 'memory', 'first_segment', 'head', 'norm_pix')
+
+
+class Weights(NamedTuple):
+    """What a card says of the files.
+
+    Args:
+        name: 'architecture.tag'.
+        kind: 'encoder' or 'pretrain'.
+        folder: Where they will lie.
+        parameters: How many.
+        dtype: What they are stored in.
+        deviation: Of outputs from those of the run's own weights, as `golden.deviation` gives it.
+        repository: On the Hub, or None.
+        sums: SHA-256 of config.json and model.safetensors by name.
+    """
+    name: str
+    kind: str
+    folder: Path
+    parameters: int
+    dtype: str
+    deviation: float
+    repository: str | None
+    sums: dict[str, str]
+
+
+class Source(NamedTuple):
+    """What a card says of the run.
+
+    Args:
+        config: Its settings.
+        lines: Of its log, up to the weights.
+        finished: Whether it took all its steps.
+        data: What the images are.
+        data_id: Their names on the Hub.
+        hardware: What it ran on.
+        commit: Of the code, or None where nobody knows.
+        limits: A paragraph of its own, or None.
+        results: Contents of results.json files.
+    """
+    config: PretrainConfig
+    lines: list[dict[str, Any]]
+    finished: bool
+    data: str
+    data_id: tuple[str, ...]
+    hardware: str
+    commit: str | None
+    limits: str | None
+    results: list[dict[str, Any]]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A results.json.
+
+    Raises:
+        ConfigError: for a file that is missing or holds no measures.
+    """
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'Cannot read the results {path}: {error}') from error
+    if not isinstance(content, dict) or not MEASURES.keys() & content.keys():
+        raise ConfigError(f'{path} holds no results: expected the results.json that probe or finetune leaves in a '
+                          f'run\'s folder, with one of {", ".join(MEASURES)}.')
+    return content
+
+
+def card(weights: Weights, source: Source, model_config: dict[str, Any]) -> str:
+    """The text of README.md; `model_config` is the content of config.json."""
+    method, url = PAPERS[source.config.model.partition('_')[0]]
+    header = {
+        'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction', 'license': 'apache-2.0',
+        'tags': ['timm', 'autoreg-vit', method.lower(), 'self-supervised', 'autoregressive', weights.kind],
+        **({'datasets': list(source.data_id)} if source.data_id else {}),
+    }
+    what = ('Vision Transformer encoder' if weights.kind == 'encoder' else
+            'Pretraining model, Vision Transformer encoder and decoder,')
+    sections = [
+        f'# {weights.name}',
+        f'{what} of {weights.parameters / 1e6:.2f} million parameters, pretrained without labels by [{method}]({url}) '
+        f'on {source.data}, with the package autoreg-vit.',
+        '## Use', _use(weights, model_config),
+        '## Training', _training(source),
+        '## Measured', _measured(source),
+        '## Storage', _storage(weights),
+        '## Limits', _limits(source, model_config),
+        '## Licence', 'Apache-2.0, for these weights and for the code that trained them. The images have terms of '
+                      'their own.',
+        '## Files', _files(weights),
+    ]
+    return f'---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n' + '\n\n'.join(sections) + '\n'
+
+
+def training_hours(lines: list[dict[str, Any]]) -> float:
+    """Time spent in training steps: pauses, evaluations and interruptions are left out."""
+    seconds, images = 0.0, 0
+    for line in lines:
+        if line['event'] in ('step', 'epoch') and line.get('images_per_second'):
+            seconds += (line['images'] - images) / line['images_per_second']
+            images = line['images']
+    return seconds / 3600
+
+
+def command(config: PretrainConfig, processes: int) -> str:
+    """The command of a run, every setting that is not a default on it; folders are left to the reader."""
+    words = ['autoreg-vit'] if processes == 1 else f'torchrun --nproc-per-node {processes} -m autoreg_vit'.split()
+    words.append('pretrain')
+    for item in dataclasses.fields(config):
+        value, flag = getattr(config, item.name), '--' + item.name.replace('_', '-')
+        if item.name == 'output_dir' or value == item.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else '--no-' + flag[2:])
+        else:
+            value = 'FOLDER' if item.name == 'data_dir' else value
+            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return ' '.join(map(shlex.quote, words))
+
+
+def _use(weights: Weights, config: dict[str, Any]) -> str:
+    place = f'hf-hub:{weights.repository}' if weights.repository else 'local-dir:FOLDER'
+    cfg = config['pretrained_cfg']
+    if weights.kind == 'encoder':
+        lines = ['import timm', '', f"encoder = timm.create_model('{place}', pretrained=True).eval()",
+                 f'features = encoder(images)  # [B, {config["num_features"]}]']
+    else:
+        lines = ['import timm', 'import autoreg_vit  # registers the architecture', '',
+                 f"model = timm.create_model('{place}', pretrained=True).eval()",
+                 'out = model(images)  # out.loss, out.pred, out.target, out.ranks; model.encoder is the encoder']
+    text = '```python\n' + '\n'.join(lines) + '\n```\n\n'
+    if weights.folder.resolve().parent in ROOTS:
+        text += (f"With autoreg-vit, which contains these weights: `timm.create_model('{weights.name}', "
+                 'pretrained=True)` after `import autoreg_vit`.\n\n')
+    channels, height, width = cfg['input_size']
+    return text + (
+        f'Images are float tensors [B, {channels}, {height}, {width}], normalised by mean '
+        f'{_numbers(cfg["mean"])} and standard deviation {_numbers(cfg["std"])} of values between 0 and 1. Other sizes '
+        + ('and channel counts work as in timm (`img_size`, `in_chans`)' if weights.kind == 'encoder' else
+           'work as in timm (`img_size`)') + '. A folder of safetensors needs timm 1.0.26 or later.')
+
+
+def _training(source: Source) -> str:
+    config, first = source.config, source.lines[0]
+    steps = [line for line in source.lines if line['event'] in ('step', 'epoch')]
+    seen = steps[-1]['images'] if steps else 0
+    epochs = _plural(config.epochs, 'epoch') if source.finished else (
+        f'{steps[-1]["epoch"] if steps else 0:g} of {config.epochs} epochs (the run is not finished)')
+    design = ', '.join(f'{k} {_plain(v)}' for k in DESIGN if (v := getattr(config, k)) is not None)
+    crops = 'method\'s default' if config.crop_scale is None else ' to '.join(map(str, config.crop_scale))
+    count = first.get('train_images')
+    rows = {
+        'data': source.data + (f', {count:,} images' if count else '') + '; no labels',
+        'model': f'`{config.model}`' + (f' ({design}; else its defaults)' if design else ''),
+        'schedule': f'{epochs}, {seen:,} images seen; linear warm-up over '
+                    f'{_plural(config.warmup_epochs, "epoch")}, then a cosine to 0',
+        'optimizer': f'{config.opt}, {config.batch_size * config.accumulate} images a step, learning rate '
+                     f'{config.lr:g} for 256 images, betas {_plain(config.betas)}, weight decay '
+                     f'{config.weight_decay:g}',
+        'augmentation': f'random crops of {crops} of the area, flips with probability {config.hflip:g}',
+        'seed': config.seed,
+        'hardware': f'{source.hardware}; {_plural(first.get("processes", 1), "process", "processes")}'
+                    + (f' of {_plural(first["threads"], "thread")}' if first['device'] == 'cpu' else '')
+                    + f', {first["precision"]}',
+        'time': f'{training_hours(source.lines):.1f} hours of training steps',
+        'software': f'autoreg-vit {first["version"]}, commit {source.commit or "not recorded"}, torch '
+                    f'{first["torch"]}, timm {first["timm"]}',
+    }
+    table = '\n'.join(['| | |', '| --- | --- |', *(f'| {k} | {v} |' for k, v in rows.items())])
+    return (f'{table}\n\nThe full command; `config.yaml` holds every setting and `log.jsonl` the whole log:\n\n```\n'
+            f'{command(config, first.get("processes", 1))}\n```')
+
+
+def _measured(source: Source) -> str:
+    config = source.config
+    losses = [line['loss'] for line in source.lines if line['event'] in ('step', 'epoch')]
+    evaluations = [line for line in source.lines if line['event'] == 'evaluation']
+    parts = []
+    if losses:
+        unit = 'of patches normalised to variance 1' if config.norm_pix in (None, True) else 'of normalised pixels'
+        parts.append(f'Loss, the mean squared error {unit}: {losses[0]:.4f} in the first line of the log, '
+                     f'{losses[-1]:.4f} in the last.')
+    if evaluations:
+        images = (f'the split {config.eval_split}' if config.eval_split else
+                  'a fifth of the training images, held out from the classifiers but not from pretraining')
+        rows = [f'| {line["images"]:,} | {line["linear"]:.1f} % | {line["knn"]:.1f} % |' for line in evaluations]
+        parts.append(
+            f'Accuracy of frozen features on {images}, at most {config.eval_images:,} images; logistic regression '
+            'and 20 nearest neighbours, fitted on as many other images. The first row is the untrained encoder.\n\n'
+            + '\n'.join(['| images seen | linear | kNN |', '| --- | --- | --- |', *rows]))
+    if source.results:
+        names = [name for name in MEASURES if any(name in result for result in source.results)]
+        head = ['protocol', 'training images', 'test images', *(MEASURES[name] for name in names)]
+        rows = [' | '.join([_protocol(result), _count(result, 'train_images'), _count(result, 'test_images'),
+                            *(f'{result[n]:.2f}' if n in result else '' for n in names)]) for result in source.results]
+        parts.append('By the commands `autoreg-vit probe` and `finetune`, one run each, in percent:\n\n' + '\n'.join(
+            f'| {row} |' for row in [' | '.join(head), ' | '.join(['---'] * len(head)), *rows]))
+    return '\n\n'.join(parts) or 'Nothing.'
+
+
+def _protocol(result: dict[str, Any]) -> str:
+    classes = f', {result["num_classes"]} classes' if 'num_classes' in result else ''
+    untrained = '' if result.get('pretrained', True) else ', untrained encoder'
+    epochs = f', {result["epochs"]} epochs' if 'epochs' in result else ''
+    optimizer = f', {result["optimizer"]}' if 'optimizer' in result else ''
+    if 'fast' in result:
+        kind = 'linear probe on cached features' if result['fast'] else f'linear probe{optimizer}{epochs}'
+    elif 'top1' in result:
+        kind = f'fine-tuning{epochs}'
+    else:
+        kind = 'segmentation' if 'miou' in result else 'detection'
+    return kind + classes + untrained
+
+
+def _storage(weights: Weights) -> str:
+    again = 'Recorded outputs are in `golden.json`.'
+    if weights.dtype == 'float32':
+        return f'Weights are float32, as trained. {again}'
+    return (f'Weights are stored as {weights.dtype} and load as float32. Outputs for two synthetic images differ from '
+            f'those of the float32 weights by {100 * weights.deviation:.2g} % (root mean square, relative). {again}')
+
+
+def _limits(source: Source, config: dict[str, Any]) -> str:
+    _, height, width = config['pretrained_cfg']['input_size']
+    parts = [
+        f'Features are learned from images of {height} x {width} pixels of one source, {source.data}, and carry its '
+        'selection and biases; elsewhere they are untested.',
+        'Pretraining is by images alone: classify with a classifier of your own on top (`num_classes`), or by '
+        'fine-tuning.',
+        'One run with one seed; differences of about a point in accuracy are within what another seed can give.',
+    ]
+    if source.limits:
+        parts.append(source.limits)
+    return '\n'.join(f'- {part}' for part in parts)
+
+
+def _files(weights: Weights) -> str:
+    rows = [f'| `{name}` | `{digest}` |' for name, digest in sorted(weights.sums.items())]
+    return '\n'.join(['| | SHA-256 |', '| --- | --- |', *rows, '', '`sha256sum --check SHA256SUMS` checks all files.'])
+
+
+def _count(result: dict[str, Any], name: str) -> str:
+    return f'{result[name]:,}' if name in result else ''
+
+
+def _plural(count: int, one: str, many: str | None = None) -> str:
+    return f'{count} {one if count == 1 else many or one + "s"}'
+
+
+def _plain(value: Any) -> str:
+    return ' '.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _numbers(values: list[float]) -> str:
+    return '(' + ', '.join(f'{v:g}' for v in values) + ')'
+
+
+def default_data(config: PretrainConfig) -> tuple[str, tuple[str, ...]]:
+    """What the images are called where nobody says, and their names on the Hub."""
+    kind, _, name = (config.dataset or 'folder').partition('/')
+    if kind in ('torch', 'hfds', 'hfids') and name:
+        return name, (name,)
+    return {'folder': 'images of a folder', 'digits': 'scikit-learn\'s digits'}.get(kind, config.dataset), ()
+

@@ -1,0 +1,205 @@
+"""`autoreg-vit export`: a pretraining run's weights as folders to publish, each with a model card and checksums."""
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import HfApi
+
+from ..checksums import SUMS, sha256_of, sync, write_sums
+from ..errors import CheckpointError, ConfigError, UsageError
+from ..models.export import export_encoder, export_pretraining
+from ..models.golden import deviation, record
+from ..models.pretrained import CONFIG, WEIGHTS, check_files
+from ..models.pretraining import AutoregressiveViT
+from .card import Source, Weights, card, default_data, read_results
+from .checkpoint import load_checkpoint, load_into, writing
+from .config import PretrainConfig, load_recipe, make_config, save_config
+from .run import CHECKPOINT, read_log, say
+from .weights_config import ExportConfig
+
+GOLDEN = 'golden.json'
+#: Greatest deviation of outputs (`golden.deviation`) that float16 may make unasked. Accuracies do not show it: on 256
+#: test images of CIFAR-10, features that deviate by 0.04 % and predictions by 0.07 % left the loss the same to 1e-6.
+HALF_LIMIT = 0.005
+
+
+def export(config: ExportConfig) -> list[Path]:
+    """Write the weights of a run as folders that timm loads, with a card, the run's settings and log, recorded outputs
+    and checksums; upload them where asked to.
+
+    Args:
+        config: Settings. Of an unfinished run, the weights are those of its last checkpoint.
+
+    Returns:
+        The folders: `FOLDER/ENCODER.TAG`, and `FOLDER/MODEL.TAG` of the whole model.
+
+    Raises:
+        ConfigError: for a folder without a pretraining run, a name that cannot be a tag, or results without measures.
+        CheckpointError: for weights that are damaged, or that cannot be written.
+        UsageError: where the Hub cannot be reached or refuses.
+    """
+    run = Path(config.run)
+    tag = re.sub(r'[^\w-]+', '_', run.resolve().name, flags=re.ASCII) if config.tag is None else config.tag
+    if not re.fullmatch(r'[\w-]+', tag, flags=re.ASCII):
+        raise ConfigError(f'A tag is letters, digits, - and _, as in cifar10_10ep; got {tag!r}.')
+    model, source = read_run(run, config)
+    architectures = {'encoder': '{1}_{0}'.format(*source.config.model.split('_', 1)), 'pretrain': source.config.model}
+    if not config.pretrain:
+        del architectures['pretrain']
+    root = Path(config.folder)
+    targets = {kind: root / f'{name}.{tag}' for kind, name in architectures.items()}
+    for target in targets.values():
+        if target.exists() and not (target / SUMS).is_file():
+            raise ConfigError(f'{target} exists and is no folder of exported weights: name another --tag or folder.')
+    hub = Hub(config.push_to_hub, config.private, list(targets)) if config.push_to_hub else None
+
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix='.export-') as scratch:
+            # All are written before any takes its place.
+            for kind, target in targets.items():
+                write_folder(model, Path(scratch, target.name), kind, target, source, config.half,
+                             hub.repositories[kind] if hub else None)
+            for target in targets.values():
+                if target.exists():
+                    os.replace(target, Path(scratch, f'old-{target.name}'))
+                os.replace(Path(scratch, target.name), target)
+            sync(root)
+    for kind, target in targets.items():
+        say(f'{target}')
+        if hub:
+            hub.upload(kind, target)
+            say(f'  uploaded to {hub.repositories[kind]}')
+    return list(targets.values())
+
+
+def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source]:
+    """The whole model of a run, and what its card says of the run."""
+    if not (run / 'config.yaml').is_file() or not (run / 'pretrain' / CONFIG).is_file():
+        raise ConfigError(f'{run} holds no pretraining run with weights: expected config.yaml and pretrain/, as '
+                          'autoreg-vit pretrain writes them at its first checkpoint.')
+    settings = make_config(PretrainConfig, load_recipe(str(run / 'config.yaml')), {})
+    lines = read_log(run / 'log.jsonl')
+    if not lines or lines[0].get('event') != 'start':
+        raise ConfigError(f'{run / "log.jsonl"} is missing, or does not begin with the start of a run.')
+    check_files(run / 'pretrain')
+    try:
+        model = timm.create_model(f'local-dir:{run / "pretrain"}', pretrained=True)
+    except UsageError:
+        raise
+    except Exception as error:  # by the kind of damage: OSError, SafetensorError, KeyError, RuntimeError, ...
+        raise CheckpointError(f'Cannot load {run / "pretrain"} ({type(error).__name__}: '
+                              f'{" ".join(str(error).split())[:300]}).') from error
+    finished = lines[-1]['event'] == 'finish' or max(line.get('epoch', 0) for line in lines) >= settings.epochs
+    if not finished:
+        state = load_checkpoint(run / CHECKPOINT, say)
+        if state is None:
+            raise ConfigError(f'{run} is not finished and has no {CHECKPOINT}, which says how far its weights are.')
+        load_into(model, state['model'], str(run / CHECKPOINT))
+        images = state['step'] * settings.batch_size * settings.accumulate
+        lines = [line for line in lines if line.get('images', 0) <= images]
+    data, data_id = default_data(settings)
+    return model, Source(
+        settings, lines, finished, config.data or data, config.data_id or data_id,
+        config.hardware or lines[0].get('hardware') or lines[0]['device'], config.commit or lines[0].get('commit'),
+        config.limits, [read_results(Path(path)) for path in config.results])
+
+
+def write_folder(
+        model: AutoregressiveViT,
+        folder: Path,
+        kind: str,
+        target: Path,
+        source: Source,
+        half: bool | None,
+        repository: str | None,
+) -> None:
+    """Write one folder of weights.
+
+    Args:
+        model: The whole model.
+        folder: Where to write.
+        kind: 'encoder' or 'pretrain'.
+        target: Where the folder will lie.
+        source: What the card says of the run.
+        half: Store float16; None, where outputs stay within HALF_LIMIT.
+        repository: On the Hub, or None.
+    """
+    write, part = (export_encoder, model.encoder) if kind == 'encoder' else (export_pretraining, model)
+    cfg, trained = model.pretrained_cfg, record(part)
+    for dtype in {None: (torch.float16, torch.float32), True: (torch.float16,), False: (torch.float32,)}[half]:
+        write(part, folder, dtype=dtype, pickle=False, mean=cfg['mean'], std=cfg['std'], license='apache-2.0')
+        golden = record(timm.create_model(f'local-dir:{folder}', pretrained=True))
+        change = deviation(golden, trained)
+        if change <= HALF_LIMIT:
+            break
+    if not change < float('inf'):
+        raise CheckpointError(f'Outputs of {target.name} are not finite when stored as {dtype}: leave --half out.')
+    (folder / GOLDEN).write_text(json.dumps({
+        'about': 'outputs for images [2, C, H, W] whose value number i is sin(0.7 i); in float32, on a CPU',
+        'outputs': golden}) + '\n', encoding='utf-8')
+    # Of the machine it ran on, a run's settings keep no folder.
+    save_config(dataclasses.replace(source.config, data_dir=None, output_dir=None), folder / 'config.yaml')
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in source.lines), encoding='utf-8')
+    sums = {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)}
+    weights = Weights(target.name, kind, target, sum(p.numel() for p in part.parameters()),
+                      str(dtype).removeprefix('torch.'), change, repository, sums)
+    model_config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+    (folder / 'README.md').write_text(card(weights, source, model_config), encoding='utf-8')
+    write_sums(folder)
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+class Hub:
+    """The repositories of an upload, made before anything is written.
+
+    Args:
+        repository: OWNER/NAME of the encoder's.
+        private: Make new ones private.
+        kinds: 'encoder', and 'pretrain' for OWNER/NAME-pretrain.
+
+    Raises:
+        UsageError: where the Hub cannot be reached or refuses, with the remedy.
+    """
+
+    def __init__(self, repository: str, private: bool, kinds: list[str]):
+        self.api = HfApi()
+        names = {'encoder': repository, 'pretrain': f'{repository}-pretrain'}
+        self.repositories = {kind: names[kind] for kind in kinds}
+        for name in self.repositories.values():
+            self._call(name, lambda name=name: self.api.create_repo(name, private=private, exist_ok=True))
+
+    def upload(self, kind: str, folder: Path) -> None:
+        """Upload a folder as one commit."""
+        name = self.repositories[kind]
+        self._call(name, lambda: self.api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=f'Upload {folder.name}'))
+
+    @staticmethod
+    def _call(name: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # the library's own, those of its HTTP client, OSError: by version and cause
+            status = getattr(getattr(error, 'response', None), 'status_code', None)
+            kind = type(error).__name__
+            if kind in ('OfflineModeIsEnabled', 'ConnectError', 'ConnectTimeout', 'ConnectionError'):
+                remedy = 'The Hub cannot be reached: unset HF_HUB_OFFLINE, or connect to the network.'
+            elif status == 401 or kind == 'LocalTokenNotFoundError':
+                remedy = 'Log in with a token that may write: hf auth login, or set HF_TOKEN.'
+            elif status == 403:
+                remedy = 'This token may not write there: name a repository of your own, or use a token that may.'
+            else:
+                remedy = 'Expected OWNER/NAME.' if kind == 'HFValidationError' else 'Try again later.'
+            reason = ' '.join(str(error).split())[:200]
+            raise UsageError(
+                f'Cannot upload to {name!r} on the Hugging Face Hub. {remedy} ({kind}: {reason})') from error
+
