@@ -1,21 +1,17 @@
-"""Pictures of a run: the loss, the serialization, and what the model predicts."""
+"""Charts of a run: its loss, by time and by place in the order, its confusions, and its mix of encoder blocks."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from ..models import AutoregressiveViT
 from ..models.decoders import MaskedDecoder, ParallelDecoder
-from ..models.targets import unpatchify
-from .data import ImageSpec
-
-COLOURS = matplotlib.colormaps['turbo']
+from .panels import DPI, INK, MUTED
+from .pictures import describe
 
 
 def loss_figure(log: Sequence[dict], path: Path) -> None:
@@ -43,82 +39,6 @@ def loss_figure(log: Sequence[dict], path: Path) -> None:
         axes[1].set(xlabel='images seen (0: untrained encoder)', ylabel='accuracy (%)', title='Frozen features')
         axes[1].legend()
         axes[1].grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-
-
-def serialization_figure(model: AutoregressiveViT, images: torch.Tensor, spec: ImageSpec, path: Path) -> None:
-    """An image, its segments coloured and numbered in the order of prediction, for several draws.
-
-    Args:
-        model: Gives the serialization.
-        images: [B, C, H, W], normalised; the first two are shown.
-        spec: Undoes the normalisation.
-        path: File to write.
-    """
-    draws, rows = 5, min(2, len(images))
-    grid = model.serialization.grid
-    figure = Figure(figsize=(1.9 * (draws + 1), 1.9 * rows + 0.5), layout='constrained')
-    axes = figure.subplots(rows, draws + 1, squeeze=False)
-    figure.suptitle(f'{_describe(model)}: tokens of one colour and number are predicted together', fontsize=10)
-    for row in range(rows):
-        show_image(axes[row, 0], images[row], spec)
-        for column, ranks in enumerate(model.draw_ranks(draws).view(draws, *grid), start=1):
-            show_image(axes[row, column], images[row], spec)
-            show_ranks(axes[row, column], ranks.numpy())
-    axes[0, 0].set_title('image', fontsize=9)
-    for column in range(1, draws + 1):
-        axes[0, column].set_title(f'draw {column}', fontsize=9)
-    figure.savefig(path, dpi=130)
-
-
-@torch.no_grad()
-def reconstruction_figure(model: AutoregressiveViT, images: torch.Tensor, spec: ImageSpec, path: Path) -> None:
-    """Images, their segments, the predictions as the order unfolds, and the targets.
-
-    Every token is predicted from the true pixels of the segments before its own. Patch-normalised predictions are
-    shown with the true mean and variance of each patch, and the caption says so.
-
-    Args:
-        model: A pretraining model.
-        images: [B, C, H, W], normalised; up to six are shown.
-        spec: Undoes the normalisation.
-        path: File to write.
-    """
-    was_training = model.training
-    model.eval()
-    images = images[:6]
-    device = next(model.parameters()).device
-    out = model(images.to(device))
-    model.train(was_training)
-    grid, target = model.serialization.grid, model.target
-    pred = target.to_pixels(out.pred.float(), images.to(device)).cpu()
-    truth = target.pixels(images)
-    ranks = out.ranks.cpu()
-    stages = (0.25, 0.5, 0.75, 1.0)
-    titles = ['image', 'order', *(f'{stage:.0%} of tokens predicted' if stage < 1 else 'all predicted'
-                                  for stage in stages), 'target' + (' (blurred)' if target.blur else '')]
-    figure = Figure(figsize=(1.5 * len(titles), 1.5 * len(images) + 0.7), layout='constrained')
-    axes = figure.subplots(len(images), len(titles), squeeze=False)
-    caption = 'each token predicted from the true pixels of earlier segments'
-    if model.first_segment == 'self' and isinstance(model.decoder, MaskedDecoder | ParallelDecoder):
-        caption += ', of the first segment from its own'
-    if target.norm_pix:
-        caption += '; patch-normalised predictions shown with the true mean and variance of each patch'
-    figure.suptitle(f'{_describe(model)}\n{caption}', fontsize=9)
-    for row, image in enumerate(images):
-        show_image(axes[row, 0], image, spec)
-        show_image(axes[row, 1], image, spec)
-        show_ranks(axes[row, 1], ranks[row].view(grid).numpy())
-        by_rank = ranks[row].sort().values
-        for column, stage in enumerate(stages, start=2):
-            # The whole segment that holds the token at this point of the order.
-            last = by_rank[max(int(stage * len(by_rank)) - 1, 0)]
-            hidden = ranks[row] > last
-            show_image(axes[row, column], unpatchify(pred[row:row + 1], grid, target.patch_size)[0], spec,
-                  hidden.view(grid).numpy())
-        show_image(axes[row, len(titles) - 1], unpatchify(truth[row:row + 1], grid, target.patch_size)[0], spec)
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=7)
     figure.savefig(path, dpi=130)
 
 
@@ -176,7 +96,7 @@ def loss_by_rank_figure(model: AutoregressiveViT, by_rank: LossByRank, path: Pat
                   textcoords='offset points', ha='right', fontsize=8, color='0.4')
     units = 'normalised patches' if model.target.norm_pix else 'normalised pixels'
     axes.set(xlabel='segment, in the order of prediction', ylabel=f'mean squared error ({units})')
-    title = f'{_describe(model)}: loss by place in the order'
+    title = f'{describe(model)}: loss by place in the order'
     if model.first_segment == 'self' and isinstance(model.decoder, MaskedDecoder | ParallelDecoder):
         title += '\n(the first segment is predicted from its own encoding; band: two standard errors)'
     else:
@@ -214,36 +134,31 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str], path: Path) 
     figure.savefig(path, dpi=130)
 
 
-def _describe(model: AutoregressiveViT) -> str:
-    order = model.serialization
-    return order.name + (' ' + ' → '.join(map(str, order.segments)) if order.segments else '') + (
-        ', shuffled' if order.shuffle else '')
+def mix_figure(mix: np.ndarray, path: Path, name: str) -> None:
+    """The learned mix of encoder blocks that each decoder layer reads (RandSAC 4.2).
 
-
-def show_image(axis, image: torch.Tensor, spec: ImageSpec, hidden: np.ndarray | None = None) -> None:
-    """Draw a normalised image [C, H, W]; tokens of `hidden` [rows, columns] are left grey."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
-    pixels = (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    if hidden is not None:
-        mask = np.kron(hidden, np.ones((pixels.shape[0] // hidden.shape[0], pixels.shape[1] // hidden.shape[1])))
-        pixels = np.where(mask[..., None] > 0, 0.85, pixels)
-    axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap='gray', vmin=0, vmax=1,
-                extent=(0, 1, 1, 0))
-    axis.set_axis_off()
-
-
-def show_ranks(axis, ranks: np.ndarray) -> None:
-    """Colour tokens by rank and number segments at their centres, over an image drawn on the unit square."""
-    rows, columns = ranks.shape
-    count = ranks.max() + 1
-    axis.imshow(COLOURS((ranks + 0.5) / count), alpha=0.6, extent=(0, 1, 1, 0), interpolation='nearest')
-    if count > 16:
-        return
-    y, x = (np.indices(ranks.shape) + 0.5) / np.array([rows, columns]).reshape(2, 1, 1)
-    for rank in range(count):
-        member = ranks == rank
-        # The token nearest to the centre, which lies inside even where a segment is curved.
-        distance = (y - y[member].mean()) ** 2 + (x - x[member].mean()) ** 2
-        at = np.unravel_index(np.where(member, distance, np.inf).argmin(), ranks.shape)
-        axis.text(x[at], y[at], str(rank + 1), ha='center', va='center', fontsize=7, color='white', fontweight='bold',
-                  path_effects=[withStroke(linewidth=1.5, foreground='black')])
+    Args:
+        mix: W, [decoder layers, encoder blocks].
+        path: File to write.
+        name: Of the model, for the title.
+    """
+    layers, blocks = mix.shape
+    largest = float(np.abs(mix).max())
+    figure = Figure(figsize=(1.6 + 0.5 * blocks, 1.5 + 0.5 * layers), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(mix, cmap='RdBu_r', vmin=-largest, vmax=largest)
+    axes.set_xticks(range(blocks), range(1, blocks + 1))
+    axes.set_yticks(range(layers), range(1, layers + 1))
+    axes.tick_params(length=0, colors=MUTED)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel('encoder block k', color=INK)
+    axes.set_ylabel('decoder layer l', color=INK)
+    for layer, row in enumerate(mix):
+        for block, weight in enumerate(row):
+            axes.text(block, layer, f'{weight:.2f}', ha='center', va='center', fontsize=8,
+                      color='white' if abs(weight) > 0.6 * largest else INK)
+    figure.suptitle(f'{name}: what each decoder layer reads', x=0.01, ha='left', fontsize=12, fontweight='bold',
+                    color=INK)
+    axes.set_title('weights W of the mix of encoder blocks, Z$^l$ = Σ$_k$ W$_{lk}$ H$^k$; before training 1 for the '
+                   'last and 0', loc='left', fontsize=9, color=MUTED)
+    figure.savefig(path, dpi=DPI)

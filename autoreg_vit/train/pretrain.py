@@ -11,7 +11,7 @@ from .. import ops
 from ..errors import ConfigError
 from ..models import AutoregressiveViT, create_pretraining_model
 from ..models.export import export_encoder, export_pretraining
-from . import data, figures
+from . import data, figures, pictures
 from .checkpoint import write_checksum, writing
 from .config import PretrainConfig
 from .device_data import DeviceBatches, DeviceImages
@@ -207,8 +207,8 @@ def draw_figures(
     folder.mkdir(exist_ok=True)
     images = _examples(examples_from, 256)
     figures.loss_figure(log.lines, folder / 'loss.png')
-    figures.serialization_figure(model, images[:6], spec, folder / 'serialization.png')
-    figures.reconstruction_figure(model, images[:6], spec, folder / 'reconstruction.png')
+    pictures.serialization_figure(model, images[:2], spec, folder / 'serialization.png')
+    pictures.reconstruction_figure(model, images[:6], spec, folder / 'reconstruction.png')
     by_rank = figures.loss_by_rank(model, images)
     log.write(event='loss_by_rank', loss_by_rank=[round(loss, 5) for loss in by_rank.mean.tolist()],
               tokens=by_rank.tokens.tolist())
