@@ -9,6 +9,11 @@ here = Path(__file__).parent
 version = re.search(r"__version__ = '(.+)'", (here / 'autoreg_vit' / 'version.py').read_text())[1]
 
 train = ['matplotlib>=3.8', 'pyyaml>=6.0', 'scikit-learn>=1.4', 'tqdm>=4.66']
+dense = [*train, 'segmentation-models-pytorch>=0.6', 'torchmetrics>=1.5']
+dev = [*dense, 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.12', 'transformers>=4.49', 'webdataset>=0.2',
+       'setuptools>=77']
+# The trained weights lie beside the package in a clone, and inside it where it is installed.
+weights = ['autoreg_vit.weights'] if (here / 'weights').is_dir() else []
 
 setup(
     name='autoreg-vit',
@@ -19,8 +24,10 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     python_requires='>=3.10',
-    packages=find_packages(include=['autoreg_vit', 'autoreg_vit.*']),
+    packages=[*find_packages(include=['autoreg_vit', 'autoreg_vit.*']), *weights],
+    package_dir={'autoreg_vit.weights': 'weights'},
     package_data={
+        'autoreg_vit.weights': ['*/*'],
         'autoreg_vit.ops.triton': ['launches.json'],
         'autoreg_vit.train': ['recipes/*.yaml', 'recipes/*/*.yaml'],
     },
@@ -32,7 +39,7 @@ setup(
         'huggingface-hub',
         'triton>=3.6; platform_system == "Linux"',
     ],
-    extras_require={'train': train, 'dev': [*train, 'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.12', 'webdataset>=0.2']},
+    extras_require={'train': train, 'dense': dense, 'dev': dev},
     entry_points={'console_scripts': ['autoreg-vit = autoreg_vit.train.cli:main']},
     classifiers=[
         'Intended Audience :: Science/Research',

@@ -1,0 +1,36 @@
+"""Models for torch.hub, from the clone that this file lies in:
+
+    torch.hub.load('OWNER/autoreg-vit', 'vit_tiny_patch4_32_randsac', pretrained=True, trust_repo=True)
+    torch.hub.load('path/to/clone', 'vit_tiny_patch4_32_randsac', pretrained=True, source='local')
+
+`torch.hub.list(...)` names all entrypoints, `torch.hub.help(...)` describes one.
+"""
+
+import inspect as _inspect
+
+import timm as _timm
+
+import autoreg_vit  # noqa: F401  registers the models with timm
+
+dependencies = ['torch', 'torchvision', 'timm', 'safetensors', 'huggingface_hub']
+
+
+def _entrypoint(name: str):
+    def create(pretrained: bool = False, **kwargs):
+        return _timm.create_model(name, pretrained=pretrained, **kwargs)
+
+    tags = [known.partition('.')[2] for known in _timm.list_models(f'{name}.*', pretrained=True)]
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"""{_inspect.getdoc(_timm.models.model_entrypoint(name))}
+
+    Args:
+        pretrained: Load trained weights. Tags: {', '.join(tags) or 'none'}.
+        **kwargs: Arguments of timm.create_model: num_classes, img_size, in_chans, features_only, pretrained_cfg='TAG'
+            for the weights of a tag, ...
+    """
+    return create
+
+
+for _name in _timm.list_models():
+    if _timm.models.model_entrypoint(_name).__module__.startswith('autoreg_vit.'):
+        globals()[_name] = _entrypoint(_name)
