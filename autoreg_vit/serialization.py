@@ -13,7 +13,7 @@ All functions are vectorised over the batch, run on any device without synchroni
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Integral
 
@@ -22,8 +22,8 @@ import torch
 from .errors import SerializationError, ShapeError, suggest
 
 __all__ = [
-    'Layout', 'Serialization', 'blobs', 'check_ranks', 'memory_limits', 'random', 'raster', 'sort_by_rank',
-    'source_limits', 'squares',
+    'Layout', 'Serialization', 'blobs', 'check_ranks', 'memory_limits', 'prefix_raster', 'random', 'raster',
+    'sort_by_rank', 'source_limits', 'squares',
 ]
 
 
@@ -40,6 +40,26 @@ def raster(
         Ranks, int64 [batch, grid[0] * grid[1]].
     """
     return torch.arange(_tokens(grid), device=device).expand(batch, -1).contiguous()
+
+
+def prefix_raster(
+        batch: int,
+        grid: tuple[int, int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """A first segment of the first tokens in raster order, 1 to N - 1 of them at random, and then one token a segment:
+    AIM's prefix (El-Nouby et al. 2024), which sees itself both ways. AIM predicts what follows it alone:
+    `first_segment='given'`.
+
+    Returns:
+        Ranks, int64 [batch, grid[0] * grid[1]].
+    """
+    tokens = _tokens(grid)
+    draw = torch.rand(batch, 1, generator=generator, device=device)
+    length = 1 + (draw * (tokens - 1)).long().clamp(max=max(tokens - 2, 0))
+    return (torch.arange(tokens, device=device) - (length - 1)).clamp(min=0)
 
 
 def random(
@@ -63,6 +83,7 @@ def squares(
         segments: int | Sequence[int],
         *,
         shuffle: bool = False,
+        segment_order: str = 'random',
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
 ) -> torch.Tensor:
@@ -74,6 +95,8 @@ def squares(
         segments: Number of squares, finest level first; each must tile the grid. RandSAC's square side M gives
             grid[0] * grid[1] / M**2 squares. A square belongs to the coarser square that holds its centre.
         shuffle: Permute tokens between segments, keeping the segments' sizes (RandSAC Table 6, bottom).
+        segment_order: 'random' (RandSAC 3.3), or 'raster': segments, and partitions, by their first tokens in raster
+            order, which makes squares those of XTRA's block causal mask (Amrani et al. 2025).
 
     Returns:
         Ranks, int64 [batch, grid[0] * grid[1]].
@@ -91,7 +114,7 @@ def squares(
         cell = (points / side).floor().long()
         return cell[..., 0] * (width // side) + cell[..., 1]
 
-    return _segment_ranks(points.expand(batch, -1, -1), segments, assign, shuffle, generator)
+    return _segment_ranks(points.expand(batch, -1, -1), segments, assign, shuffle, segment_order, generator)
 
 
 def blobs(
@@ -100,6 +123,7 @@ def blobs(
         segments: int | Sequence[int],
         *,
         shuffle: bool = False,
+        segment_order: str = 'random',
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
 ) -> torch.Tensor:
@@ -116,6 +140,7 @@ def blobs(
         grid: Rows and columns of tokens.
         segments: Number of Gaussians, finest level first: 11, (11, 5), (11, 7, 3).
         shuffle: Permute tokens between segments, keeping the segments' sizes (RandSAC Table 6, bottom).
+        segment_order: 'random' (RandSAC 3.3), or 'raster', by the segments' first tokens in raster order.
 
     Returns:
         Ranks, int64 [batch, grid[0] * grid[1]].
@@ -134,7 +159,7 @@ def blobs(
         log_density = -std.log() - ((points[:, :, None] - mean) / std).square() / 2  # [B, N, K, 2]
         return log_density.sum(-1).argmax(-1)
 
-    return _segment_ranks(points.expand(batch, -1, -1), segments, assign, shuffle, generator)
+    return _segment_ranks(points.expand(batch, -1, -1), segments, assign, shuffle, segment_order, generator)
 
 
 @dataclass(frozen=True)
@@ -142,10 +167,11 @@ class Serialization:
     """A named serialization with its options, checked once against the grid it will be drawn on.
 
     Args:
-        name: raster, random, squares or blobs.
+        name: raster, prefix_raster, random, squares or blobs.
         grid: Rows and columns of tokens.
         segments: Segments a level, finest first; for squares and blobs only.
         shuffle: Break the segments' coherence; for squares and blobs only.
+        segment_order: The order of segments, 'random' or 'raster'; for squares and blobs only.
 
     Raises:
         SerializationError: naming the value and what would do.
@@ -154,18 +180,25 @@ class Serialization:
     grid: tuple[int, int]
     segments: tuple[int, ...] | None = None
     shuffle: bool = False
+    segment_order: str = 'random'
 
     def __post_init__(self):
         if not isinstance(self.name, str) or self.name not in _SERIALIZATIONS:
             raise SerializationError(
                 f'Unknown serialization {self.name!r}. {suggest(str(self.name), list(_SERIALIZATIONS))}')
         _tokens(self.grid)
+        if self.segment_order not in ('random', 'raster'):
+            raise SerializationError(f"segment_order is 'random' or 'raster', got {self.segment_order!r}.")
+        if self.segment_order == 'raster' and self.shuffle:
+            raise SerializationError("segment_order='raster' goes by where segments are, and shuffle=True scatters "
+                                     'their tokens: leave one of them out.')
         if self.name in _SEGMENTED:
             object.__setattr__(self, 'segments', _check_segments(self.name, self.segments, self.grid))
-        elif self.segments is not None or self.shuffle:
+        elif self.segments is not None or self.shuffle or self.segment_order != 'random':
             raise SerializationError(
                 f'serialization={self.name!r} predicts single tokens: it takes neither segments '
-                f'(got {self.segments!r}) nor shuffle (got {self.shuffle}). Use squares or blobs.')
+                f'(got {self.segments!r}) nor shuffle (got {self.shuffle}) nor segment_order '
+                f'(got {self.segment_order!r}). Use squares or blobs.')
 
     def __call__(
             self,
@@ -175,37 +208,67 @@ class Serialization:
             device: torch.device | str | None = None,
     ) -> torch.Tensor:
         """Ranks, int64 [batch, N]."""
-        options = {'segments': self.segments, 'shuffle': self.shuffle} if self.name in _SEGMENTED else {}
+        options = {}
+        if self.name in _SEGMENTED:
+            options = {'segments': self.segments, 'shuffle': self.shuffle, 'segment_order': self.segment_order}
         return _SERIALIZATIONS[self.name](batch, self.grid, generator=generator, device=device, **options)
+
+    @property
+    def last_segment(self) -> int | None:
+        """Tokens of the last segment, or None where they differ from draw to draw."""
+        if self.name == 'blobs':
+            return None
+        return _square_side(self.segments[0], self.grid) ** 2 if self.name == 'squares' else 1
 
 
 @dataclass(frozen=True)
 class Layout:
     """A batch sorted by rank: its order and the limits that follow, for an encoder with `prefix` class and register
-    tokens in front.
+    tokens in front that encodes the first `encoded` tokens in sorted order, all N unless `encode` says otherwise.
 
     Args:
         order: Raster index of each token in sorted order, int64 [B, N].
-        encoder_limits: Source limits of the encoder's tokens, int32 [B, prefix + N].
+        encoder_limits: Source limits of the encoder's tokens, int32 [B, prefix + encoded].
         query_limits: Source limits among predictions, which have no prefix, int32 [B, N].
         memory_limits: Memory limits of predictions over the encoder's tokens, prefix included, int32 [B, N].
+        prefix: Class and register tokens in front.
     """
     order: torch.Tensor
     encoder_limits: torch.Tensor
     query_limits: torch.Tensor
     memory_limits: torch.Tensor
+    prefix: int = 0
 
     @classmethod
     def of(cls, ranks: torch.Tensor, first_segment: str = 'self', prefix: int = 0) -> 'Layout':
         """The layout of ranks [B, N]; see `memory_limits` for `first_segment`."""
         order, sorted_ranks = sort_by_rank(ranks)
         return cls(order, source_limits(sorted_ranks, prefix), source_limits(sorted_ranks),
-                   memory_limits(sorted_ranks, first_segment, prefix))
+                   memory_limits(sorted_ranks, first_segment, prefix), prefix)
 
-    def sort(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B or 1, N, C] from raster order to sorted order, [B, N, C]."""
-        x = x.expand(self.order.shape[0], -1, -1)
-        return x.gather(1, self.order[..., None].expand(-1, -1, x.shape[-1]))
+    @property
+    def encoded(self) -> int:
+        """How many tokens in sorted order the encoder takes."""
+        return self.encoder_limits.shape[1] - self.prefix
+
+    @property
+    def read(self) -> torch.Tensor:
+        """How many tokens in sorted order some prediction of the batch reads the encoding of, a scalar."""
+        return self.memory_limits.max() - self.prefix
+
+    def encode(self, tokens: int) -> 'Layout':
+        """The layout where the encoder takes the first `tokens` in sorted order alone: limits over them end there. For
+        as many as `read` no prediction changes."""
+        if tokens >= self.encoded:
+            return self
+        last = self.prefix + tokens
+        return replace(self, encoder_limits=self.encoder_limits[:, :last].clamp(max=last),
+                       memory_limits=self.memory_limits.clamp(max=last))
+
+    def sort(self, x: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
+        """Tokens [B or 1, N, C] from raster order to sorted order, [B, N, C], or the first `tokens` of them."""
+        order, x = self.order[:, :tokens], x.expand(self.order.shape[0], -1, -1)
+        return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
     def unsort(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, N, C] from sorted order to raster order."""
@@ -255,7 +318,7 @@ def memory_limits(sorted_ranks: torch.Tensor, first_segment: str = 'none', prefi
     Args:
         sorted_ranks: int64 [B, N], ascending.
         first_segment: 'self' lets the first segment attend to its own encoding (RandSAC 4.1), 'none' leaves it without
-            any but the prefix.
+            any but the prefix, and so does 'given', with which it is not predicted at all.
         prefix: Number of class and register tokens in front of the keys, seen by all (SAIM's published code).
 
     Returns:
@@ -264,8 +327,8 @@ def memory_limits(sorted_ranks: torch.Tensor, first_segment: str = 'none', prefi
     limits = torch.searchsorted(sorted_ranks, sorted_ranks, out_int32=True)
     if first_segment == 'self':
         limits = torch.where(limits == 0, source_limits(sorted_ranks), limits)
-    elif first_segment != 'none':
-        raise SerializationError(f"first_segment must be 'self' or 'none', got {first_segment!r}.")
+    elif first_segment not in ('none', 'given'):
+        raise SerializationError(f"first_segment must be 'self', 'none' or 'given', got {first_segment!r}.")
     return limits + prefix
 
 
@@ -295,9 +358,11 @@ def _segment_ranks(
         segments: tuple[int, ...],
         assign: Callable[[torch.Tensor, int], torch.Tensor],
         shuffle: bool,
+        segment_order: str,
         generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """Ranks of a hierarchy in random order: partitions at random, and at random the segments inside each.
+    """Ranks of a hierarchy: partitions in `segment_order`, at random or in raster order, and so the segments inside
+    each.
 
     Args:
         points: Token positions [B, N, 2].
@@ -305,20 +370,26 @@ def _segment_ranks(
         assign: From one point a token [B, N, 2] and a number of segments to labels [B, N].
     """
     batch, tokens, _ = points.shape
-    levels, centres = [], points
+    levels, firsts, centres = [], [], points
     for count in segments:
         labels = assign(centres, count)
         levels.append(labels)
         # Every token moves to its segment's centre, so that a segment's tokens stay together on the next level.
         # No matrix product, which autocast and TF32 would round, and no scatter, which is not deterministic on a GPU.
         member = labels[..., None, None] == torch.arange(count, device=points.device)[:, None]  # [B, N, K, 1]
+        if segment_order == 'raster':
+            firsts.append(member[..., 0].int().argmax(1))  # each segment's first token, [B, K]
         sizes = member.sum(1).clamp(min=1)
         means = (member * points[:, :, None]).sum(1) / sizes  # [B, K, 2]
         centres = means.gather(1, labels[..., None].expand(-1, -1, 2))
     key = torch.zeros(batch, tokens, dtype=torch.int64, device=points.device)
-    for count, labels in zip(reversed(segments), reversed(levels)):
-        visit = _permutations(batch, count, generator, points.device)
-        key = key * count + visit.gather(1, labels)
+    for level in reversed(range(len(segments))):
+        if segment_order == 'raster':
+            visit, places = firsts[level], tokens
+        else:
+            places = segments[level]
+            visit = _permutations(batch, places, generator, points.device)
+        key = key * places + visit.gather(1, levels[level])
     if shuffle:
         key = key.gather(1, _permutations(batch, tokens, generator, points.device))
     return _dense(key)
@@ -371,4 +442,4 @@ def _check_segments(name: str, segments: int | Sequence[int] | None, grid: tuple
 
 
 _SEGMENTED = {'squares': squares, 'blobs': blobs}
-_SERIALIZATIONS = {'raster': raster, 'random': random, **_SEGMENTED}
+_SERIALIZATIONS = {'raster': raster, 'prefix_raster': prefix_raster, 'random': random, **_SEGMENTED}

@@ -601,7 +601,7 @@ def test_an_unknown_name_suggests_a_near_one(name, near):
 def test_an_unknown_name_far_from_all_lists_them():
     with pytest.raises(SerializationError) as caught:
         Serialization('zigzag', (8, 8))
-    assert_says(caught, "'zigzag'", 'blobs, random, raster, squares')
+    assert_says(caught, "'zigzag'", 'blobs, prefix_raster, random, raster, squares')
 
 
 @pytest.mark.parametrize('grid', [(0, 3), (3, 0), (-1, 3)])
@@ -621,7 +621,7 @@ def test_an_empty_grid(draw, grid):
 def test_an_unknown_rule_for_the_first_segment(first_segment):
     with pytest.raises(SerializationError) as caught:
         memory_limits(torch.tensor([[0, 1]]), first_segment)
-    assert_says(caught, f'got {first_segment!r}', "'self' or 'none'")
+    assert_says(caught, f'got {first_segment!r}', "'self', 'none' or 'given'")
 
 
 @pytest.mark.parametrize('ranks, got', [

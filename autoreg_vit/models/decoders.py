@@ -1,8 +1,8 @@
 """Decoders: from the encoder's hidden states to one feature a token, from which a head predicts its pixels.
 
 Each is called as `decoder(hidden, layout, encoder)`: `hidden` holds the input of the encoder's first block and the
-output of every block, [B, prefix + N, C] in sorted order; the result is [B, N, `decoder.dim`] in sorted order. The
-encoder is lent, not owned, so that shared weights are stored once.
+output of every block, [B, prefix + encoded, C] in sorted order, of all N tokens or of the first `layout.encoded`; the
+result is [B, N, `decoder.dim`] in sorted order. The encoder is lent, not owned, so that shared weights are stored once.
 """
 
 import copy
@@ -70,14 +70,29 @@ class MaskedDecoder(nn.Module):
         dim: Width.
         depth: Layers.
         num_heads: Attention heads.
-        memory: 'last', the encoder's last layer, or 'mix', Z^l = sum over k of W[l, k] H^k with a learned W (4.2),
-            which starts as the last layer alone. The encoder's final norm follows in both.
+        memory: 'last', the encoder's last layer, or 'mix', Z^l = sum over k of W[l, k] H^k with a learned W (4.2). The
+            encoder's final norm follows in both.
+        mix_init: What W starts as: 'last', the last layer alone (the default), or 'uniform', the mean of all layers.
+            The paper does not say.
     """
 
-    def __init__(self, encoder: VisionTransformer, dim: int, depth: int, num_heads: int, memory: str = 'mix'):
+    def __init__(
+            self,
+            encoder: VisionTransformer,
+            dim: int,
+            depth: int,
+            num_heads: int,
+            memory: str = 'mix',
+            mix_init: str | None = None,
+    ):
         super().__init__()
         if memory not in ('mix', 'last'):
             raise ModelError(f"memory of the masked decoder is 'mix' or 'last', got {memory!r}.")
+        if mix_init not in (None, 'last', 'uniform'):
+            raise ModelError(f"mix_init is 'last' or 'uniform', got {mix_init!r}.")
+        if mix_init and memory != 'mix':
+            raise ModelError(f"mix_init={mix_init!r} has no effect with memory={memory!r}: leave it out, or use "
+                             "memory='mix'.")
         if not isinstance(depth, int) or depth < 1:
             raise ModelError(f'decoder_depth must be a whole number of at least 1, got {depth}.')
         check_sizes(embed_dim=dim, num_heads=num_heads)
@@ -95,7 +110,10 @@ class MaskedDecoder(nn.Module):
         if memory == 'mix':
             self.mix = nn.Parameter(torch.zeros(depth, len(encoder.blocks)))  # W of 4.2, [layer, encoder block]
             with torch.no_grad():
-                self.mix[:, -1] = 1
+                if mix_init == 'uniform':
+                    self.mix.fill_(1 / len(encoder.blocks))
+                else:
+                    self.mix[:, -1] = 1
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Compute the position encodings anew for another grid of tokens."""
@@ -168,16 +186,28 @@ class NextTokenDecoder(nn.Module):
     """No decoder: the encoder's output at one token predicts the next (ViT-iGPT: RandSAC 3.1, SAIM Table 1).
 
     The next token's position must be known, so the order is raster. The first token is predicted from the class token,
-    which sees only itself, or from a learned start token where the encoder has none.
+    which sees only itself, or from a learned start token where the encoder has none; where the first segment is given
+    (AIM) there is no such prediction, and zeros stand in its place.
+
+    Args:
+        encoder: The encoder whose hidden states it reads.
+        predicts_first: Whether the first token is predicted.
     """
 
-    def __init__(self, encoder: VisionTransformer):
+    def __init__(self, encoder: VisionTransformer, predicts_first: bool = True):
         super().__init__()
         self.dim = encoder.embed_dim
-        self.start = None if encoder.num_prefix_tokens else nn.Parameter(torch.randn(1, 1, self.dim) * 0.02)
+        self.start = None
+        if predicts_first and not encoder.num_prefix_tokens:
+            self.start = nn.Parameter(torch.randn(1, 1, self.dim) * 0.02)
 
     def forward(self, hidden: list[torch.Tensor], layout: Layout, encoder: VisionTransformer) -> torch.Tensor:
+        prefix, tokens = encoder.num_prefix_tokens, layout.order.shape[1]
         x = encoder.norm(hidden[-1])
+        if prefix:
+            return x[:, prefix - 1:prefix + tokens - 1]
         if self.start is None:
-            return x[:, encoder.num_prefix_tokens - 1:-1]
-        return torch.cat([self.start.expand(x.shape[0], -1, -1).to(x.dtype), x[:, :-1]], dim=1)
+            first = x.new_zeros(x.shape[0], 1, self.dim)
+        else:
+            first = self.start.expand(x.shape[0], -1, -1).to(x.dtype)
+        return torch.cat([first, x[:, :tokens - 1]], dim=1)

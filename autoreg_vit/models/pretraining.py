@@ -42,7 +42,8 @@ class PretrainOutput(NamedTuple):
     """Result of a pretraining step; predictions and targets are in raster order.
 
     loss: Mean squared error, a scalar.
-    pred: Predictions [B, N, P * P * C], normalised as the targets are.
+    pred: Predictions [B, N, P * P * C], normalised as the targets are. Tokens of a first segment that is given are not
+        predicted: their targets stand in the place.
     target: Targets [B, N, P * P * C].
     ranks: The ranks used, int64 [B, N].
     """
@@ -61,8 +62,11 @@ class AutoregressiveViT(nn.Module):
         serialization: How ranks are drawn.
         decoder: MaskedDecoder, ParallelDecoder or NextTokenDecoder.
         target: What is predicted.
-        first_segment: 'self', the first segment attends to its own encoding (RandSAC 4.1), or 'none'.
+        first_segment: 'self', the first segment attends to its own encoding (RandSAC 4.1), 'none', or 'given', it is
+            left out of the loss (AIM).
         head: 'linear', or 'mlp', one hidden layer of the encoder's MLP width (SAIM "Decoder").
+        encode_ratio: Part of the tokens in sorted order, rounded to whole ones, that the encoder takes.
+        encode_last: Encode the last segment although no prediction reads it.
 
     Raises:
         ModelError: for an encoder or option that cannot be pretrained this way.
@@ -77,16 +81,17 @@ class AutoregressiveViT(nn.Module):
             target: PixelTarget,
             first_segment: str = 'self',
             head: str = 'linear',
+            encode_ratio: float = 1.0,
+            encode_last: bool = True,
     ):
         super().__init__()
         check_encoder(encoder)
-        if isinstance(decoder, NextTokenDecoder) and serialization.name != 'raster':
-            raise SerializationError(
-                f"decoder='none' predicts the next token in raster order, since nothing tells it the position of any "
-                f"other: got serialization={serialization.name!r}. Use serialization='raster', or decoder='masked' or "
-                "'parallel'.")
-        if first_segment not in ('self', 'none'):
-            raise SerializationError(f"first_segment is 'self' or 'none', got {first_segment!r}.")
+        if first_segment not in ('self', 'none', 'given'):
+            raise SerializationError(f"first_segment is 'self', 'none' or 'given', got {first_segment!r}.")
+        if isinstance(decoder, NextTokenDecoder):
+            _check_next_token(serialization, first_segment, encode_ratio)
+        if isinstance(encode_ratio, bool) or not isinstance(encode_ratio, (int, float)) or not 0 < encode_ratio <= 1:
+            raise ModelError(f'encode_ratio is a part of the tokens above 0 and at most 1, got {encode_ratio!r}.')
         if head not in ('linear', 'mlp'):
             raise ModelError(f"head is 'linear' or 'mlp', got {head!r}.")
         self.encoder = encoder
@@ -95,6 +100,8 @@ class AutoregressiveViT(nn.Module):
         self.decoder = decoder
         self.target = target
         self.first_segment = first_segment
+        self.encode_ratio = encode_ratio
+        self.encode_last = encode_last
         values = target.patch_size[0] * target.patch_size[1] * encoder.patch_embed.proj.in_channels
         if head == 'mlp':
             self.head = Mlp(decoder.dim, encoder.blocks[0].mlp.fc1.out_features, values)
@@ -121,17 +128,21 @@ class AutoregressiveViT(nn.Module):
         else:
             self._check_ranks(ranks, len(images))
             ranks = ranks.to(images.device)
-        layout = Layout.of(ranks, self.first_segment, self.encoder.num_prefix_tokens)
+        layout = self._layout(ranks)
         features = self.decoder(self.encode(images, layout), layout, self.encoder)
         pred = layout.unsort(self.head(features))
         target = self.target(images)
-        return PretrainOutput(self.target.loss(pred, target), pred, target, ranks)
+        if self.first_segment != 'given':
+            return PretrainOutput(self.target.loss(pred, target), pred, target, ranks)
+        predicted = ranks > 0
+        pred = torch.where(predicted[..., None], pred, target)
+        return PretrainOutput(self.target.loss(pred, target, predicted), pred, target, ranks)
 
     def encode(self, images: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
         """The input of the encoder's first block and the output of every block under source limits, each
-        [B, prefix + N, C] in sorted order."""
+        [B, prefix + encoded, C] in sorted order."""
         encoder, prefix = self.encoder, self.encoder.num_prefix_tokens
-        x = layout.sort(encoder.patch_embed(images) + encoder.pos_embed[:, prefix:])
+        x = layout.sort(encoder.patch_embed(images) + encoder.pos_embed[:, prefix:], layout.encoded)
         if prefix:
             tokens = [t for t in (encoder.cls_token, encoder.reg_token) if t is not None]
             front = torch.cat(tokens, dim=1) + encoder.pos_embed[:, :prefix]
@@ -152,11 +163,26 @@ class AutoregressiveViT(nn.Module):
         """Ranks of `batch` images from the model's serialization, int64 [batch, N]."""
         return self.serialization(batch, generator=generator, device=device)
 
+    def _layout(self, ranks: torch.Tensor) -> Layout:
+        """The order and limits of ranks [B, N], with as many tokens encoded as the options say."""
+        layout = Layout.of(ranks, self.first_segment, self.encoder.num_prefix_tokens)
+        encoded = round(self.encode_ratio * ranks.shape[1])
+        if not self.encode_last:
+            last = self.serialization.last_segment
+            if _host_reads(ranks):
+                encoded = min(encoded, int(layout.read))
+            elif last is not None:
+                encoded = min(encoded, ranks.shape[1] - last)
+        return layout.encode(max(encoded, 1))
+
     def _check_ranks(self, ranks: torch.Tensor, batch: int) -> None:
         tokens = self.encoder.patch_embed.num_patches
         check_ranks(ranks, batch, tokens)
-        if isinstance(self.decoder, NextTokenDecoder) and (ranks != torch.arange(tokens, device=ranks.device)).any():
-            raise SerializationError("decoder='none' follows raster order alone: leave ranks out.")
+        if isinstance(self.decoder, NextTokenDecoder) and _host_reads(ranks):
+            # Raster order, after a first segment of any length where that is given.
+            first = tokens - ranks[:, -1:] if self.first_segment == 'given' else 1
+            if (ranks != (torch.arange(tokens, device=ranks.device) + 1 - first).clamp(min=0)).any():
+                raise SerializationError("decoder='none' follows raster order alone: leave ranks out.")
 
     def _check_images(self, images: torch.Tensor) -> None:
         channels, size = self.encoder.patch_embed.proj.in_channels, tuple(self.encoder.patch_embed.img_size)
@@ -201,18 +227,46 @@ class AutoregressiveViT(nn.Module):
         )
 
 
+def _host_reads(ranks: torch.Tensor) -> bool:
+    """Whether the host may read values of `ranks`: not in a compiled step, nor while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (ranks.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _check_next_token(serialization: Serialization, first_segment: str, encode_ratio: float) -> None:
+    """Raise an error for what `decoder='none'` cannot follow."""
+    if serialization.name not in ('raster', 'prefix_raster'):
+        raise SerializationError(
+            f"decoder='none' predicts the next token in raster order, since nothing tells it the position of any "
+            f"other: got serialization={serialization.name!r}. Use serialization='raster' or 'prefix_raster', or "
+            "decoder='masked' or 'parallel'.")
+    if serialization.name == 'prefix_raster' and first_segment != 'given':
+        raise SerializationError(
+            f"decoder='none' would predict tokens of the first segment from encodings that have seen them: with "
+            f"serialization='prefix_raster' it needs first_segment='given', got {first_segment!r}.")
+    if encode_ratio != 1:
+        raise ModelError(f"decoder='none' predicts each token from the encoding of the one before, so that all are "
+                         f"needed: leave encode_ratio out (got {encode_ratio!r}), or use decoder='masked' or "
+                         "'parallel'.")
+
+
 def compose(
         *,
         serialization: str,
         decoder: str,
         segments: int | Sequence[int] | None = None,
         shuffle: bool = False,
+        segment_order: str = 'random',
         decoder_depth: int | None = None,
         decoder_dim: int | None = None,
         decoder_heads: int | None = None,
         memory: str | None = None,
+        mix_init: str | None = None,
         shared: bool = False,
         first_segment: str = 'self',
+        encode_ratio: float = 1.0,
+        encode_last: bool = True,
         head: str = 'linear',
         norm_pix: bool = True,
         blur: Sequence[float] | bool | None = None,
@@ -221,19 +275,31 @@ def compose(
     """A pretraining model from keyword arguments; those of `timm.create_model('randsac_vit_tiny', ...)` end here.
 
     Args:
-        serialization: 'raster', 'random', 'squares' or 'blobs' (RandSAC 3.1-3.3; SAIM "Stochastic prediction").
+        serialization: 'raster', 'random', 'squares' or 'blobs' (RandSAC 3.1-3.3; SAIM "Stochastic prediction"), or
+            'prefix_raster', raster order after a first segment of random length (AIM, with first_segment='given').
         decoder: 'masked' (RandSAC 4.1), 'parallel' (SAIM; RandSAC's two-stream with shared=True) or 'none' (ViT-iGPT,
-            raster order only).
+            AIM; raster order only).
         segments: Segments a level of squares or blobs, finest first (RandSAC 3.3, Table 7).
         shuffle: Break the coherence of squares or blobs (RandSAC Table 6).
+        segment_order: Squares or blobs one after the other in 'random' order (RandSAC 3.3) or in 'raster' order (XTRA's
+            block causal mask, with squares).
         decoder_depth: Layers of the decoder; for 'parallel' a divisor of the encoder's depth (SAIM Table 3), all of it
             by default.
         decoder_dim: Width of the masked decoder, the encoder's by default.
         decoder_heads: Heads of the masked decoder, the encoder's by default.
         memory: 'mix' (RandSAC 4.2, default) or 'last' for 'masked'; for 'parallel' 'output' (SAIM's published code,
             default) or 'input' (SAIM Eq. 5 and XLNet, default with shared=True) of the encoder block beside.
+        mix_init: What the weights of memory='mix' start as: 'last', the last layer alone (default), or 'uniform'.
         shared: Decode with the encoder's own blocks (RandSAC Table 8, SAIM Table 3).
-        first_segment: 'self' lets it attend to its own encoding (RandSAC 4.1), 'none' does not (SAIM).
+        first_segment: 'self' lets it attend to its own encoding (RandSAC 4.1), 'none' does not (SAIM), 'given' is
+            context, left out of the loss (AIM), which is then the mean over images of each image's mean.
+        encode_ratio: Part of the tokens, the first in the order of prediction, that the encoder takes; predictions of
+            all tokens read the earlier ones among them. 1 in both papers.
+        encode_last: False leaves out the last segment's encoding, which no prediction reads: the same loss from a
+            cheaper step, and rounding alone differs. A batch encodes as many tokens as one of its images needs, which
+            saves next to nothing with blobs. The host reads that number from the device at each step; in a compiled
+            step, and while a CUDA graph is captured, the serialization gives it, to which ranks must then belong, and
+            blobs are encoded whole.
         head: 'linear' or 'mlp' (SAIM).
         norm_pix: Normalise target patches (RandSAC 5, Tables 12-14; SAIM's published command).
         blur: Gaussian kernel size and sigma on the target image (SAIM Eq. 7, Table 3), or False. timm drops arguments
@@ -246,8 +312,8 @@ def compose(
     encoder = SinCosVisionTransformer(**{**encoder_options, 'num_classes': 0})
     grid = tuple(encoder.patch_embed.grid_size)
     given = dict(decoder_depth=decoder_depth, decoder_dim=decoder_dim, decoder_heads=decoder_heads, memory=memory,
-                 shared=shared or None)
-    takes = {'masked': ('decoder_depth', 'decoder_dim', 'decoder_heads', 'memory'),
+                 mix_init=mix_init, shared=shared or None)
+    takes = {'masked': ('decoder_depth', 'decoder_dim', 'decoder_heads', 'memory', 'mix_init'),
              'parallel': ('decoder_depth', 'memory', 'shared'), 'none': ()}
     if decoder not in takes:
         raise ModelError(f"decoder is 'masked', 'parallel' or 'none', got {decoder!r}.")
@@ -262,20 +328,23 @@ def compose(
             3 if decoder_depth is None else decoder_depth,
             encoder.blocks[0].attn.num_heads if decoder_heads is None else decoder_heads,
             memory or 'mix',
+            mix_init,
         )
     elif decoder == 'parallel':
         part = ParallelDecoder(encoder, len(encoder.blocks) if decoder_depth is None else decoder_depth, shared,
                                memory or ('input' if shared else 'output'))
     else:
-        part = NextTokenDecoder(encoder)
+        part = NextTokenDecoder(encoder, first_segment != 'given')
     return AutoregressiveViT(
         encoder,
-        Serialization(serialization, grid, segments, shuffle),
+        Serialization(serialization, grid, segments, shuffle, segment_order),
         part,
         PixelTarget(
             tuple(encoder.patch_embed.patch_size), encoder.patch_embed.proj.in_channels, norm_pix, blur or None),
         first_segment,
         head,
+        encode_ratio,
+        encode_last,
     )
 
 

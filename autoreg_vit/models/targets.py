@@ -99,9 +99,18 @@ class PixelTarget(nn.Module):
         mean, std = self.statistics(self.pixels(images))
         return pred * std + mean
 
-    def loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Mean squared error over all tokens (RandSAC 3, SAIM Eq. 2)."""
-        return F.mse_loss(pred.to(target.dtype), target)
+    def loss(
+            self,
+            pred: torch.Tensor,
+            target: torch.Tensor,
+            predicted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mean squared error over all tokens (RandSAC 3, SAIM Eq. 2), or over those that `predicted` [B, N] marks:
+        their mean in each image, then the mean of images, so that it does not matter how a step's images are split."""
+        if predicted is None:
+            return F.mse_loss(pred.to(target.dtype), target)
+        errors = (pred.to(target.dtype) - target).square().mean(-1) * predicted  # [B, N]
+        return (errors.sum(1) / predicted.sum(1).clamp(min=1)).mean()
 
     def extra_repr(self) -> str:
         return f'patch_size={self.patch_size}, norm_pix={self.norm_pix}, blur={self.blur}'
