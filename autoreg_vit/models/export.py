@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +103,7 @@ def _write(
             **pretrained_cfg,
         },
     }
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved into place whole, so that a stopped export leaves the last one.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as scratch:
-        new = Path(scratch) / folder.name
+    with replaced(Path(folder)) as (new,):
         new.mkdir()
         # A tensor shared or viewed must be stored once and whole.
         tensors = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
@@ -115,10 +113,22 @@ def _write(
         if pickle:
             torch.save(tensors, new / 'pytorch_model.bin')
         (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-        # On disk before they take the place of the last export, so that a power cut leaves one of them whole.
-        for path in (*new.iterdir(), new):
-            sync(path)
-        if folder.exists():
-            os.replace(folder, Path(scratch) / 'old')
-        os.replace(new, folder)
-        sync(folder.parent)
+
+
+@contextmanager
+def replaced(*folders: Path) -> Iterator[tuple[Path, ...]]:
+    """Paths to write folders of one parent to; they take their places once all are written and on disk, so that a
+    stopped export or a power cut leaves the last ones whole."""
+    parent = folders[0].parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f'.{folders[0].name}-') as scratch:
+        new = tuple(Path(scratch) / folder.name for folder in folders)
+        yield new
+        for folder in new:
+            for path in (*folder.iterdir(), folder):
+                sync(path)
+        for folder, written in zip(folders, new):
+            if folder.exists():
+                os.replace(folder, Path(scratch) / f'old-{folder.name}')
+            os.replace(written, folder)
+        sync(parent)

@@ -160,7 +160,12 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f'{path.stem}.previous{path.suffix}')
 
 
-def load_into(model: torch.nn.Module, state_dict: dict[str, torch.Tensor], source: str) -> None:
+def load_into(
+        model: torch.nn.Module,
+        state_dict: dict[str, torch.Tensor],
+        source: str,
+        remedy: str = 'Give the model its settings, or another --output-dir.',
+) -> None:
     """Load all of `state_dict` into `model`, which must have the same parameters.
 
     Raises:
@@ -177,8 +182,7 @@ def load_into(model: torch.nn.Module, state_dict: dict[str, torch.Tensor], sourc
     if shapes:
         problems.append(f'of another shape: {_few(shapes)}')
     if problems:
-        raise CheckpointError(f'{source} belongs to another model; {"; ".join(problems)}. Give the model its settings, '
-                              'or another --output-dir.')
+        raise CheckpointError(f'{source} belongs to another model; {"; ".join(problems)}. {remedy}')
     model.load_state_dict(state_dict)
 
 

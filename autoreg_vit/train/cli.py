@@ -32,6 +32,8 @@ COMMANDS = {
                     trains=False),
     'export': Command('write a pretraining run\'s weights as folders to publish', 'export', 'weights_config',
                       'ExportConfig', trains=False),
+    'convert': Command('write a published checkpoint of SAIM or MAE as folders that timm loads', 'convert',
+                       'weights_config', 'ConvertConfig', trains=False),
 }
 
 

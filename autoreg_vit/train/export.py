@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,9 @@ import timm
 import torch
 from huggingface_hub import HfApi
 
-from ..checksums import SUMS, sha256_of, sync, write_sums
+from ..checksums import SUMS, sha256_of, write_sums
 from ..errors import CheckpointError, ConfigError, UsageError
-from ..models.export import export_encoder, export_pretraining
+from ..models.export import export_encoder, export_pretraining, replaced
 from ..models.golden import deviation, record
 from ..models.pretrained import CONFIG, WEIGHTS, check_files
 from ..models.pretraining import AutoregressiveViT
@@ -61,18 +59,9 @@ def export(config: ExportConfig) -> list[Path]:
             raise ConfigError(f'{target} exists and is no folder of exported weights: name another --tag or folder.')
     hub = Hub(config.push_to_hub, config.private, list(targets)) if config.push_to_hub else None
 
-    with writing(root):
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix='.export-') as scratch:
-            # All are written before any takes its place.
-            for kind, target in targets.items():
-                write_folder(model, Path(scratch, target.name), kind, target, source, config.half,
-                             hub.repositories[kind] if hub else None)
-            for target in targets.values():
-                if target.exists():
-                    os.replace(target, Path(scratch, f'old-{target.name}'))
-                os.replace(Path(scratch, target.name), target)
-            sync(root)
+    with writing(root), replaced(*targets.values()) as folders:
+        for folder, (kind, target) in zip(folders, targets.items()):
+            write_folder(model, folder, kind, target, source, config.half, hub.repositories[kind] if hub else None)
     for kind, target in targets.items():
         say(f'{target}')
         if hub:
@@ -155,8 +144,6 @@ def write_folder(
     model_config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     (folder / 'README.md').write_text(card(weights, source, model_config), encoding='utf-8')
     write_sums(folder)
-    for path in (*folder.iterdir(), folder):
-        sync(path)
 
 
 class Hub:
