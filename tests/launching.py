@@ -92,13 +92,14 @@ def launch_together(settings: dict, count: int) -> list[Launch]:
 
 
 def flags(settings: dict) -> list[str]:
-    """The command line with these settings, of `pretrain` unless they name another `command`."""
-    arguments = [settings.get('command', 'pretrain'), '--dataset', settings.get('dataset', 'digits')]
-    for name, value in settings.items():
+    """The command line with these settings, of `pretrain` unless they name another `command`, and on the digits unless
+    they say None or name another `dataset`."""
+    arguments = [settings.get('command', 'pretrain')]
+    for name, value in {'dataset': 'digits', **settings}.items():
         flag = '--' + name.replace('_', '-')
         if isinstance(value, bool):
             arguments.append(flag if value else flag.replace('--', '--no-', 1))
-        elif name not in ('command', 'dataset') and value is not None:
+        elif name != 'command' and value is not None:
             arguments += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return arguments
 

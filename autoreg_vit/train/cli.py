@@ -28,6 +28,8 @@ COMMANDS = {
                      'ProbeConfig'),
     'finetune': Command('fine-tune an encoder end to end on labelled images', 'finetune', 'supervised_config',
                         'FinetuneConfig'),
+    'segment': Command('train semantic segmentation, UPerNet on an encoder', 'segment', 'segment_config',
+                       'SegmentConfig'),
     'show': Command('draw a model\'s order, predictions and attention on images', 'show', 'show_config', 'ShowConfig',
                     trains=False),
     'export': Command('write a pretraining run\'s weights as folders to publish', 'export', 'weights_config',

@@ -190,10 +190,11 @@ class FlatFolder(VisionDataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(_open_image(self.samples[index])), -1
+        return self.transform(open_image(self.samples[index])), -1
 
 
-def _open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
+    """Decode a file; raises one of DAMAGE where it cannot be."""
     with Image.open(path) as image:
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             # PIL only warns up to twice as many, and would decode them.
@@ -218,7 +219,7 @@ def _open_folder(data_dir: str | None, split: str, transform: Callable) -> Datas
     if len(folders) < 2:
         return FlatFolder(root, transform)
     try:
-        return ImageFolder(str(root), transform=transform, loader=_open_image)
+        return ImageFolder(str(root), transform=transform, loader=open_image)
     except FileNotFoundError as error:
         raise DataError(f'Class folders without images under {root}: {" ".join(str(error).split())}') from error
 
@@ -315,7 +316,13 @@ def image_name(dataset: Dataset, index: int) -> str:
         return f'image {index}'
 
 
-def check_images(dataset: Dataset, most: int, max_corrupt: float, say: Callable[[str], None] = print) -> list[str]:
+def check_images(
+        dataset: Dataset,
+        most: int,
+        max_corrupt: float,
+        say: Callable[[str], None] = print,
+        try_sample: Callable[[int], Any] | None = None,
+) -> list[str]:
     """Decode up to `most` images of a folder, spread evenly, and look at the sizes of all its files.
 
     Args:
@@ -323,6 +330,7 @@ def check_images(dataset: Dataset, most: int, max_corrupt: float, say: Callable[
         most: Images to decode.
         max_corrupt: Part of the images that may be unreadable.
         say: Takes a message that names the unreadable ones, where they are few enough.
+        try_sample: Decodes the sample of an index, raising one of DAMAGE where it cannot be used; by default its image.
 
     Returns:
         Names of the unreadable images.
@@ -337,14 +345,14 @@ def check_images(dataset: Dataset, most: int, max_corrupt: float, say: Callable[
     chosen = sorted(set(np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int).tolist()))
     damages = {path: 'it is empty' for path in paths if path.stat().st_size == 0}
 
-    def decode(path: Path) -> None:
+    def decode(index: int) -> None:
         try:
-            _open_image(path)
+            open_image(paths[index]) if try_sample is None else try_sample(index)
         except DAMAGE as error:
-            damages.setdefault(path, ' '.join(str(error).split()))
+            damages.setdefault(paths[index], ' '.join(str(error).split()))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:  # decoding does not hold the interpreter
-        list(pool.map(decode, [paths[i] for i in chosen]))
+        list(pool.map(decode, chosen))
     if damages:
         named = [f'{path} ({reason})' for path, reason in sorted(damages.items())]
         refuse_corrupt(len(named), len(chosen), max_corrupt, named)

@@ -1,22 +1,42 @@
-"""What dense prediction shares besides `supervised`: its encoder, and the learning rates of its layers."""
+"""What dense prediction shares besides `supervised`: its optional packages, its encoder, and the curves of a run."""
 
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay
-from torch import nn
 
+from ..errors import ConfigError
+from .supervised import SCORES
 from .supervised_config import DenseConfig
 from .weights import load_encoder, source_config
 
 
-def dense_encoder(config: DenseConfig) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The encoder of a run, as the neck takes it, and what makes it again: timm's `architecture` and its `model_args`.
+def require(command: str, *packages: str) -> None:
+    """Raise ConfigError where a command's packages are not installed.
+
+    Args:
+        command: As typed.
+        *packages: Import names.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'autoreg-vit {command} needs {" and ".join(missing)}: pip install "autoreg-vit[dense]".')
+
+
+def dense_encoder(config: DenseConfig, **options: Any) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The encoder of a run as the neck takes it, and what makes it again: timm's `architecture` and its `model_args`.
+
+    Args:
+        config: Names the weights.
+        **options: Arguments of `timm.create_model` that make it again too; those that are None are left out.
 
     Raises:
         UsageError: as `load_encoder`.
     """
-    options = {'num_classes': 0, 'dynamic_img_size': True}
+    options = {'num_classes': 0, 'dynamic_img_size': True, **{k: v for k, v in options.items() if v is not None}}
     encoder = load_encoder(config.weights, config.pretrained, **options, drop_path_rate=config.drop_path_rate)
     if config.grad_checkpointing:
         encoder.set_grad_checkpointing()
@@ -24,24 +44,33 @@ def dense_encoder(config: DenseConfig) -> tuple[VisionTransformer, dict[str, Any
                      'model_args': {**source_config(config.weights).get('model_args', {}), **options}}
 
 
-def parameter_groups(model: nn.Module, encoder: VisionTransformer, config: DenseConfig) -> list[dict[str, Any]]:
-    """Parameters for the optimizer, each block of the encoder at `layer_decay` of the rate of the block above, and the
-    last block at that of the rate of everything else in `model`; no weight decay for vectors and positions.
+def learning_figure(runs: dict[str, Sequence[dict]], path: Path) -> None:
+    """Loss and scores against images seen.
 
     Args:
-        model: All that is trained.
-        encoder: Part of it, after the neck has taken its final norm away.
-        config: Gives weight decay and layer decay.
+        runs: Lines of log.jsonl by the name of the run; one or several to compare.
+        path: File to write.
     """
-    groups = param_groups_layer_decay(
-        encoder, config.weight_decay, encoder.no_weight_decay(), layer_decay=config.layer_decay)
-    last = {id(p) for p in encoder.blocks[-1].parameters()}
-    scale = config.layer_decay / next(g['lr_scale'] for g in groups if id(g['params'][0]) in last)
-    groups = [{**group, 'lr_scale': group['lr_scale'] * scale} for group in groups]
-    own = {id(p) for p in encoder.parameters()}
-    rest = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
-    for weight_decay, chosen in ((0.0, [p for p in rest if p.ndim < 2]),
-                                 (config.weight_decay, [p for p in rest if p.ndim > 1])):
-        if chosen:
-            groups.append({'lr_scale': 1.0, 'weight_decay': weight_decay, 'params': chosen})
-    return groups
+    several = len(runs) > 1
+    scores = [key for key in SCORES if any(key in line for lines in runs.values() for line in lines)]
+    figure = Figure(figsize=(10, 3.8), layout='constrained')
+    losses, right = figure.subplots(1, 2)
+    for number, (name, lines) in enumerate(runs.items()):
+        steps = [line for line in lines if line['event'] == 'step']
+        losses.plot([line['images'] for line in steps], [line['loss'] for line in steps], color=f'C{number}',
+                    label=name if several else None)
+        evaluations = [line for line in lines if line['event'] == 'evaluation']
+        for style, (key, marker) in enumerate(zip(scores, 'os^v')):
+            points = [(line['images'], line[key]) for line in evaluations if key in line]
+            right.plot(*zip(*points), marker=marker, linestyle=('-', '--', ':', '-.')[style],
+                       color=f'C{number if several else style}',
+                       label=f'{name}, {SCORES[key]}' if several else SCORES[key])
+            right.annotate(f'{points[-1][1]:.1f}', points[-1], textcoords='offset points', xytext=(0, 6), ha='center')
+    losses.set(xlabel='images seen', ylabel='loss', title='Training loss', ylim=(0, None))
+    right.set(xlabel='images seen', ylabel='%', title='Test images')
+    right.margins(0.12)
+    for axis in (losses, right):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import save_for_hf
@@ -21,7 +20,7 @@ from .data import Batches, ImageSpec
 from .distributed import Processes, check_divisible, processes
 from .labelled import labelled_images
 from .loop import adam_options, create_optimizer, prepare, start
-from .parallel import replicate, settle_buckets
+from .parallel import replicate, settle_buckets, share_buffers
 from .run import Run
 from .runtime import autocast
 from .seeding import mix_seed, seed_cpu
@@ -126,13 +125,6 @@ def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
         nn.init.trunc_normal_(head.weight, std=2e-5, generator=torch.Generator().manual_seed(seed))
         if head.bias is not None:
             head.bias.zero_()
-
-
-def share_buffers(model: nn.Module, group: Processes) -> None:
-    """Give all processes the main one's buffers: a batch norm has statistics of its own on each."""
-    if group.world_size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
 
 
 def mixing_loss(config: FinetuneConfig, trained: nn.Module, classes: int, group: Processes):

@@ -105,8 +105,8 @@ def labelled_images(
     else:
         test, test_labels = train, train_labels
         train_indices, test_indices = hold_out(len(train), 0.2, config.seed)
-    train_indices = _some(train_indices, config.train_images, config.seed)
-    test_indices = _some(test_indices, config.test_images, config.seed)
+    train_indices = some_of(train_indices, config.train_images, config.seed)
+    test_indices = some_of(test_indices, config.test_images, config.seed)
 
     count = len(names) if names else int(train_labels.max()) + 1
     if config.num_classes is not None and (config.num_classes < count or (names and config.num_classes != count)):
@@ -168,7 +168,8 @@ def augmenting_transform(
     return Compose([ToMode(3), crop, policy, ToMode(spec.channels), parts(spec.channels)[2]])
 
 
-def _some(indices: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+def some_of(indices: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    """At most `most` of the indices, in their order, the same ones for the same seed."""
     if most is None or most >= len(indices):
         return indices
     draw = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).numpy()

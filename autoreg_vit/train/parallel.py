@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.layers import Mlp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -60,6 +61,13 @@ def settle_buckets(model: nn.Module, *inputs: torch.Tensor) -> None:
         output = model(*inputs)
         getattr(output, 'loss', output).sum().backward()
         model.zero_grad(set_to_none=True)
+
+
+def share_buffers(model: nn.Module, group: Processes) -> None:
+    """Give all processes the main one's buffers: a batch norm has statistics of its own on each."""
+    if group.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
