@@ -35,7 +35,7 @@ def register_weights(untrained: dict[str, dict[str, Any]]) -> dict[str, DefaultC
         cfg = untrained.get(name.partition('.')[0])
         if cfg is not None:
             # A damaged file is an error where the weights are asked for, not here, where everything is registered.
-            saved = _read(folder / CONFIG).get('pretrained_cfg') or {}
+            saved = _read(folder / CONFIG, 'pretrained_cfg')
             saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
             cfgs[name] = {**cfg, **saved, 'file': str(folder / WEIGHTS)}
     return generate_default_cfgs(cfgs)
@@ -73,7 +73,7 @@ def weights_options(
         check_files(path)
     if path.parent != shipped_weights().get(f'{architecture}.{cfg.tag}'):
         return {}
-    return _read(path.parent / CONFIG).get('model_args') or {}
+    return _read(path.parent / CONFIG, 'model_args')
 
 
 def check_tag(architecture: str, tag: str, registered: DefaultCfg) -> None:
@@ -98,9 +98,10 @@ def check_files(path: Path) -> None:
         verify_checksum(file, remedy)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, entry: str) -> dict[str, Any]:
+    """An entry of a JSON file that is a mapping; an empty one where it or the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding='utf-8'))[entry]
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,0 +1,199 @@
+"""Weights that come with the package: every folder of weights/ is whole, says what is true, and gives what was
+recorded; damage is an error that names the file and the remedy."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+pytest.importorskip('sklearn')
+
+import yaml
+from exporting import ENCODER, MODEL, write_weights
+from safetensors import safe_open
+
+from autoreg_vit.checksums import SUMS, sha256_of, verify_checksum
+from autoreg_vit.errors import CheckpointError, ModelError
+from autoreg_vit.models import pretrained
+from autoreg_vit.models.golden import deviation, golden_images, record
+from autoreg_vit.train.run import read_log
+
+SHIPPED = pretrained.shipped_weights()
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp('weights')
+    return write_weights(root, root / 'run')
+
+
+def check_sums(folder: Path) -> None:
+    """Every file has its line, and matches it."""
+    listed = dict(reversed(line.split('  ')) for line in (folder / SUMS).read_text().splitlines())
+    assert listed.keys() == {path.name for path in folder.iterdir()} - {SUMS}
+    assert listed.keys() == {'README.md', 'config.json', 'config.yaml', 'golden.json', 'log.jsonl', 'model.safetensors'}
+    for name, digest in listed.items():
+        assert sha256_of(folder / name) == digest, name
+        verify_checksum(folder / name)
+
+
+def check_card(folder: Path) -> None:
+    """The card's header is what the Hub reads, and its numbers are those of the files beside it."""
+    _, header, body = (folder / 'README.md').read_text(encoding='utf-8').split('---\n', 2)
+    header = yaml.safe_load(header)
+    assert header['library_name'] == 'timm' and header['license'] == 'apache-2.0'
+    assert header['pipeline_tag'] == 'image-feature-extraction' and 'timm' in header['tags']
+    assert body.strip().startswith(f'# {folder.name}\n')
+
+    for name in ('config.json', 'model.safetensors'):
+        assert f'| `{name}` | `{sha256_of(folder / name)}` |' in body
+    log = read_log(folder / 'log.jsonl')
+    for line in log:
+        if line['event'] == 'evaluation':
+            assert f'| {line["images"]:,} | {line["linear"]:.1f} % | {line["knn"]:.1f} % |' in body
+    losses = [line['loss'] for line in log if line['event'] in ('step', 'epoch')]
+    assert f'{losses[0]:.4f} in the first' in body and f'{losses[-1]:.4f} in the last' in body
+    assert re.search(r'commit [0-9a-f]{7,}', body)
+    assert f'autoreg-vit {log[0]["version"]}' in body and f'torch {log[0]["torch"]}' in body
+
+    settings = yaml.safe_load((folder / 'config.yaml').read_text())
+    assert settings['data_dir'] is None and settings['output_dir'] is None
+    assert f'--model {settings["model"]}' in body or settings['model'] == MODEL
+    assert f'--epochs {settings["epochs"]}' in body and f'--batch-size {settings["batch_size"]}' in body
+
+    with safe_open(folder / 'model.safetensors', 'pt') as file:
+        tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  it is no mapping
+    assert {tensor.get_dtype() for tensor in tensors} == {'F16' if 'stored as float16' in body else 'F32'}
+    millions = sum(torch.Size(tensor.get_shape()).numel() for tensor in tensors) / 1e6
+    assert float(re.search(r'of ([\d.]+) million parameters', body)[1]) == pytest.approx(millions, abs=0.006)
+
+
+def check_outputs(folder: Path, name: str) -> None:
+    """The recorded outputs come out, in float32."""
+    model = timm.create_model(name, pretrained=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    golden = json.loads((folder / 'golden.json').read_text())['outputs']
+    assert deviation(record(model), golden) < 1e-4
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+class TestShipped:
+    def test_files(self, name: str):
+        check_sums(SHIPPED[name])
+
+    def test_card(self, name: str):
+        check_card(SHIPPED[name])
+
+    def test_outputs_by_name(self, name: str):
+        check_outputs(SHIPPED[name], name)
+
+    def test_outputs_by_folder(self, name: str):
+        check_outputs(SHIPPED[name], f'local-dir:{SHIPPED[name]}')
+
+    def test_registered(self, name: str):
+        assert name in timm.list_models(pretrained=True)
+        assert Path(timm.models.get_pretrained_cfg(name).file).parent == SHIPPED[name]
+
+
+class TestMadeHere:
+    @pytest.mark.parametrize('part', [0, 1])
+    def test_as_shipped_ones(self, folders: tuple[Path, Path], part: int):
+        check_sums(folders[part])
+        check_card(folders[part])
+        check_outputs(folders[part], f'local-dir:{folders[part]}')
+
+    def test_recorded_outputs_notice_other_weights(self, folders: tuple[Path, Path]):
+        for folder, perturbed in zip(folders, ('patch_embed.proj.weight', 'decoder.blocks.0.mlp.fc2.bias')):
+            model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+            golden = json.loads((folder / 'golden.json').read_text())['outputs']
+            with torch.no_grad():
+                model.get_parameter(perturbed).view(-1)[0] += 0.5
+            assert deviation(record(model), golden) > 1e-4
+
+    def test_images_are_those_of_the_formula(self):
+        images = golden_images(3, (4, 6))
+        assert images.shape == (2, 3, 4, 6)
+        assert images[1, 2, 3, 5].item() == pytest.approx(torch.tensor(0.7 * 143, dtype=torch.float64).sin().item())
+
+
+def damage(folder: Path, kind: str) -> str:
+    """Damage a folder of weights; returns the name of the file that is to be named."""
+    weights, config = folder / 'model.safetensors', folder / 'config.json'
+    data = bytearray(weights.read_bytes())
+    if kind == 'gone':
+        weights.unlink()
+    elif kind == 'cut':
+        weights.write_bytes(data[:len(data) // 2])
+    elif kind == 'flip':
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif kind == 'config':
+        config.write_text(config.read_text().replace('"norm_pix": false', '"norm_pix": true').replace('0.1', '0.7'))
+    elif kind == 'config gone':
+        config.unlink()
+    return 'config.json' if 'config' in kind else 'model.safetensors'
+
+
+@pytest.mark.parametrize('kind', ['gone', 'cut', 'flip', 'config', 'config gone'])
+class TestDamage:
+    def test_of_an_encoder(self, kind: str, folders: tuple[Path, Path], tmp_path: Path):
+        folder = Path(shutil.copytree(folders[0], tmp_path / 'encoder'))
+        file = damage(folder, kind)
+        with pytest.raises(CheckpointError, match=re.escape(str(folder / file))) as error:
+            timm.create_model(ENCODER, embed_dim=32, depth=2, num_heads=2, pretrained=True,
+                              pretrained_cfg_overlay={'file': str(folder / 'model.safetensors')})
+        assert 'Get a whole copy of it.' in str(error.value)
+
+    def test_of_a_pretraining_model(self, kind: str, folders: tuple[Path, Path], tmp_path: Path):
+        if kind == 'config gone':
+            pytest.skip('timm itself finds no config.json to read the architecture from')
+        folder = Path(shutil.copytree(folders[1], tmp_path / 'pretrain'))
+        file = damage(folder, kind)
+        with pytest.raises(CheckpointError, match=re.escape(str(folder / file))):
+            timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+    def test_of_shipped_ones_names_the_remedy(
+            self, kind: str, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(pretrained, 'ROOTS', (tmp_path / 'weights',))
+        folder = Path(shutil.copytree(folders[0], tmp_path / 'weights' / folders[0].name))
+        pretrained.check_files(folder)
+        if kind != 'config gone':  # without it the folder is none of weights
+            damage(folder, kind)
+            with pytest.raises(CheckpointError, match='pip install --force-reinstall autoreg-vit'):
+                pretrained.check_files(folder / 'model.safetensors')
+            (tmp_path / '.git').mkdir()
+            with pytest.raises(CheckpointError, match=rf'git checkout -- weights/{re.escape(folder.name)}'):
+                pretrained.check_files(folder / 'model.safetensors')
+
+
+def test_without_checksums_is_an_error_of_shipped_weights_alone(
+        folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = Path(shutil.copytree(folders[0], tmp_path / 'weights' / folders[0].name))
+    (folder / SUMS).unlink()
+    pretrained.check_files(folder)
+    monkeypatch.setattr(pretrained, 'ROOTS', (tmp_path / 'weights',))
+    with pytest.raises(CheckpointError, match=SUMS):
+        pretrained.check_files(folder)
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"pretrained_cfg": 3}', '{"pretrained_cfg": {"mean": [0.5]}, "a": 1}'])
+def test_damage_does_not_keep_the_package_from_importing(
+        content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pretrained, 'ROOTS', (tmp_path / 'weights',))
+    folder = tmp_path / 'weights' / f'{ENCODER}.test'
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(content)
+    (tmp_path / 'weights' / 'no_such_model.test').mkdir()
+    cfgs = pretrained.register_weights({ENCODER: {'num_classes': 0}})[ENCODER]
+    assert list(cfgs.tags) == ['test', 'untrained']
+    assert cfgs.default.file == str(folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize('name', [ENCODER, MODEL])
+def test_unknown_tags_name_their_neighbours(name: str):
+    with pytest.raises(ModelError, match=f"'{name}' has no tag 'untraned'. Did you mean 'untrained'"):
+        timm.create_model(f'{name}.untraned')
