@@ -140,25 +140,25 @@ def mix_figure(mix: np.ndarray, path: Path, name: str) -> None:
     Args:
         mix: W, [decoder layers, encoder blocks].
         path: File to write.
-        name: Of the model, for the title.
+        name: Of the model.
     """
     layers, blocks = mix.shape
     largest = float(np.abs(mix).max())
-    figure = Figure(figsize=(1.6 + 0.5 * blocks, 1.5 + 0.5 * layers), layout='constrained')
+    figure = Figure(figsize=(0.9 + max(0.52 * blocks, 6.5), 1.6 + 0.42 * layers), layout='constrained')
     axes = figure.subplots()
-    axes.imshow(mix, cmap='RdBu_r', vmin=-largest, vmax=largest)
+    axes.imshow(mix, cmap='RdBu_r', vmin=-largest, vmax=largest, aspect='auto')
     axes.set_xticks(range(blocks), range(1, blocks + 1))
     axes.set_yticks(range(layers), range(1, layers + 1))
-    axes.tick_params(length=0, colors=MUTED)
+    axes.tick_params(length=0, colors=MUTED, labelsize=9)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel('encoder block k', color=INK)
-    axes.set_ylabel('decoder layer l', color=INK)
+    axes.set_xlabel('encoder block k', color=INK, fontsize=9)
+    axes.set_ylabel('decoder layer l', color=INK, fontsize=9)
     for layer, row in enumerate(mix):
         for block, weight in enumerate(row):
-            axes.text(block, layer, f'{weight:.2f}', ha='center', va='center', fontsize=8,
+            axes.text(block, layer, f'{weight:.2f}', ha='center', va='center', fontsize=8.5,
                       color='white' if abs(weight) > 0.6 * largest else INK)
-    figure.suptitle(f'{name}: what each decoder layer reads', x=0.01, ha='left', fontsize=12, fontweight='bold',
-                    color=INK)
-    axes.set_title('weights W of the mix of encoder blocks, Z$^l$ = Σ$_k$ W$_{lk}$ H$^k$; before training 1 for the '
-                   'last and 0', loc='left', fontsize=9, color=MUTED)
+    axes.set_title('What each decoder layer reads', loc='left', fontsize=12, fontweight='bold', color=INK, pad=36)
+    axes.annotate(f'{name}\nW in Z$^l$ = Σ$_k$ W$_{{lk}}$ H$^k$, the learned mix of encoder blocks', (0, 1),
+                  xycoords='axes fraction', xytext=(0, 7), textcoords='offset points', fontsize=9, color=MUTED,
+                  linespacing=1.35)
     figure.savefig(path, dpi=DPI)

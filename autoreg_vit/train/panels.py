@@ -31,19 +31,21 @@ def panel_grid(
         columns: int,
         size: tuple[int, int],
         title: str,
+        model: str,
         caption: str = '',
         *,
         every_row: bool = False,
         beside: bool = False,
         widest: float = 1.8,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of panels without axes, under a title and over a caption.
+    """A figure of panels without axes, under a heading and over a caption.
 
     Args:
         rows: Rows of panels.
         columns: Columns of panels.
         size: Height and width of the images, in any unit: the shape of a panel.
-        title: Heading.
+        title: Heading, one line.
+        model: What model the picture is of, below the heading.
         caption: Text below, wrapped.
         every_row: Leave room for `label_panel` over every row, not over the first alone.
         beside: Leave room for `label_row` at the left.
@@ -60,17 +62,19 @@ def panel_grid(
     width = min(widest, (_WIDTH - rest) / columns, 1.3 * widest / ratio)
     height = width * ratio
     total_width = max(columns * width + rest, _NARROWEST)
-    # At these sizes a character takes about half its height.
-    title_lines = textwrap.wrap(title, int((total_width - 2.7) / 0.107))
-    caption_lines = textwrap.wrap(caption, int((total_width - 2 * _MARGIN) / 0.066))
-    top = 0.14 + 0.23 * len(title_lines)
+    # At 9 points a character is about 0.066 inches wide.
+    model_lines, caption_lines = (
+        textwrap.wrap(text, int((total_width - 2 * _MARGIN) / 0.066)) for text in (model, caption))
+    top = 0.38 + 0.17 * len(model_lines)
     bottom = 0.1 + (0.08 + 0.17 * len(caption_lines) if caption_lines else 0)
     total_height = top + _LABEL + rows * height + (rows - 1) * between + bottom
     figure = Figure(figsize=(total_width, total_height), facecolor='white', dpi=DPI)
-    figure.text(_MARGIN / total_width, 1 - 0.1 / total_height, '\n'.join(title_lines), ha='left', va='top',
-                fontsize=12, fontweight='bold', color=INK, linespacing=1.2)
-    figure.text(_MARGIN / total_width, 0.1 / total_height, '\n'.join(caption_lines), ha='left', va='bottom',
-                fontsize=9, color=MUTED, linespacing=1.35)
+    x = _MARGIN / total_width
+    figure.text(x, 1 - 0.1 / total_height, title, ha='left', va='top', fontsize=12, fontweight='bold', color=INK)
+    figure.text(x, 1 - 0.34 / total_height, '\n'.join(model_lines), ha='left', va='top', fontsize=9, color=MUTED,
+                linespacing=1.35)
+    figure.text(x, 0.1 / total_height, '\n'.join(caption_lines), ha='left', va='bottom', fontsize=9, color=MUTED,
+                linespacing=1.35)
     axes = np.empty((rows, columns), dtype=object)
     for row in range(rows):
         y = total_height - top - _LABEL - (row + 1) * height - row * between
@@ -103,10 +107,11 @@ def order_legend(figure: Figure) -> None:
 
 
 def displayed(image: torch.Tensor, spec: ImageSpec) -> np.ndarray:
-    """A normalised image [C, H, W] as RGB between 0 and 1, [H, W, 3]; pixels that are NaN have the colour EMPTY."""
+    """A normalised image [C, H, W] as RGB, uint8 [H, W, 3]; pixels that are NaN have the colour EMPTY."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     pixels = (image.detach().float().cpu() * std + mean).clamp(0, 1).expand(3, -1, -1)
-    return torch.where(pixels.isnan(), torch.tensor(EMPTY).view(3, 1, 1), pixels).permute(1, 2, 0).numpy()
+    pixels = torch.where(pixels.isnan(), torch.tensor(EMPTY).view(3, 1, 1), pixels)
+    return (255 * pixels).round().byte().permute(1, 2, 0).numpy()
 
 
 def show_image(axis: Axes, image: torch.Tensor, spec: ImageSpec) -> None:
@@ -115,7 +120,7 @@ def show_image(axis: Axes, image: torch.Tensor, spec: ImageSpec) -> None:
 
 
 def show_pixels(axis: Axes, pixels: np.ndarray, **options) -> None:
-    """Draw pixels [H, W] or [H, W, 3]."""
+    """Draw pixels, values [H, W] or uint8 RGB [H, W, 3]."""
     height, width = pixels.shape[:2]
     axis.imshow(pixels, interpolation='nearest' if max(height, width) <= 96 else 'antialiased', aspect='auto',
                 extent=(0, width, height, 0), **options)
@@ -138,15 +143,16 @@ def show_ranks(axis: Axes, ranks: np.ndarray) -> None:
     _add_lines(axis, boundaries(ranks), ranks.shape, color='white', linewidth=1.1, alpha=0.9)
     if count > 16:
         return
-    y, x = np.indices(ranks.shape) + 0.5
+    scale = np.array([height / ranks.shape[0], width / ranks.shape[1]])
+    size = np.clip(0.7 * _token(axis, ranks.shape[1]), 5, 10)
     for rank in range(count):
-        member = ranks == rank
-        # The token nearest to the centre, which lies inside even where a segment is curved.
-        distance = (y - y[member].mean()) ** 2 + (x - x[member].mean()) ** 2
-        row, column = np.unravel_index(np.where(member, distance, np.inf).argmin(), ranks.shape)
-        axis.text((column + 0.5) / ranks.shape[1] * width, (row + 0.5) / ranks.shape[0] * height, str(rank + 1),
-                  ha='center', va='center', fontsize=np.clip(0.7 * _token(axis, ranks.shape[1]), 5, 10),
-                  color='white', fontweight='bold', path_effects=[withStroke(linewidth=1.8, foreground=INK)])
+        places = np.argwhere(ranks == rank) + 0.5
+        centre = places.mean(0)
+        if ranks[tuple(centre.astype(int))] != rank:  # a curved segment's centre may lie outside
+            centre = places[np.square(places - centre).sum(1).argmin()]
+        y, x = centre * scale
+        axis.text(x, y, str(rank + 1), ha='center', va='center', fontsize=size, color='white', fontweight='bold',
+                  path_effects=[withStroke(linewidth=1.8, foreground=INK)])
 
 
 def outline(axis: Axes, member: np.ndarray, colour: tuple | str) -> list:

@@ -45,7 +45,8 @@ def describe(model: AutoregressiveViT, name: str | None = None) -> str:
     """The model's name, by default timm's, and its order of prediction."""
     order = model.serialization
     segments = ' ' + ' → '.join(map(str, order.segments)) if order.segments else ''
-    return f'{name or model.pretrained_cfg["architecture"]}, {order.name}{segments}{", shuffled" * order.shuffle}'
+    way = ', shuffled' * order.shuffle + ' in raster order' * (order.segment_order == 'raster')
+    return f'{name or model.pretrained_cfg["architecture"]}, {order.name}{segments}{way}'
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,11 @@ def serialization_figure(
         images: [B, C, H, W], normalised.
         spec: Undoes the normalisation.
         path: File to write.
-        name: Of the model, for the title.
+        name: Of the model.
     """
-    draws = 1 if model.serialization.name == 'raster' else 5
-    figure, axes = panel_grid(len(images), draws + 1, spec.size, f'{describe(model, name)}: order of prediction',
+    always_same = bool((model.draw_ranks(8) == model.draw_ranks(1)).all())
+    draws = 1 if always_same else 5
+    figure, axes = panel_grid(len(images), draws + 1, spec.size, 'Order of prediction', describe(model, name),
                               'Tokens of one colour are predicted together, from those of all earlier colours.')
     for row, image in enumerate(images):
         show_image(axes[row, 0], image, spec)
@@ -159,7 +161,7 @@ def serialization_figure(
             show_image(axes[row, column], image, spec)
             show_ranks(axes[row, column], ranks.numpy())
     for column, axis in enumerate(axes[0]):
-        label_panel(axis, 'image' if column == 0 else f'draw {column}' if draws > 1 else 'order')
+        label_panel(axis, 'image' if column == 0 else 'order' if always_same else f'draw {column}')
     order_legend(figure)
     figure.savefig(path)
 
@@ -179,13 +181,13 @@ def reconstruction_figure(
         images: [B, C, H, W], normalised.
         spec: Undoes the normalisation.
         path: File to write.
-        name: Of the model, for the title.
+        name: Of the model.
         reconstruction: What `reconstruct` gives, computed where None.
     """
     done = reconstruction or reconstruct(model, images)
     shown = min(6, max(done.segments(i) - done.first for i in range(len(images))))
     figure, axes = panel_grid(
-        len(images), shown + 3, spec.size, f'{describe(model, name)}: reconstruction segment by segment',
+        len(images), shown + 3, spec.size, 'Reconstruction by segments', describe(model, name),
         f'{_FRAMED} {conditions(model)}', every_row=True)
     for row, image in enumerate(images):
         ranks, count = done.ranks[row].view(model.serialization.grid).numpy(), done.segments(row)
@@ -220,7 +222,7 @@ def reconstruction_film(
         images: [B, C, H, W], normalised.
         spec: Undoes the normalisation.
         path: File to write.
-        name: Of the model, for the title.
+        name: Of the model.
         reconstruction: What `reconstruct` gives, computed where None.
         most_frames: Steps shown at most, evenly spread over the order.
     """
@@ -228,17 +230,17 @@ def reconstruction_film(
     counts = [done.segments(i) for i in range(len(images))]
     length = min(max(counts) - done.first, most_frames)
     headings = ('seen', 'predicted', 'target' + ', blurred' * (model.target.blur is not None))
-    title, caption = f'{describe(model, name)}: segment by segment', f'{_FRAMED} {conditions(model)}'
+    text = 'Reconstruction by segments', describe(model, name), f'{_FRAMED} {conditions(model)}'
     if len(images) > 2:  # a column an image, else a row
-        figure, axes = panel_grid(3, len(images), spec.size, title, caption, beside=True, widest=1.5)
+        figure, axes = panel_grid(3, len(images), spec.size, *text, beside=True, widest=1.5)
         axes = axes.T
-        for axis, text in zip(axes[0], headings):
-            label_row(axis, text)
+        for axis, heading in zip(axes[0], headings):
+            label_row(axis, heading)
     else:
-        figure, axes = panel_grid(len(images), 3, spec.size, title, caption, every_row=True)
+        figure, axes = panel_grid(len(images), 3, spec.size, *text, every_row=True)
         for row in axes:
-            for axis, text in zip(row, headings):
-                label_panel(axis, text)
+            for axis, heading in zip(row, headings):
+                label_panel(axis, heading)
     nothing = torch.full_like(done.truth[0], torch.nan)
     for row, target in zip(axes, done.target):
         for axis, patches in zip(row, (nothing, nothing, target)):
@@ -264,14 +266,8 @@ def reconstruction_film(
     for row, count in enumerate(counts):
         draw(f'all {count} segments', row, done.truth[row], done.pred[row])
     frames.append(_snapshot(canvas))
-    # One palette for all frames, so that nothing flickers: of the frame that has everything on it, and of the drawing.
-    own = [(255, 255, 255), *(tuple(round(255 * v) for v in to_rgb(c)) for c in (EMPTY, INK, MUTED)),
-           *(tuple(round(255 * v) for v in COLOURS(i / 27)[:3]) for i in range(28))]
-    found = frames[-1].quantize(256 - len(own), Image.Quantize.MEDIANCUT).getpalette()
-    palette = Image.new('P', (1, 1))
-    palette.putpalette([value for colour in own for value in colour] + found)
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     pace = int(np.clip(7000 / length, 90, 800)) // 10 * 10  # a GIF counts hundredths of a second
+    frames = _share_palette(frames)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[pace] * length + [2500], loop=0,
                    optimize=False)
 
@@ -292,7 +288,7 @@ def comparison_figure(
         images: [B, C, H, W], normalised.
         spec: Undoes the normalisation.
         path: File to write.
-        name: Of the model, for the title.
+        name: Of the model.
         reconstruction: What `reconstruct` gives, computed where None.
     """
     done = reconstruction or reconstruct(model, images)
@@ -307,9 +303,11 @@ def comparison_figure(
     caption = f'Error: mean squared error of each token, in {units}, from 0 (black) to {{:.2g}} and more (yellow). '
     if done.given is not None:
         caption += 'Means and variances are given to the display: what is learned is what the prediction adds to them. '
+    if done.first:
+        caption += 'White is given, not predicted. '
     most = max(float(done.loss.nanquantile(0.98)), 1e-12)
     figure, axes = panel_grid(len(images), len(columns) + 1, spec.size,
-                              f'{describe(model, name)}: images and predictions',
+                              'Images and their predictions', describe(model, name),
                               caption.format(most) + conditions(model))
     for row in range(len(images)):
         for axis, (_, patches) in zip(axes[row], columns):
@@ -383,7 +381,7 @@ def attention_figure(
         images: [B, C, H, W], normalised.
         spec: Undoes the normalisation.
         path: File to write.
-        name: Of the model, for the title.
+        name: Of the model.
 
     Raises:
         ModelError: as `attention_weights`.
@@ -397,12 +395,13 @@ def attention_figure(
                + (f', and the first 4 of {heads} heads' if heads > 4 else ', and each head')
                + '. Coloured is what gets more than an even share, up to the multiple of it that each map names (at '
                  'least 2).')
-    figure, axes = panel_grid(len(images), len(columns) + 1, spec.size, f'{name}: attention of the last block', caption)
+    figure, axes = panel_grid(len(images), len(columns) + 1, spec.size, 'Attention of the last block', name, caption)
     for row, image in enumerate(images):
         show_image(axes[row, 0], image, spec)
         grey = displayed(image, spec).mean(-1, keepdims=True).repeat(3, -1)
+        grey = (38 + 0.6 * grey).astype(np.uint8)
         for axis, (_, values) in zip(axes[row, 1:], columns):
-            show_pixels(axis, 0.15 + 0.6 * grey)
+            show_pixels(axis, grey)
             _overlay(axis, values[row].numpy())
     for axis, text in zip(axes[0], ('image', *(text for text, _ in columns))):
         label_panel(axis, text)
@@ -431,3 +430,21 @@ def _image(model: AutoregressiveViT, patches: torch.Tensor) -> torch.Tensor:
 def _snapshot(canvas: FigureCanvasAgg) -> Image.Image:
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _share_palette(frames: list[Image.Image]) -> list[Image.Image]:
+    """RGB frames in one palette of 256 colours, so that nothing flickers: those of the drawing itself, and those found
+    in the last frame, which has everything on it."""
+    own = np.array([to_rgb('white'), EMPTY, to_rgb(INK), to_rgb(MUTED), *(COLOURS(np.linspace(0, 1, 28))[:, :3])])
+    own = (255 * own).round().astype(np.uint8)
+    found = frames[-1].quantize(256 - len(own), Image.Quantize.MEDIANCUT).getpalette()
+    palette = Image.new('P', (1, 1))
+    palette.putpalette([*own.flatten().tolist(), *found])
+    shared = []
+    for frame in frames:
+        indices, pixels = np.array(frame.quantize(palette=palette, dither=Image.Dither.NONE)), np.asarray(frame)
+        for index in (0, 1):  # Pillow takes the nearest colour but roughly, which shows on plain areas
+            indices[(pixels == own[index]).all(-1)] = index
+        shared.append(Image.fromarray(indices))
+        shared[-1].putpalette(palette.getpalette())
+    return shared

@@ -115,7 +115,8 @@ def _resolve(weights: str, pretraining: bool = False) -> str:
         raise ModelError(f'{weights!r} is a pretraining model: its encoder is {size}_{method}.')
     if timm.is_model(base):
         if tag and tag not in _tags(base):
-            raise ModelError(f'{base!r} has no tag {tag!r}. {suggest(tag, _tags(base))}')
+            known = suggest(tag, _tags(base)) if _tags(base) else 'It has no trained weights.'
+            raise ModelError(f'{base!r} has no tag {tag!r}. {known}')
         return weights
     if '/' in weights or weights.startswith(('.', 'local-dir:')):
         raise CheckpointError(f'No folder {path}: --weights names the folder of an encoder, as pretraining writes to '
