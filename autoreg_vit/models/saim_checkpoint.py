@@ -66,6 +66,7 @@ def convert_saim_pretraining(state_dict: dict[str, torch.Tensor]) -> dict[str, t
 def rename(
         state_dict: dict[str, torch.Tensor],
         name: Callable[[str], str | None],
+        source: str = 'The SAIM checkpoint',
 ) -> dict[str, torch.Tensor]:
     """The tensors of the layout under their new names, q, k and v of a layer as one; those whose name is None are left
     out.
@@ -84,7 +85,7 @@ def rename(
         parts = [f'{match[1]}{letter}.{match[3]}' for letter in 'qkv']
         missing = [part for part in parts if part not in state_dict]
         if missing:
-            raise CheckpointError(f'The SAIM checkpoint is incomplete: it has {key} but lacks {", ".join(missing)}.')
+            raise CheckpointError(f'{source} is incomplete: it has {key} but lacks {", ".join(missing)}.')
         if match[2] == 'q':
             renamed[name(key)] = torch.cat([state_dict[part] for part in parts])
     return renamed

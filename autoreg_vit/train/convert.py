@@ -158,7 +158,7 @@ def encoder_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: dict[
     encoder = SinCosVisionTransformer(**sizes, **design, num_classes=classes)
     if method == 'SAIM':
         names = {key: encoder_name(key) for key in state_dict}
-        converted = rename(state_dict, encoder_name)
+        converted = rename(state_dict, encoder_name, str(source))
     else:
         names = {key: None if key.startswith(('decoder_', 'mask_token')) else key for key in state_dict}
         converted = {key: value for key, value in state_dict.items() if names[key] is not None}
@@ -176,7 +176,7 @@ def pretraining_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: d
             if args['embed_dim'] == sizes['embed_dim'] and [args['patch_size']] * 2 == sizes['patch_size']]
     name = f'saim_{fits[0] if fits else "vit_base"}'
     model = create_pretraining_model(name, **sizes, decoder_depth=queries, blur=blur)
-    load_into(model, rename(state_dict, pretraining_name), str(source), _remedy(sizes))
+    load_into(model, rename(state_dict, pretraining_name, str(source)), str(source), _remedy(sizes))
     return Part(model, {key: pretraining_name(key) for key in state_dict})
 
 
