@@ -1,9 +1,14 @@
 """Mask R-CNN on a plain ViT, as Li et al. 2021 ("Benchmarking Detection Transfer Learning with Vision Transformers")
 build it and SAIM uses it ("Object detection and instance segmentation on COCO")."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -15,7 +20,8 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2.functional import resize
 
-from ..errors import ModelError, ShapeError
+from ..checksums import verify_checksum, write_checksum
+from ..errors import CheckpointError, ModelError, ShapeError, UsageError
 from .neck import DetectionBackbone, FeaturePyramid
 from .windowed import use_windows
 
@@ -26,21 +32,7 @@ NORMS = {'batch': nn.BatchNorm2d, 'layer': LayerNorm2d}
 ATTENTION = ('windowed', 'global')
 
 
-def mask_rcnn(
-        encoder: VisionTransformer,
-        classes: int,
-        size: tuple[int, int],
-        *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        attention: str = 'windowed',
-        window: int = 14,
-        norm: str = 'batch',
-        width: int = 256,
-        anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512),
-        rois: int = 512,
-        max_detections: int = 100,
-) -> MaskRCNN:
+class ViTMaskRCNN(MaskRCNN):
     """torchvision's Mask R-CNN on a timm ViT in the setting of Li et al. 2021: four maps of the ViT, a feature pyramid
     network on them, two convolutions in the region proposal network, four convolutions and one linear layer in the box
     head, four convolutions in the mask head, each followed by a norm but for the region proposals.
@@ -66,41 +58,64 @@ def mask_rcnn(
         width: Channels of the pyramid network and of the heads' convolutions.
         anchor_sizes: Sides of the square anchors of strides 4, 8, 16, 32 and 64, in pixels.
         rois: Regions of a training image that the box head sees.
-        max_detections: Of an image.
 
     Raises:
         ModelError: for an unknown attention or norm, or an encoder that the neck or windows do not fit.
         ShapeError: for a canvas that is not a multiple of 32 pixels.
     """
-    for name, value, known in (('attention', attention, ATTENTION), ('norm', norm, tuple(NORMS))):
-        if value not in known:
-            raise ModelError(f'{name} is {" or ".join(map(repr, known))}, got {value!r}.')
-    if len(anchor_sizes) != 5:
-        raise ModelError(f'anchor_sizes are five numbers of pixels, one for each level, got {anchor_sizes}.')
-    if any(s % 32 or s < 32 for s in size):
-        raise ShapeError(f'The canvas must be a multiple of 32 pixels, the coarsest map\'s stride, got {size[0]} x '
-                         f'{size[1]}.')
-    pyramid = FeaturePyramid(encoder, size)
-    if attention == 'windowed':
-        use_windows(encoder, window, tuple(pyramid.blocks))
-    norm_layer, convolutions = NORMS[norm], [width] * 4
-    anchors = AnchorGenerator(tuple((side,) for side in anchor_sizes), ((0.5, 1.0, 2.0),) * 5)
-    model = MaskRCNN(
-        DetectionBackbone(pyramid, width, norm_layer),
-        rpn_anchor_generator=anchors,
-        rpn_head=RPNHead(width, anchors.num_anchors_per_location()[0], conv_depth=2),
-        rpn_post_nms_top_n_train=1000,
-        box_head=FastRCNNConvFCHead((width, 7, 7), convolutions, [1024], norm_layer),
-        box_predictor=FastRCNNPredictor(1024, classes + 1),
-        mask_head=MaskRCNNHeads(width, convolutions, 1, norm_layer),
-        mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
-        box_batch_size_per_image=rois,
-        box_detections_per_img=max_detections,
-    )
-    model.transform = Canvas(size, mean, std)
-    for module in (model.backbone, model.rpn.head, model.roi_heads.box_predictor, model.roi_heads.mask_predictor):
-        module.register_forward_hook(_in_float32)
-    return model
+
+    def __init__(
+            self,
+            encoder: VisionTransformer,
+            classes: int,
+            size: tuple[int, int],
+            *,
+            mean: tuple[float, ...],
+            std: tuple[float, ...],
+            attention: str = 'windowed',
+            window: int = 14,
+            norm: str = 'batch',
+            width: int = 256,
+            anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512),
+            rois: int = 512,
+    ):
+        for name, value, known in (('attention', attention, ATTENTION), ('norm', norm, tuple(NORMS))):
+            if value not in known:
+                raise ModelError(f'{name} is {" or ".join(map(repr, known))}, got {value!r}.')
+        if len(anchor_sizes) != 5:
+            raise ModelError(f'anchor_sizes are five numbers of pixels, one for each level, got {anchor_sizes}.')
+        if any(s % 32 or s < 32 for s in size):
+            raise ShapeError(f'The canvas must be a multiple of 32 pixels, the coarsest map\'s stride, got {size[0]} x '
+                             f'{size[1]}.')
+        pyramid = FeaturePyramid(encoder, size)
+        if attention == 'windowed':
+            use_windows(encoder, window, tuple(pyramid.blocks))
+        norm_layer, convolutions = NORMS[norm], [width] * 4
+        anchors = AnchorGenerator(tuple((side,) for side in anchor_sizes), ((0.5, 1.0, 2.0),) * 5)
+        super().__init__(
+            DetectionBackbone(pyramid, width, norm_layer),
+            rpn_anchor_generator=anchors,
+            rpn_head=RPNHead(width, anchors.num_anchors_per_location()[0], conv_depth=2),
+            rpn_post_nms_top_n_train=1000,
+            box_head=FastRCNNConvFCHead((width, 7, 7), convolutions, [1024], norm_layer),
+            box_predictor=FastRCNNPredictor(1024, classes + 1),
+            mask_head=MaskRCNNHeads(width, convolutions, 1, norm_layer),
+            mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
+            box_batch_size_per_image=rois,
+        )
+        self.transform = Canvas(size, mean, std)
+        for module in (self.backbone, self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
+            module.register_forward_hook(_in_float32)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for timm's layer decay: the encoder's stem, its blocks, and all the rest at the full rate."""
+        encoder = r'^backbone\.pyramid\.encoder\.'
+        return {'stem': encoder + r'(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
+                'blocks': [(encoder + r'blocks\.(\d+)', None)]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beside those of one dimension."""
+        return {f'backbone.pyramid.encoder.{name}' for name in self.backbone.pyramid.encoder.no_weight_decay()}
 
 
 class Canvas(GeneralizedRCNNTransform):
@@ -141,3 +156,56 @@ def _in_float32(module: nn.Module, inputs: tuple, output: Any) -> Any:
     if isinstance(output, dict):
         return type(output)((name, _in_float32(module, inputs, value)) for name, value in output.items())
     return type(output)(_in_float32(module, inputs, value) for value in output)
+
+
+def save_detector(
+        model: ViTMaskRCNN,
+        folder: str | Path,
+        encoder: dict[str, Any],
+        options: dict[str, Any],
+        categories: dict[int, str],
+) -> None:
+    """Write a detector as a folder that `load_detector` reads: config.json and model.safetensors.
+
+    Args:
+        model: Trained.
+        folder: Made if it is not there.
+        encoder: timm's `architecture` and its `model_args`.
+        options: Keyword arguments of `ViTMaskRCNN`, size, mean and std among them.
+        categories: Names of the classes by their ids in the data, in the order of labels.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {'model': 'mask_rcnn', 'encoder': encoder, 'options': options,
+              'categories': [{'id': identity, 'name': name} for identity, name in categories.items()]}
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / 'model.safetensors')
+    (folder / 'model.safetensors').chmod(0o644)  # safetensors leaves 0600
+    write_checksum(folder / 'model.safetensors')
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
+
+def load_detector(folder: str | Path) -> ViTMaskRCNN:
+    """The detector that `autoreg-vit detect` wrote to a folder, in evaluation; `model.categories` names the classes, of
+    which label i is the i-th, from 1 on.
+
+    Raises:
+        CheckpointError: for a folder that is missing or damaged.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        encoder, options, categories = config['encoder'], config['options'], config['categories']
+        names = [category['name'] for category in categories]
+        verify_checksum(folder / 'model.safetensors')
+        state_dict = load_file(folder / 'model.safetensors')
+        model = ViTMaskRCNN(timm.create_model(encoder['architecture'], **encoder['model_args']), len(names), **{
+            name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+        model.load_state_dict(state_dict)
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f'{folder} holds no detector that can be loaded ({type(error).__name__}: '
+                              f'{" ".join(str(error).split())[:300]}): expected config.json and model.safetensors, as '
+                              'autoreg-vit detect writes to runs/NAME/model.') from error
+    model.categories = names
+    return model.eval()

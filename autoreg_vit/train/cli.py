@@ -30,6 +30,8 @@ COMMANDS = {
                         'FinetuneConfig'),
     'segment': Command('train semantic segmentation, UPerNet on an encoder', 'segment', 'segment_config',
                        'SegmentConfig'),
+    'detect': Command('train object detection and instance segmentation, Mask R-CNN on an encoder', 'detect',
+                      'detect_config', 'DetectConfig'),
     'show': Command('draw a model\'s order, predictions and attention on images', 'show', 'show_config', 'ShowConfig',
                     trains=False),
     'export': Command('write a pretraining run\'s weights as folders to publish', 'export', 'weights_config',

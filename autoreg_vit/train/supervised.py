@@ -26,7 +26,8 @@ from .runtime import autocast
 from .supervised_config import RunConfig, SupervisedConfig
 
 #: Scores in percent that log lines and results hold, and what a person calls them.
-SCORES = {'top1': 'top-1', 'top5': 'top-5', 'miou': 'mIoU', 'pixel_accuracy': 'pixel accuracy'}
+SCORES = {'top1': 'top-1', 'top5': 'top-5', 'miou': 'mIoU', 'pixel_accuracy': 'pixel accuracy', 'box_ap': 'box AP',
+          'box_ap50': 'box AP50', 'mask_ap': 'mask AP', 'mask_ap50': 'mask AP50'}
 
 
 def images_at_once(device: torch.device) -> int:

@@ -1,0 +1,146 @@
+"""`autoreg-vit detect`: object detection and instance segmentation by Mask R-CNN (SAIM "Object detection and instance
+segmentation on COCO")."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import ConfigError
+from .checkpoint import writing
+from .data import Batches, ImageSpec
+from .dense import learning_figure, require
+from .detect_config import DetectConfig
+from .distributed import Processes, check_divisible, processes
+from .loop import adam_options, create_optimizer, prepare, start
+from .parallel import replicate, settle_buckets
+from .run import Run
+from .runtime import autocast
+from .seeding import mix_seed
+from .supervised import Learner, finished, leave_results, train
+from .weights import load_encoder, short_name, source_config
+
+
+def detect(config: DetectConfig) -> Path:
+    """Train a detector on an encoder, or resume its run. Under torchrun every process calls this.
+
+    Args:
+        config: Settings of the run; the defaults are those of Li et al. 2021 for ViT-B.
+
+    Returns:
+        The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `figures/`, and the detector in
+        `model/`, a folder that `autoreg_vit.models.detector.load_detector` loads.
+
+    Raises:
+        UsageError: for settings, data or weights that cannot work, before training begins.
+        NonFiniteLoss: when training diverges.
+        Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
+    """
+    require('detect', 'torchmetrics', 'faster_coco_eval')
+    with processes(config.device) as group:
+        return _detect(dataclasses.replace(config), group)
+
+
+def _detect(config: DetectConfig, group: Processes) -> Path:
+    from ..models.detector import ViTMaskRCNN, save_detector
+    from .detect_data import collate, open_data
+    from .detect_eval import KINDS, SCORES, coco_results, evaluate
+    from .detect_figure import detection_figure
+
+    # 1. Settings, data and model, all checked before anything is written.
+    prepare(config, group)
+    check_divisible(config.batch_size, group)
+    if config.norm == 'batch' and group.world_size > 1 and group.device.type != 'cuda':
+        raise ConfigError('norm=batch is synchronised over GPUs alone: use --norm layer with several processes on '
+                          f'{group.device.type}.')
+    options = {'num_classes': 0, 'dynamic_img_size': True}
+    encoder = load_encoder(config.weights, config.pretrained, **options, drop_path_rate=config.drop_path_rate)
+    source = {'architecture': encoder.pretrained_cfg['architecture'],
+              'model_args': {**source_config(config.weights).get('model_args', {}), **options}}
+    if config.grad_checkpointing:
+        encoder.set_grad_checkpointing()
+    spec = ImageSpec.of(encoder)
+    train_part, test_part = open_data(config, spec.channels, group)
+    categories = train_part.dataset.categories
+    options = {**config.detector_options(), 'mean': spec.mean, 'std': spec.std}
+    model = ViTMaskRCNN(encoder, len(categories), **options).to(group.device)
+    if group.world_size > 1 and group.device.type == 'cuda':
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    batches = Batches(train_part, config.batch_size, config.seed, group, config.workers, config.accumulate,
+                      config.max_corrupt, collate)
+    optimizer = create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
+
+    # 2. The run.
+    facts = {'train_images': len(train_part), 'test_images': len(test_part)}
+    with Run(config, f'detect-{short_name(config.weights)}', group, facts) as run:
+        if finished(run):
+            return run.folder
+        start(run, config, **facts, classes=len(categories), parameters=sum(p.numel() for p in model.parameters()))
+        run.say(f'Training Mask R-CNN on {config.weights} with {len(train_part):,} images of {len(categories)} classes '
+                f'for {config.steps:,} steps of {config.batch_size * config.accumulate}; {group.world_size} x '
+                f'{group.device}, {config.precision}; writing to {run.folder}')
+        trained = replicate(SumOfLosses(model), group)
+        settle(trained, config, spec, group)
+
+        def measure() -> dict[str, Any]:
+            model.eval()
+            return evaluate(model, test_part, categories, config, group)
+
+        learner = Learner(model, trained, optimizer, seeded_loss(trained, config.seed, group), measure)
+        result = train(config, run, batches, learner)
+
+        # 3. What is left.
+        if group.is_main:
+            with writing(run.folder):
+                save_detector(model, run.folder / 'model', source, options, categories)
+                (run.folder / 'figures').mkdir(exist_ok=True)
+                learning_figure({'': run.log.lines}, run.folder / 'figures' / 'learning.png')
+                detection_figure(test_part, result['detections'], run.folder / 'figures' / 'detections.png')
+                if config.save_detections:
+                    (run.folder / 'detections.json').write_text(
+                        json.dumps(coco_results(result['detections'], test_part)), encoding='utf-8')
+        names = [f'{kind}_{name}' for kind in KINDS for name in SCORES]
+        leave_results(run, config, result, list(categories.values()), **facts, steps=config.steps,
+                      **{name: round(result[name], 4) for name in names if name in result},
+                      per_class={name: {k: round(v, 4) for k, v in scores.items()}
+                                 for name, scores in result['per_class'].items()})
+        return run.folder
+
+
+class SumOfLosses(nn.Module):
+    """A detector in training as one module with one loss, for DistributedDataParallel."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        return sum(self.model(images, targets).values())
+
+
+def settle(trained: nn.Module, config: DetectConfig, spec: ImageSpec, group: Processes) -> None:
+    """`settle_buckets` with an empty image, which leaves the statistics of batch norms as they are."""
+    trained.train()
+    for module in trained.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    target = {'boxes': torch.tensor([[0.0, 0.0, 32.0, 32.0]]), 'labels': torch.tensor([1]),
+              'masks': torch.ones(1, *config.canvas, dtype=torch.uint8)}
+    with autocast(config.precision, group.device):
+        settle_buckets(trained, [torch.zeros(spec.channels, *config.canvas, device=group.device)],
+                       [{name: value.to(group.device) for name, value in target.items()}])
+
+
+def seeded_loss(trained: nn.Module, seed: int, group: Processes):
+    """The loss of a batch, whose draws, of regions and of stochastic depth, are a function of (seed, forward pass,
+    process)."""
+    def loss(batch: list[list], number: int) -> torch.Tensor:
+        images, targets = batch
+        torch.manual_seed(mix_seed(seed, 'detection', number, group.rank))
+        return trained([image / 255 for image in images], targets)
+
+    return loss
