@@ -1,0 +1,155 @@
+"""The outside reference of `ablations.py`: a masked autoencoder (He et al. 2022) by transformers, trained on the same
+batches with the same optimizer and schedule as every other row. Needs `pip install "transformers>=5.23"`."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autoreg_vit.errors import ConfigError
+from autoreg_vit.models import AutoregressiveViT, create_pretraining_model
+from autoreg_vit.models.encoders import SinCosVisionTransformer, init_xavier, sincos_position_embedding
+from autoreg_vit.models.export import export_encoder
+from autoreg_vit.train.config import PretrainConfig, option
+from autoreg_vit.train.data import ImageSpec
+from autoreg_vit.train.distributed import Processes, processes
+from autoreg_vit.train.graph import GraphedStep, check_graph
+from autoreg_vit.train.loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
+from autoreg_vit.train.losses import Losses
+from autoreg_vit.train.parallel import get_state, set_state
+from autoreg_vit.train.pretrain import _training_batches
+from autoreg_vit.train.run import Run
+from autoreg_vit.train.runtime import autocast
+from autoreg_vit.train.seeding import mix_seed
+
+
+_REMEDY = 'pip install "transformers>=5.23", or choose --rows without mae.'
+
+
+@dataclass
+class MaeConfig(PretrainConfig):
+    """`model` and its options give the sizes of encoder and decoder: a RandSAC model's, whose decoder's depth, width
+    and heads MAE has too (RandSAC 5)."""
+    mask_ratio: float = option(0.75, 'part of the tokens that is masked')
+
+
+def build_mae(sizes: AutoregressiveViT, mask_ratio: float = 0.75) -> nn.Module:
+    """transformers' ViTMAEForPreTraining as large as a RandSAC model.
+
+    Raises:
+        ConfigError: where transformers is missing or too old.
+    """
+    try:
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    except ImportError as error:
+        raise ConfigError(f'Rows of MAE need transformers: {_REMEDY}') from error
+    encoder, decoder, embed = sizes.encoder, sizes.decoder, sizes.encoder.patch_embed
+    model = ViTMAEForPreTraining(ViTMAEConfig(
+        hidden_size=encoder.embed_dim, num_hidden_layers=len(encoder.blocks),
+        num_attention_heads=encoder.blocks[0].attn.num_heads,
+        intermediate_size=encoder.blocks[0].mlp.fc1.out_features,
+        image_size=embed.img_size[0], patch_size=embed.patch_size[0], num_channels=embed.proj.in_channels,
+        decoder_hidden_size=decoder.dim, decoder_num_hidden_layers=len(decoder.blocks),
+        decoder_num_attention_heads=decoder.blocks[0].self_attn.num_heads,
+        decoder_intermediate_size=decoder.blocks[0].mlp.fc1.out_features,
+        layer_norm_eps=1e-6, mask_ratio=mask_ratio, norm_pix_loss=True))
+    if not hasattr(model.vit, 'layers'):
+        raise ConfigError(f'This version of transformers names the weights of MAE otherwise: {_REMEDY}')
+    # As MAE and both papers initialise; transformers 5.23 leaves the decoder without positions.
+    model.apply(init_xavier)
+    with torch.no_grad():
+        nn.init.xavier_uniform_(model.vit.embeddings.patch_embeddings.projection.weight.flatten(1))
+        nn.init.normal_(model.decoder.mask_token, std=0.02)
+        for positions in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+            positions.zero_()
+            positions[0, 1:] = sincos_position_embedding(embed.grid_size, positions.shape[-1])
+    return model
+
+
+def to_timm(model: nn.Module, sizes: AutoregressiveViT) -> SinCosVisionTransformer:
+    """The encoder of transformers' MAE as a timm VisionTransformer with a class token."""
+    vit, weights = model.vit.state_dict(), {}
+    names = {'layernorm_before': 'norm1', 'layernorm_after': 'norm2', 'mlp.fc1': 'mlp.fc1', 'mlp.fc2': 'mlp.fc2',
+             'attention.o_proj': 'attn.proj'}
+    for kind in ('weight', 'bias'):
+        weights[f'norm.{kind}'] = vit[f'layernorm.{kind}']
+        weights[f'patch_embed.proj.{kind}'] = vit[f'embeddings.patch_embeddings.projection.{kind}']
+        for block in range(len(sizes.encoder.blocks)):
+            theirs, ours = f'layers.{block}', f'blocks.{block}'
+            weights[f'{ours}.attn.qkv.{kind}'] = torch.cat(
+                [vit[f'{theirs}.attention.{part}_proj.{kind}'] for part in 'qkv'])
+            for name, target in names.items():
+                weights[f'{ours}.{target}.{kind}'] = vit[f'{theirs}.{name}.{kind}']
+    weights['cls_token'] = vit['embeddings.cls_token']
+    weights['pos_embed'] = vit['embeddings.position_embeddings']
+    encoder = SinCosVisionTransformer(**{
+        **sizes.encoder.init_args, 'class_token': True, 'global_pool': 'avg', 'fc_norm': False})
+    encoder.load_state_dict({name: value.cpu() for name, value in weights.items()})
+    return encoder
+
+
+def pretrain_mae(config: MaeConfig) -> Path:
+    """Pretrain MAE, or resume its run: `autoreg_vit.train.pretrain.pretrain` with another model. Leaves `encoder/`, a
+    timm folder."""
+    with processes(config.device) as group:
+        return _pretrain(dataclasses.replace(config), group)
+
+
+def _pretrain(config: MaeConfig, group: Processes) -> Path:
+    prepare(config, group)
+    device = group.device
+    sizes = create_pretraining_model(config.model, **config.model_options())
+    spec = ImageSpec.of(sizes)
+    model = build_mae(sizes, config.mask_ratio).to(device)
+    if config.cuda_graph:
+        check_graph(config, group)
+    batches = _training_batches(config, spec, group)
+    capturable = {'capturable': True} if config.cuda_graph else {}
+    optimizer = create_optimizer(config, model, **adam_options(config), **capturable)
+    steps = config.epochs * batches.per_epoch
+    schedule = create_schedule(config, optimizer, batches.per_epoch)
+    with Run(config, 'mae', group, {'train_images': batches.sampler.length}) as run:
+        if run.finished:
+            return run.folder
+        losses = Losses(group, lambda step: f'of {steps}: lower --lr.')
+        first_step = 0
+        if run.state:
+            first_step = losses.step = run.state['step']
+            losses.values = run.state['losses']
+            set_state(model, optimizer, run.state, False, str(run.folder / 'last.pt'))
+        start(run, config, parameters=sum(p.numel() for p in model.parameters()),
+              encoder_parameters=sum(p.numel() for p in model.vit.parameters()))
+        trained, generator = torch.compile(model) if config.compile else model, torch.Generator(device)
+
+        def train_step(images_of: Iterator) -> torch.Tensor:
+            images = next(images_of)[0].to(device, non_blocking=True)
+            noise = torch.rand(len(images), sizes.encoder.patch_embed.num_patches, generator=generator, device=device)
+            with autocast(config.precision, device):
+                loss = trained(images, noise=noise).loss
+            loss.backward()
+            losses.check(loss.detach())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        model.train()
+        images_of = batches.start_at(first_step)
+        step_on = GraphedStep(train_step, optimizer, [generator]) if config.cuda_graph else train_step
+
+        def take_step(step: int) -> torch.Tensor:
+            generator.manual_seed(mix_seed(config.seed, 'ranks', step))
+            schedule.step_update(step)
+            return step_on(images_of)
+
+        def save(step: int) -> None:
+            losses.read()
+            run.save({'step': step, 'losses': losses.values, **get_state(model, optimizer, False)})
+
+        run_steps(config, run, losses, optimizer, batches.per_epoch, first_step, take_step=take_step,
+                  evaluate=lambda step: None, save=save)
+        export_encoder(to_timm(model, sizes), run.folder / 'encoder', mean=spec.mean, std=spec.std)
+        run.finish()
+        return run.folder

@@ -1,0 +1,339 @@
+"""What `ablations.py` found, as JSON, Markdown and figures: the papers' tables beside ours, the papers' claims with the
+noise of the measurement, and quality against cost.
+
+A difference between rows has two sources of noise. Seeds: the variance between runs that differ in nothing else, pooled
+over all rows with several seeds. Images: the same images evaluate every row, so the variance is that of the differences
+between what rows get right on each image. Noise is twice the standard error of both together. With one seed a row
+everywhere the first is unknown and left out, which the results then say.
+"""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ablations_rows import CLAIMS, CURVES, ROWS, SCALES, Cite, Claim, Row
+from matplotlib.figure import Figure
+from report import provenance
+
+from autoreg_vit.train.run import read_log
+
+AXES = {'images': 'images seen', 'pflops': 'PFLOPs of training', 'minutes': 'minutes of training'}
+METRICS = {'linear': 'linear', 'knn': 'kNN'}
+
+
+class Found(NamedTuple):
+    """A finished row: its runs, one a seed, and which images each gets right, bool [seeds, images]."""
+    row: Row
+    runs: list[dict[str, Any]]
+    right: np.ndarray
+
+    def mean(self, key: str) -> float:
+        return statistics.mean(run[key] for run in self.runs)
+
+
+class Difference(NamedTuple):
+    """Accuracy of one side less that of the other, in points, and the noise of it."""
+    value: float
+    noise: float
+
+    @property
+    def verdict(self) -> str:
+        if abs(self.value) <= self.noise:
+            return 'within noise'
+        return 'holds' if self.value > 0 else 'does not hold'
+
+
+def collect(work: Path, split: str) -> dict[str, Found]:
+    """The finished runs of a work folder, by row."""
+    found = {}
+    for row in ROWS:
+        runs, right = [], []
+        for folder in sorted(work.glob(f'{row.name}/*'), key=lambda path: path.name):
+            if (folder / f'right-{split}.npy').exists():
+                runs.append(read_run(folder, split))
+                right.append(np.load(folder / f'right-{split}.npy'))
+        if runs:
+            found[row.name] = Found(row, runs, np.stack(right))
+    return found
+
+
+def read_run(folder: Path, split: str) -> dict[str, Any]:
+    """Accuracies and costs of a run."""
+    facts = json.loads((folder / 'row.json').read_text())
+    result = json.loads((folder / f'probe-{split}' / 'results.json').read_text())
+    steps = [line for line in read_log(folder / 'pretrain' / 'log.jsonl') if line['event'] == 'step']
+    seen = [0, *(line['images'] for line in steps)]
+    minutes = sum((b - a) / line['images_per_second'] for a, b, line in zip(seen, seen[1:], steps)) / 60
+    return {
+        'seed': facts['seed'], 'linear': result['top1'], 'knn': result['knn'],
+        'loss': steps[-1]['loss'] if steps else None, 'images': seen[-1],
+        'gflops_per_image': round(facts['gflops_per_image'], 4),
+        'pflops': facts['gflops_per_image'] * seen[-1] / 1e6, 'minutes': minutes,
+        'cpu_minutes': round(facts['cpu_minutes'], 2),
+        'images_per_second': statistics.median(line['images_per_second'] for line in steps) if steps else None,
+    }
+
+
+def seed_deviation(found: dict[str, Found]) -> float | None:
+    """Standard deviation of the linear accuracy over seeds, pooled over rows; None without rows of several."""
+    several = [[run['linear'] for run in each.runs] for each in found.values() if len(each.runs) > 1]
+    if not several:
+        return None
+    squares = sum(sum((x - statistics.mean(runs)) ** 2 for x in runs) for runs in several)
+    return math.sqrt(squares / sum(len(runs) - 1 for runs in several))
+
+
+def difference(found: dict[str, Found], pairs: Sequence[tuple[str, str]]) -> Difference:
+    """The mean over pairs of rows of how much better the first is than the second."""
+    weights: dict[str, float] = {}
+    for better, worse in pairs:
+        weights[better] = weights.get(better, 0) + 1 / len(pairs)
+        weights[worse] = weights.get(worse, 0) - 1 / len(pairs)
+    value = sum(weight * found[name].mean('linear') for name, weight in weights.items())
+    by_image = sum(weight * found[name].right.mean(0) for name, weight in weights.items())
+    variance = 100 ** 2 * by_image.var() / len(by_image)
+    deviation = seed_deviation(found) or 0.0
+    variance += sum(weight ** 2 * deviation ** 2 / len(found[name].runs) for name, weight in weights.items())
+    return Difference(value, 2 * math.sqrt(variance))
+
+
+def judge(claim: Claim, found: dict[str, Found]) -> dict[str, Any]:
+    """Whether a paper's ordering holds here, over those of its pairs that were run."""
+    pairs = [pair for pair in claim.pairs if all(name in found for name in pair)]
+    result = {'claim': claim.text, 'table': claim.table, 'pairs': [list(pair) for pair in pairs],
+              'of': len(claim.pairs), 'paper': paper_difference(claim)}
+    if not pairs:
+        return {**result, 'verdict': 'not run'}
+    total = difference(found, pairs)
+    return {**result, 'points': round(total.value, 2), 'noise': round(total.noise, 2), 'verdict': total.verdict,
+            'each': [round(difference(found, [pair]).value, 2) for pair in pairs],
+            'seeds': min(len(found[name].runs) for pair in pairs for name in pair)}
+
+
+def paper_difference(claim: Claim) -> float | None:
+    """The mean difference of a claim's pairs in its paper, in points of linear accuracy, or of fine-tuning where the
+    paper has no other."""
+    values = {row.name: _paper_value(cite) for row in ROWS for cite in row.cites if cite.table == claim.table}
+    known = [values[a] - values[b] for a, b in claim.pairs if a in values and b in values]
+    return round(statistics.mean(known), 2) if known else None
+
+
+def _paper_value(cite: Cite) -> float:
+    return cite.finetune if cite.linear is None else cite.linear
+
+
+def orderings(found: dict[str, Found], table: str) -> dict[str, int]:
+    """How many pairs of a table's rows are in the paper's order, within noise, and in the other order."""
+    cited = [(cite, row.name) for row in ROWS for cite in row.cites if cite.table == table and row.name in found]
+    counts = {'holds': 0, 'within noise': 0, 'does not hold': 0}
+    for (a, first), (b, second) in itertools.combinations(cited, 2):
+        if _paper_value(a) != _paper_value(b):
+            pair = (first, second) if _paper_value(a) > _paper_value(b) else (second, first)
+            counts[difference(found, [pair]).verdict] += 1
+    return counts
+
+
+def curves(found: dict[str, Found]) -> dict[str, list[dict[str, float]]]:
+    """Points of the cost-quality figure, by design, cheapest first."""
+    lines = {}
+    for name in CURVES:
+        points = [{axis: each.mean(axis) for axis in (*AXES, *METRICS)} | {'row': each.row.name}
+                  for each in found.values() if each.row.name == name or each.row.name.startswith(f'{name}-x')]
+        if points:
+            lines[name] = sorted(points, key=lambda point: point['images'])
+    return lines
+
+
+def crossings(lines: dict[str, list[dict[str, float]]], axis: str, metric: str = 'linear') -> list[dict[str, Any]]:
+    """Where two designs change places along a cost, between points joined by straight lines over its logarithm.
+
+    Returns:
+        For each two designs with a common range of the cost: the range, who is ahead at its ends, and `at`, the costs
+        at which the order turns.
+    """
+    result = []
+    for first, second in itertools.combinations(lines, 2):
+        (xs, ys), (us, vs) = (([math.log(p[axis]) for p in lines[n]], [p[metric] for p in lines[n]])
+                              for n in (first, second))
+        low, high = max(xs[0], us[0]), min(xs[-1], us[-1])
+        if low > high:
+            continue
+        places = sorted({low, high, *(x for x in (*xs, *us) if low <= x <= high)})
+        gaps = [float(np.interp(x, xs, ys) - np.interp(x, us, vs)) for x in places]
+        turns = [a + (b - a) * before / (before - after)
+                 for a, b, before, after in zip(places, places[1:], gaps, gaps[1:]) if before * after < 0]
+        ahead = [first if gap > 0 else second if gap < 0 else 'neither' for gap in (gaps[0], gaps[-1])]
+        result.append({'designs': [first, second], 'axis': axis, 'range': [math.exp(low), math.exp(high)],
+                       'ahead': ahead, 'points': [round(gaps[0], 2), round(gaps[-1], 2)],
+                       'at': [math.exp(x) for x in turns]})
+    return result
+
+
+def write_report(work: Path, scale: str, folder: Path, data: str, split: str = 'val') -> None:
+    """Write ablations-SCALE.json, .md and figures from what is finished; those of the test split end in -test."""
+    found = collect(work, split)
+    if not found:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f'ablations-{scale}' + ('-test' if split == 'test' else '')
+    lines = curves(found)
+    result = {
+        **provenance(), 'scale': scale, 'note': SCALES[scale].note, 'data': data,
+        'split': 'test' if split == 'test' else 'held out of train',
+        'evaluated_images': int(next(iter(found.values())).right.shape[1]),
+        'seed_deviation': seed_deviation(found),
+        'rows': [{'row': each.row.name, 'base': each.row.base, 'settings': each.row.settings, 'length': each.row.length,
+                  'cites': [cite._asdict() for cite in each.row.cites], 'runs': each.runs} for each in found.values()],
+        'claims': [judge(claim, found) for claim in CLAIMS],
+        'turns': [turn for axis in AXES for turn in crossings(lines, axis)],
+    }
+    tables = list(dict.fromkeys(cite.table for row in ROWS for cite in row.cites))
+    tables = sorted(table for table in tables if any(_in_table(each, table) for each in found.values()))
+    (folder / f'{name}.json').write_text(json.dumps(result, indent=2) + '\n')
+    (folder / f'{name}.md').write_text(markdown(result, found, lines, tables))
+    for table in tables:
+        table_figure(found, table, folder / f'{name}-{table.lower().replace(" ", "-")}.png')
+    if len(lines) > 1:
+        cost_figure(lines, folder / f'{name}-cost.png')
+
+
+def _in_table(each: Found, table: str) -> bool:
+    return any(cite.table == table for cite in each.row.cites)
+
+
+def markdown(result: dict[str, Any], found: dict[str, Found], lines: dict, tables: list[str]) -> str:
+    """The tables as text."""
+    deviation = result['seed_deviation']
+    spread = ('one seed a row, so that the spread between seeds is unknown and not in the noise' if deviation is None
+              else f'a run differs from another seed\'s by a standard deviation of {deviation:.2f} points')
+    text = [f'# Ablations, scale {result["scale"]}\n', result['note'] + '\n',
+            f'{result["data"]}; accuracy in percent of {result["evaluated_images"]:,} images ({result["split"]}) with '
+            f'frozen features, the average of the tokens; {spread}. Noise is twice the standard error over seeds and '
+            f'images. {result["device"]}, torch {result["torch"]}, timm {result["timm"]}, commit {result["commit"]}, '
+            f'{result["date"]}. GFLOPs are those of a training step, an image; '
+            f'minutes are of training, and images/s of a machine that may be shared.\n',
+            '## Claims\n', '| claim | paper, its difference | here | noise | pairs | seeds | ordering |',
+            '| --- | --- | --- | --- | --- | --- | --- |']
+    for claim in result['claims']:
+        if claim['verdict'] != 'not run':
+            text.append(f'| {claim["claim"]} | {claim["table"]}: {claim["paper"]:+.2f} | {claim["points"]:+.2f} | '
+                        f'{claim["noise"]:.2f} | {len(claim["pairs"])} of {claim["of"]} | {claim["seeds"]} | '
+                        f'{claim["verdict"]} |')
+    for table in tables:
+        text += ['', f'## {table}\n', *_table(found, table)]
+    text += ['', '## Neither paper\n', *_own_rows(found)]
+    if lines:
+        text += ['', '## Cost and quality\n', *_cost_table(lines, result['turns'])]
+    return '\n'.join(text) + '\n'
+
+
+def _accuracy(each: Found, metric: str) -> str:
+    values = [run[metric] for run in each.runs]
+    spread = f' ± {statistics.stdev(values):.2f} ({len(values)})' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.2f}{spread}'
+
+
+def _costs(each: Found) -> str:
+    if not each.mean('images'):
+        return '| | |'
+    return f'{each.mean("gflops_per_image"):.3f} | {each.mean("images_per_second"):.0f} | {each.mean("minutes"):.1f} |'
+
+
+def _table(found: dict[str, Found], table: str) -> list[str]:
+    cited = [(cite, each) for each in found.values() for cite in each.row.cites if cite.table == table]
+    cited.sort(key=lambda pair: -_paper_value(pair[0]))
+    ours = sorted((each.mean('linear') for _, each in cited), reverse=True)
+    text = ["| row | linear | kNN | place | paper's linear | paper's fine-tuning | paper's place | GFLOPs | images/s | "
+            'minutes |', '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |']
+    for place, (cite, each) in enumerate(cited):
+        paper = [f'{value:.2f}' if value is not None else '' for value in (cite.linear, cite.finetune)]
+        text.append(f'| {cite.label} (`{each.row.name}`) | {_accuracy(each, "linear")} | {_accuracy(each, "knn")} | '
+                    f'{ours.index(each.mean("linear")) + 1} | {paper[0]} | {paper[1]} | {place + 1} | {_costs(each)}')
+    counts = orderings(found, table)
+    if sum(counts.values()):
+        text.append(f'\nOf {sum(counts.values())} pairs of rows {counts["holds"]} are in the paper\'s order, '
+                    f'{counts["within noise"]} within noise, {counts["does not hold"]} in the other order.')
+    return text
+
+
+def _own_rows(found: dict[str, Found]) -> list[str]:
+    text = ['| row | linear | kNN | against | difference | noise | FLOPs of it | GFLOPs | images/s | minutes |',
+            '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |']
+    for name, each in found.items():
+        if each.row.cites or each.row.length != 1:
+            continue
+        reference = 'saim' if each.row.base == 'saim' else 'randsac'
+        against = '| | | | |'
+        if reference in found and each.row.base in ('saim', 'randsac'):
+            gap = difference(found, [(name, reference)])
+            ratio = each.mean('gflops_per_image') / found[reference].mean('gflops_per_image')
+            against = f'| `{reference}` | {gap.value:+.2f} | {gap.noise:.2f} | {ratio:.2f} |'
+        text.append(f'| `{name}` | {_accuracy(each, "linear")} | {_accuracy(each, "knn")} {against} {_costs(each)}')
+    return text
+
+
+def _cost_table(lines: dict, turns: list[dict[str, Any]]) -> list[str]:
+    text = ['| design | images seen | PFLOPs | minutes | linear | kNN |', '| --- | --- | --- | --- | --- | --- |']
+    for name, points in lines.items():
+        for point in points:
+            text.append(f'| {CURVES[name]} | {point["images"]:,.0f} | {point["pflops"]:.3g} | {point["minutes"]:.1f} | '
+                        f'{point["linear"]:.2f} | {point["knn"]:.2f} |')
+    text.append('\nWhere the order turns, by linear accuracy between the points measured:\n')
+    for turn in turns:
+        (first, second), (low, high) = (CURVES[n] for n in turn['designs']), turn['range']
+        ahead = [CURVES.get(n, n) for n in turn['ahead']]
+        said = (f'turns at {", ".join(f"{x:,.3g}" for x in turn["at"])}' if turn['at']
+                else f'{ahead[0]} ahead throughout')
+        text.append(f'- {first} and {second}, from {low:,.3g} to {high:,.3g} {AXES[turn["axis"]]}: {said} '
+                    f'({turn["points"][0]:+.2f} and {turn["points"][1]:+.2f} points at the ends).')
+    return text
+
+
+def table_figure(found: dict[str, Found], table: str, path: Path) -> None:
+    """A table of a paper as two panels, the paper's figures and ours, rows in the paper's order."""
+    cited = [(cite, each) for each in found.values() for cite in each.row.cites if cite.table == table]
+    cited.sort(key=lambda pair: _paper_value(pair[0]))
+    figure = Figure(figsize=(9, 1.4 + 0.32 * len(cited)), layout='constrained')
+    paper, ours = figure.subplots(1, 2, sharey=True)
+    places = range(len(cited))
+    for metric, colour in (('linear', 'C0'), ('finetune', 'C3')):
+        points = [(getattr(cite, metric), place) for place, (cite, _) in zip(places, cited)
+                  if getattr(cite, metric) is not None]
+        if points:
+            paper.plot(*zip(*points), 'o', color=colour, label={'linear': 'linear', 'finetune': 'fine-tuned'}[metric])
+    deviation = seed_deviation(found)
+    for metric, colour in (('linear', 'C0'), ('knn', 'C1')):
+        means = [each.mean(metric) for _, each in cited]
+        error = None
+        if metric == 'linear' and deviation is not None:
+            error = [2 * deviation / math.sqrt(len(each.runs)) for _, each in cited]
+        ours.errorbar(means, places, xerr=error, fmt='o', color=colour, label=METRICS[metric], capsize=3)
+    paper.set_yticks(places, [cite.label for cite, _ in cited])
+    for axes, title in ((paper, f'{table}, as published'), (ours, 'here' + (
+            ' (bars: two standard errors over seeds)' if deviation is not None else ' (one seed)'))):
+        axes.set(xlabel='top-1 (%)')
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        axes.margins(x=0.1, y=0.15 if len(cited) > 1 else 1)
+    figure.savefig(path, dpi=110)
+
+
+def cost_figure(lines: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Linear accuracy against images seen, FLOPs and time."""
+    figure = Figure(figsize=(12, 4), layout='constrained')
+    panels = figure.subplots(1, len(AXES), sharey=True)
+    for axes, (axis, label) in zip(panels, AXES.items()):
+        for number, (name, points) in enumerate(lines.items()):
+            axes.plot([p[axis] for p in points], [p['linear'] for p in points], 'o-', color=f'C{number}',
+                      label=CURVES[name])
+        axes.set(xlabel=label, xscale='log')
+        axes.grid(alpha=0.3, which='both')
+    panels[0].set_ylabel('linear accuracy (%)')
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
