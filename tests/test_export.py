@@ -7,7 +7,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 pytest.importorskip('sklearn')
@@ -18,6 +17,7 @@ from launching import SETTINGS, flags, log_of
 from safetensors.torch import load_file
 
 from autoreg_vit.models.golden import deviation, record
+from autoreg_vit.models.pretrained import load_folder
 from autoreg_vit.train import export as exporting
 from autoreg_vit.train.card import command, training_hours
 from autoreg_vit.train.checkpoint import save_checkpoint
@@ -47,11 +47,11 @@ def test_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert export(tmp_path / 'run', tmp_path / 'weights', '--tag', 'digits_1ep') == 0
 
     encoder, whole = tmp_path / 'weights' / f'{ENCODER}.digits_1ep', tmp_path / 'weights' / f'{MODEL}.digits_1ep'
-    trained = timm.create_model(f'local-dir:{tmp_path / "run" / "pretrain"}', pretrained=True)
-    loaded = timm.create_model(f'local-dir:{whole}', pretrained=True)
+    trained = load_folder(tmp_path / 'run' / 'pretrain')
+    loaded = load_folder(whole)
     assert deviation(record(loaded), record(trained)) < exporting.HALF_LIMIT
     assert loaded.pretrained_cfg['mean'] == trained.pretrained_cfg['mean']
-    alone = timm.create_model(f'local-dir:{encoder}', pretrained=True)
+    alone = load_folder(encoder)
     assert deviation({'features': record(loaded)['features']}, record(alone)) < 1e-4
 
     body = card_of(encoder)[1]

@@ -3,10 +3,12 @@ package; transformers. Each gives the outputs that were recorded when the weight
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,11 @@ from exporting import ENCODER, MODEL, write_weights
 from autoreg_vit.models.golden import golden_images
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """A version as numbers."""
+    return tuple(map(int, re.findall(r'\d+', text)[:3]))
 
 
 @pytest.fixture(scope='module')
@@ -106,8 +113,11 @@ clone, name = sys.argv[1:]
 results = {}
 with torch.no_grad():
     sys.modules['autoreg_vit'] = None  # importing it fails
-    alone = timm.create_model(f'local-dir:{clone}/weights/{name}.test', pretrained=True).eval()
-    results.update(alone=alone(images).tolist(), dtype=str(alone.norm.weight.dtype), kind=type(alone).__module__)
+    try:
+        alone = timm.create_model(f'local-dir:{clone}/weights/{name}.test', pretrained=True).eval()
+        results.update(alone=alone(images).tolist(), dtype=str(alone.norm.weight.dtype), kind=type(alone).__module__)
+    except Exception as error:
+        results['alone'] = repr(error)
 
     del sys.modules['autoreg_vit']
     hub = 'owner/autoreg-vit:main'
@@ -167,6 +177,7 @@ class TestClone:
 
 
 class TestOutside:
+    @pytest.mark.skipif(numbers(timm.__version__) < (1, 0, 26), reason='timm before 1.0.26 reads pickles alone there')
     def test_timm_alone(self, outside: dict, golden: dict):
         torch.testing.assert_close(torch.tensor(outside['alone']), golden['features'], rtol=1e-4, atol=1e-4)
         assert outside['dtype'] == 'torch.float32' and outside['kind'] == 'timm.models.vision_transformer'
@@ -183,6 +194,7 @@ class TestOutside:
         assert 'ViT-Ti/4 at 32, RandSAC' in outside['help'] and 'Tags: test.' in outside['help']
 
 
+@pytest.mark.skipif(numbers(version('setuptools')) < (77,), reason='the build needs setuptools 77')
 def test_wheel(clone: Path, golden: dict, tmp_path: Path):
     """Built from a copy, so that what the build leaves is not taken for the clone's."""
     source = shutil.copytree(clone, tmp_path / 'source')

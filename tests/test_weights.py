@@ -15,6 +15,7 @@ pytest.importorskip('sklearn')
 import yaml
 from exporting import ENCODER, MODEL, write_weights
 from safetensors import safe_open
+from torch import nn
 
 from autoreg_vit.checksums import SUMS, sha256_of, verify_checksum
 from autoreg_vit.errors import CheckpointError, ModelError
@@ -72,9 +73,8 @@ def check_card(folder: Path) -> None:
     assert float(re.search(r'of ([\d.]+) million parameters', body)[1]) == pytest.approx(millions, abs=0.006)
 
 
-def check_outputs(folder: Path, name: str) -> None:
+def check_outputs(folder: Path, model: nn.Module) -> None:
     """The recorded outputs come out, in float32."""
-    model = timm.create_model(name, pretrained=True)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     golden = json.loads((folder / 'golden.json').read_text())['outputs']
     assert deviation(record(model), golden) < 1e-4
@@ -89,10 +89,10 @@ class TestShipped:
         check_card(SHIPPED[name])
 
     def test_outputs_by_name(self, name: str):
-        check_outputs(SHIPPED[name], name)
+        check_outputs(SHIPPED[name], timm.create_model(name, pretrained=True))
 
     def test_outputs_by_folder(self, name: str):
-        check_outputs(SHIPPED[name], f'local-dir:{SHIPPED[name]}')
+        check_outputs(SHIPPED[name], pretrained.load_folder(SHIPPED[name]))
 
     def test_registered(self, name: str):
         assert name in timm.list_models(pretrained=True)
@@ -104,11 +104,11 @@ class TestMadeHere:
     def test_as_shipped_ones(self, folders: tuple[Path, Path], part: int):
         check_sums(folders[part])
         check_card(folders[part])
-        check_outputs(folders[part], f'local-dir:{folders[part]}')
+        check_outputs(folders[part], pretrained.load_folder(folders[part]))
 
     def test_recorded_outputs_notice_other_weights(self, folders: tuple[Path, Path]):
         for folder, perturbed in zip(folders, ('patch_embed.proj.weight', 'decoder.blocks.0.mlp.fc2.bias')):
-            model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+            model = pretrained.load_folder(folder)
             golden = json.loads((folder / 'golden.json').read_text())['outputs']
             with torch.no_grad():
                 model.get_parameter(perturbed).view(-1)[0] += 0.5

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, resolve_pretrained_cfg
+from torch import nn
 
 from ..checksums import SUMS, checksum_path, verify_checksum
 from ..errors import CheckpointError, ModelError, suggest
@@ -74,6 +76,18 @@ def weights_options(
     if path.parent != shipped_weights().get(f'{architecture}.{cfg.tag}'):
         return {}
     return _read(path.parent / CONFIG, 'model_args')
+
+
+def load_folder(folder: Path, **options: Any) -> nn.Module:
+    """The model of a folder of safetensors with its weights: the door `local-dir:`, for every timm. Before 1.0.26 that
+    door itself takes every file for a pickle.
+
+    Args:
+        folder: With config.json and model.safetensors.
+        **options: Arguments of `timm.create_model`.
+    """
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, pretrained_cfg_overlay={
+        'source': None, 'file': str(folder / WEIGHTS)}, **options)
 
 
 def check_tag(architecture: str, tag: str, registered: DefaultCfg) -> None:

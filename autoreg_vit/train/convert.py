@@ -183,7 +183,7 @@ def pretraining_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: d
 def write_folder(part: Part, folder: Path, kind: str, source: Path, method: str) -> None:
     """Write one folder: weights, config, card, report and checksums."""
     write = export_encoder if kind == 'encoder' else export_pretraining
-    write(part.model, folder, pickle=False, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    write(part.model, folder, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     origin = {'source': source.name, 'sha256': sha256_of(source), 'method': method}
     (folder / REPORT).write_text(json.dumps({**origin, **part.report()}, indent=1) + '\n', encoding='utf-8')
     header = {'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction', 'tags': ['timm', method.lower()]}

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from huggingface_hub import HfApi
 
@@ -15,7 +14,7 @@ from ..checksums import SUMS, sha256_of, write_sums
 from ..errors import CheckpointError, ConfigError, UsageError
 from ..models.export import export_encoder, export_pretraining, replaced
 from ..models.golden import deviation, record
-from ..models.pretrained import CONFIG, WEIGHTS, check_files
+from ..models.pretrained import CONFIG, WEIGHTS, check_files, load_folder
 from ..models.pretraining import AutoregressiveViT
 from .card import Source, Weights, card, default_data, read_results
 from .checkpoint import load_checkpoint, load_into, writing
@@ -81,7 +80,7 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
         raise ConfigError(f'{run / "log.jsonl"} is missing, or does not begin with the start of a run.')
     check_files(run / 'pretrain')
     try:
-        model = timm.create_model(f'local-dir:{run / "pretrain"}', pretrained=True)
+        model = load_folder(run / 'pretrain')
     except UsageError:
         raise
     except Exception as error:  # by the kind of damage: OSError, SafetensorError, KeyError, RuntimeError, ...
@@ -126,7 +125,7 @@ def write_folder(
     cfg, trained = model.pretrained_cfg, record(part)
     for dtype in {None: (torch.float16, torch.float32), True: (torch.float16,), False: (torch.float32,)}[half]:
         write(part, folder, dtype=dtype, pickle=False, mean=cfg['mean'], std=cfg['std'], license='apache-2.0')
-        golden = record(timm.create_model(f'local-dir:{folder}', pretrained=True))
+        golden = record(load_folder(folder))
         change = deviation(golden, trained)
         if change <= HALF_LIMIT:
             break

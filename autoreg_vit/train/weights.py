@@ -11,10 +11,11 @@ from torch import nn
 from ..checksums import verify_checksum
 from ..errors import CheckpointError, ModelError, UsageError, suggest
 from ..models.encoders import check_sizes
+from ..models.pretrained import WEIGHTS, load_folder
 from ..models.pretraining import pretraining_models
 
 #: Names under which timm looks for the weights in a folder.
-WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
+WEIGHT_FILES = (WEIGHTS, 'pytorch_model.bin')
 
 
 def load_encoder(weights: str, pretrained: bool = True, **options: Any) -> nn.Module:
@@ -51,7 +52,11 @@ def load_model(weights: str, pretrained: bool = True) -> nn.Module:
 def _create(name: str, weights: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """The model of timm's `name`; `weights` is what the caller called it."""
     try:
-        model = timm.create_model(name, pretrained=pretrained, **options)
+        folder = Path(name.removeprefix('local-dir:'))
+        if pretrained and name.startswith('local-dir:') and (folder / WEIGHTS).is_file():
+            model = load_folder(folder, **options)
+        else:
+            model = timm.create_model(name, pretrained=pretrained, **options)
     except UsageError:
         raise
     except TypeError as error:
