@@ -147,10 +147,10 @@ class TestRun:
 
     def test_without_an_eval_split_a_fifth_is_held_out(self, encoder: str, data: str, tmp_path: Path):
         folder = segment(SegmentConfig(**{**SHORT, 'steps': 1}, weights=encoder, data_dir=data, decoder_channels=16,
-                                       output_dir=str(tmp_path / 'run')))
-        results = results_of(folder)
+                                       in_chans=1, output_dir=str(tmp_path / 'run')))
+        results, model = results_of(folder), load_segmenter(folder / 'model')
         assert (results['test_images'], results['train_images']) == (5, 19)
-        assert load_segmenter(folder / 'model').config['decoder_channels'] == 16
+        assert model.config['decoder_channels'] == 16 and model(torch.randn(1, 1, 32, 32)).shape == (1, 3, 32, 32)
 
 
 class TestNetwork:

@@ -5,8 +5,10 @@ torchvision's detection.
 """
 
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d
@@ -134,6 +136,18 @@ class SmpEncoder(nn.Module):
         """Six maps of images [B, in_chans, H, W], of strides 1, 2, 4, 8, 16 and 32."""
         batch, _, height, width = images.shape
         return [images, images.new_empty(batch, 0, height // 2, width // 2), *self.pyramid(images)]
+
+
+def layer_groups(encoder: str) -> dict[str, Any]:
+    """What `group_matcher` of a network gives for timm's layer decay: the encoder's stem, its blocks, and all the rest
+    at the full rate.
+
+    Args:
+        encoder: Name of the encoder in the network, such as 'backbone.pyramid.encoder'.
+    """
+    prefix = '^' + re.escape(encoder) + r'\.'
+    return {'stem': prefix + r'(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
+            'blocks': [(prefix + r'blocks\.(\d+)', None)]}
 
 
 def register_smp_encoder(name: str, pyramid: FeaturePyramid) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from ..checksums import verify_checksum, write_checksum
 from ..errors import CheckpointError
-from .neck import FeaturePyramid, register_smp_encoder
+from .neck import FeaturePyramid, layer_groups, register_smp_encoder
 
 #: Pixels of a mask that have no class.
 IGNORED = -1
@@ -57,6 +57,7 @@ class Segmenter(nn.Module):
         self.network = smp.UPerNet(
             'autoreg_vit', encoder_weights=None, in_channels=channels, classes=classes, upsampling=1,
             decoder_channels=width if decoder_channels is None else decoder_channels)
+        del smp.encoders.encoders['autoreg_vit']  # which would keep the encoder when this network is gone
         self.network.segmentation_head.insert(0, nn.Dropout2d(dropout))
         self.weight = auxiliary
         self.auxiliary = nn.Sequential(
@@ -83,10 +84,8 @@ class Segmenter(nn.Module):
         return loss
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer decay: the encoder's stem, its blocks, and all the rest at the full rate."""
-        encoder = r'^network\.encoder\.pyramid\.encoder\.'
-        return {'stem': encoder + r'(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
-                'blocks': [(encoder + r'blocks\.(\d+)', None)]}
+        """Layers for timm's layer decay."""
+        return layer_groups('network.encoder.pyramid.encoder')
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beside those of one dimension."""

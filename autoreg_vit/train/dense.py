@@ -62,6 +62,8 @@ def learning_figure(runs: dict[str, Sequence[dict]], path: Path) -> None:
         evaluations = [line for line in lines if line['event'] == 'evaluation']
         for style, (key, marker) in enumerate(zip(scores, 'os^v')):
             points = [(line['images'], line[key]) for line in evaluations if key in line]
+            if not points:
+                continue
             right.plot(*zip(*points), marker=marker, linestyle=('-', '--', ':', '-.')[style],
                        color=f'C{number if several else style}',
                        label=f'{name}, {SCORES[key]}' if several else SCORES[key])
