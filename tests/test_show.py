@@ -17,7 +17,7 @@ import autoreg_vit.train
 from autoreg_vit.errors import ModelError
 from autoreg_vit.models.export import export_encoder, export_pretraining
 from autoreg_vit.models.targets import patchify, unpatchify
-from autoreg_vit.train import figures, panels, pictures, show
+from autoreg_vit.train import attention_maps, figures, panels, pictures, show
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.data import ImageSpec
 
@@ -131,7 +131,7 @@ class TestAttention:
                 lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
         with torch.no_grad():
             encoder(images)
-        weights = pictures.attention_weights(encoder, images)
+        weights = attention_maps.attention_weights(encoder, images)
         tokens = 16 + encoder.num_prefix_tokens
         assert weights.shape == (2, 2, tokens, tokens)
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, tokens))
@@ -149,8 +149,8 @@ class TestAttention:
             encoder = randomise(timm.create_model(
                 'vit_tiny_patch16_224', **SMALL, img_size=(8, 12), class_token=class_token, reg_tokens=registers,
                 global_pool='avg'))
-            weights = pictures.attention_weights(encoder, images)
-            maps = pictures.attention_maps(encoder, weights)
+            weights = attention_maps.attention_weights(encoder, images)
+            maps = attention_maps.attention_maps(encoder, weights)
             assert maps.shape == (2, 2, 4, 6)
             prefix, tokens = encoder.num_prefix_tokens, weights.shape[-1]
             for row, column in ((0, 0), (1, 2), (3, 5)):
@@ -162,7 +162,7 @@ class TestAttention:
         for model in (timm.create_model('test_resnet'), timm.create_model('vit_tiny_patch16_224', **SMALL, img_size=8,
                                                                           block_fn=TwistedBlock)):
             with pytest.raises(ModelError, match=f'this model is a {type(model).__name__}'):
-                pictures.attention_weights(model, torch.zeros(1, 3, 8, 8))
+                attention_maps.attention_weights(model, torch.zeros(1, 3, 8, 8))
 
 
 class TwistedBlock(timm.models.vision_transformer.Block):
@@ -244,7 +244,7 @@ class TestCommand:
 
     def test_attention_is_of_the_weights_and_of_none(self, shown: Path, tmp_path: Path, monkeypatch):
         calls = []
-        monkeypatch.setattr(pictures, 'attention_figure', lambda encoders, *rest: calls.append(dict(encoders)))
+        monkeypatch.setattr(attention_maps, 'attention_figure', lambda encoders, *rest: calls.append(dict(encoders)))
         monkeypatch.setattr(figures, 'mix_figure', lambda mix, *rest: calls.append(mix))
         for more in ([], ['--no-pretrained']):
             assert main(['show', '--weights', str(shown / 'randsac'), '--figures', 'attention', 'mix', '--output-dir',
@@ -308,7 +308,7 @@ class TestErrors:
         assert sorted(tmp_path.rglob('*')) == before
 
     def test_missing_matplotlib_is_named(self, shown: Path, monkeypatch, capsys):
-        for name in ('show', 'pictures', 'panels', 'figures'):
+        for name in ('show', 'attention_maps', 'pictures', 'panels', 'figures'):
             monkeypatch.delitem(sys.modules, f'autoreg_vit.train.{name}')
             monkeypatch.delattr(autoreg_vit.train, name)
         monkeypatch.setitem(sys.modules, 'matplotlib', None)

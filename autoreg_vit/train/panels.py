@@ -96,6 +96,12 @@ def label_row(axis: Axes, text: str) -> None:
     axis.text(-0.04, 0.5, text, transform=axis.transAxes, ha='right', va='center', rotation=90, fontsize=9, color=INK)
 
 
+def note(axis: Axes, text: str) -> None:
+    """A few words in a panel's lower right corner."""
+    axis.text(0.97, 0.04, text, transform=axis.transAxes, ha='right', va='bottom', fontsize=8.5, color='white',
+              path_effects=[withStroke(linewidth=1.8, foreground=INK)])
+
+
 def order_legend(figure: Figure) -> None:
     """What the colours of segments mean, at the upper right."""
     width, height = figure.get_size_inches()
@@ -122,7 +128,7 @@ def show_image(axis: Axes, image: torch.Tensor, spec: ImageSpec) -> None:
 def show_pixels(axis: Axes, pixels: np.ndarray, **options) -> None:
     """Draw pixels, values [H, W] or uint8 RGB [H, W, 3]."""
     height, width = pixels.shape[:2]
-    axis.imshow(pixels, interpolation='nearest' if max(height, width) <= 96 else 'antialiased', aspect='auto',
+    axis.imshow(pixels, interpolation='nearest' if max(height, width) <= 96 else 'antialiased',
                 extent=(0, width, height, 0), **options)
     axis.set_axis_off()
 
@@ -136,21 +142,16 @@ def show_ranks(axis: Axes, ranks: np.ndarray) -> None:
     """
     count = ranks.max() + 1
     width, height = _extent(axis)
-    axis.imshow(COLOURS((ranks + 0.5) / count), alpha=0.55, extent=(0, width, height, 0), interpolation='nearest',
-                aspect='auto')
+    axis.imshow(COLOURS((ranks + 0.5) / count), alpha=0.55, extent=(0, width, height, 0), interpolation='nearest')
     if count > 32:
         return
     _add_lines(axis, boundaries(ranks), ranks.shape, color='white', linewidth=1.1, alpha=0.9)
     if count > 16:
         return
     scale = np.array([height / ranks.shape[0], width / ranks.shape[1]])
-    size = np.clip(0.7 * _token(axis, ranks.shape[1]), 5, 10)
+    size = np.clip(0.7 * _token(axis, ranks.shape[1]), 6.5, 10)
     for rank in range(count):
-        places = np.argwhere(ranks == rank) + 0.5
-        centre = places.mean(0)
-        if ranks[tuple(centre.astype(int))] != rank:  # a curved segment's centre may lie outside
-            centre = places[np.square(places - centre).sum(1).argmin()]
-        y, x = centre * scale
+        y, x = _middle(ranks == rank) * scale
         axis.text(x, y, str(rank + 1), ha='center', va='center', fontsize=size, color='white', fontweight='bold',
                   path_effects=[withStroke(linewidth=1.8, foreground=INK)])
 
@@ -175,6 +176,17 @@ def _add_lines(axis: Axes, lines: list, grid: tuple[int, int], **style) -> LineC
     scale = np.array([width / grid[1], height / grid[0]])
     return axis.add_collection(LineCollection([np.array(line) * scale for line in lines], capstyle='projecting',
                                               **style), autolim=False)
+
+
+def _middle(member: np.ndarray) -> np.ndarray:
+    """The point (y, x), in tokens, nearest to the centre of `member` [rows, columns] and well inside it: the middle of
+    a token, or where members alone meet."""
+    (top, bottom), (left, right) = (((i := np.arange(2 * n - 1)) // 2, (i + 1) // 2) for n in member.shape)
+    inside = (member[np.ix_(top, left)] & member[np.ix_(top, right)]
+              & member[np.ix_(bottom, left)] & member[np.ix_(bottom, right)])
+    points = (np.argwhere(inside) + 1) / 2
+    centre = np.argwhere(member).mean(0) + 0.5
+    return points[np.square(points - centre).sum(1).argmin()]
 
 
 def _token(axis: Axes, columns: int) -> float:

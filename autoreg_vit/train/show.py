@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import DataError, ModelError
 from ..models import AutoregressiveViT
-from . import figures, pictures
+from . import attention_maps, figures, pictures
 from .data import DAMAGE, Digits, FlatFolder, ImageSpec, evaluation_transform, open_image
 from .runtime import create_folder
 from .seeding import mix_seed
@@ -55,7 +55,7 @@ def show(config: ShowConfig) -> Path:
             encoders = [('pretrained' if config.pretrained else 'untrained', _encoder(model))]
             if config.pretrained:
                 encoders.insert(0, ('untrained', _encoder(load_model(config.weights, pretrained=False))))
-            pictures.attention_figure(encoders, images, spec, files[0], name)
+            attention_maps.attention_figure(encoders, images, spec, files[0], name)
         elif figure == 'mix':
             figures.mix_figure(model.decoder.mix.detach().cpu().numpy(), files[0], name)
         for file in files:
@@ -136,13 +136,15 @@ def _possible(model: nn.Module, config: ShowConfig) -> list[str]:
     elif not hasattr(model.decoder, 'mix'):
         reasons['mix'] = 'the model learned none, as decoder=masked with memory=mix does (RandSAC 4.2)'
     try:
-        pictures.last_attention_block(_encoder(model))
+        attention_maps.last_attention_block(_encoder(model))
     except ModelError as error:
         reasons['attention'] = str(error).rstrip('.')
     for name, reason in reasons.items():
-        if name in (config.figures or ()):
+        if config.figures and name in config.figures:
             raise ModelError(f'No figure {name!r}: {reason}.')
-    possible = [name for name in config.figures or FIGURES if name not in reasons]
+    if config.figures:
+        return list(dict.fromkeys(config.figures))
+    possible = [name for name in FIGURES if name not in reasons]
     if not possible:
         raise ModelError(f'Nothing to draw of {config.weights}: {reasons["attention"]}.')
     for reason in dict.fromkeys(reasons.values()):
