@@ -375,7 +375,9 @@ class TestErrors:
     @pytest.mark.parametrize('options, message', [
         ({'data_dir': None}, '--data-dir names a folder'), ({'scale': (2.0, 0.5)}, 'scale is two factors'),
         ({'crop_size': (1, 2, 3)}, 'crop_size is one number'), ({'schedule': 'step'}, "'linear' or 'cosine'"),
-        ({'steps': 0}, 'steps must be at least 1'), ({'crop_share': 2.0}, 'crop_share is between 0 and 1'),
+        ({'steps': 0}, 'steps must be at least 1'),
+        ({'stride': 513}, 'would leave pixels between windows'),
+        ({'crop_share': 2.0}, 'crop_share is between 0 and 1'),
     ])
     def test_settings_that_cannot_be(self, options: dict, message: str):
         with pytest.raises(ConfigError, match=message):

@@ -37,6 +37,9 @@ class SegmentConfig(DenseConfig):
         self._between_0_and_1('crop_share', 'dropout')
         if len(self.crop_size) not in (1, 2) or min(self.crop_size) < 1:
             raise ConfigError(f'crop_size is one number or height and width, got {self.crop_size}.')
+        if self.stride is not None and self.stride > min(self.crop):
+            raise ConfigError(f'stride={self.stride} would leave pixels between windows of {self.crop[0]} x '
+                              f'{self.crop[1]} unseen: use {min(self.crop)} or less.')
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise ConfigError(f'scale is two factors above 0, the smaller first; got {self.scale}.')
         if self.data_dir is None:
