@@ -19,8 +19,6 @@ PAPERS = {
 #: Entries of a results.json that are measures, and how a table names them.
 MEASURES = {'top1': 'top-1', 'top5': 'top-5', 'knn': 'kNN', 'miou': 'mIoU', 'pixel_accuracy': 'pixel accuracy',
             'AP': 'AP', 'AP50': 'AP50', 'AP75': 'AP75'}
-#: Settings that say how images become a task, in the order of the card.
-DESIGN = ('serialization', 'segments', 'decoder', 'decoder_depth', 'memory', 'first_segment', 'head', 'norm_pix')
 
 
 class Weights(NamedTuple):
@@ -167,7 +165,7 @@ def _training(source: Source) -> str:
     seen = steps[-1]['images'] if steps else 0
     epochs = _plural(config.epochs, 'epoch') if source.finished else (
         f'{steps[-1]["epoch"] if steps else 0:g} of {config.epochs} epochs (the run is not finished)')
-    design = ', '.join(f'{k} {_plain(v)}' for k in DESIGN if (v := getattr(config, k)) is not None)
+    design = ', '.join(f'{k} {_plain(v)}' for k, v in config.model_options().items())
     crops = 'method\'s default' if config.crop_scale is None else ' to '.join(map(str, config.crop_scale))
     count = first.get('train_images')
     rows = {
