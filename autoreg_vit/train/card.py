@@ -246,7 +246,7 @@ def _limits(source: Source, config: dict[str, Any]) -> str:
         'selection and biases; elsewhere they are untested.',
         'Pretraining is by images alone: classify with a classifier of your own on top (`num_classes`), or by '
         'fine-tuning.',
-        'One run with one seed; differences of about a point in accuracy are within what another seed can give.',
+        'One run with one seed; what another seed gives was not measured.',
     ]
     if source.limits:
         parts.append(source.limits)
