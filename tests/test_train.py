@@ -190,6 +190,13 @@ def test_loss_by_rank_takes_the_loss_apart():
     torch.testing.assert_close(by_rank.error[0], first.std(correction=0) / 7 ** 0.5)
 
 
+def test_loss_by_rank_begins_after_a_given_segment():
+    model = timm.create_model('randsac_vit_tiny_patch4_32', depth=1, decoder_depth=1, serialization='squares',
+                              segments=16, first_segment='given')
+    by_rank = figures.loss_by_rank(model, torch.randn(3, 3, 32, 32))
+    assert by_rank.tokens.tolist() == [3 * 4] * 15 and by_rank.mean.min() > 0
+
+
 class TestErrors:
     @pytest.mark.parametrize('arguments, words', [
         (['--modle', 'x'], ['--modle', '--model']),

@@ -43,7 +43,7 @@ def loss_figure(log: Sequence[dict], path: Path) -> None:
 
 
 class LossByRank(NamedTuple):
-    """How hard each segment is to predict, by its place in the order.
+    """How hard each segment is to predict, by its place in the order; a first segment that is given (AIM) has none.
 
     mean: Mean squared error of the tokens of each rank, in the target's units, float64 [ranks].
     error: Standard error of that mean over images, float64 [ranks].
@@ -73,7 +73,11 @@ def loss_by_rank(model: AutoregressiveViT, images: torch.Tensor, batch_size: int
     mean = sums.sum(0) / tokens.sum(0)
     # Of a ratio of sums: images count by the tokens they have of a rank.
     residual = (sums - mean * tokens).square().sum(0).sqrt()
-    return LossByRank(mean, residual / tokens.sum(0), tokens.sum(0))
+    return LossByRank(*(x[_given(model):] for x in (mean, residual / tokens.sum(0), tokens.sum(0))))
+
+
+def _given(model: AutoregressiveViT) -> int:
+    return int(model.first_segment == 'given')
 
 
 def loss_by_rank_figure(model: AutoregressiveViT, by_rank: LossByRank, path: Path) -> None:
@@ -87,7 +91,7 @@ def loss_by_rank_figure(model: AutoregressiveViT, by_rank: LossByRank, path: Pat
     figure = Figure(figsize=(6, 3.8), layout='constrained')
     axes = figure.subplots()
     mean, error = by_rank.mean.numpy(), by_rank.error.numpy()
-    places = np.arange(1, len(mean) + 1)
+    places = np.arange(1, len(mean) + 1) + _given(model)
     axes.fill_between(places, mean - 2 * error, mean + 2 * error, color='C0', alpha=0.25, linewidth=0)
     axes.plot(places, mean, 'o-' if len(mean) <= 32 else '-', color='C0', markersize=4)
     average = float((by_rank.mean * by_rank.tokens).sum() / by_rank.tokens.sum())
