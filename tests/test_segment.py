@@ -34,6 +34,7 @@ from autoreg_vit.train.segment import segment
 from autoreg_vit.train.segment_config import SegmentConfig
 from autoreg_vit.train.segment_data import Augment, MaskFormat, Plain, find_pairs, open_data
 from autoreg_vit.train.segment_eval import evaluate, sliding_logits
+from autoreg_vit.train.segment_figures import palette, predictions_figure
 
 CPU = Processes(torch.device('cpu'))
 CLASSES = ('ground', 'square', 'disc')
@@ -235,6 +236,19 @@ class TestEvaluation:
                                 batch[:, 2] - batch[:, 0]], dim=1)
 
         assert evaluate(by_colour, [(resized, truth)], 3, config, CPU)['miou'] > 70
+
+
+    def test_pictures_show_what_they_should(self, tmp_path: Path):
+        """Next to a grey image its classes in colour over the same grey, and pixels without a class dark."""
+        truth = torch.full((40, 60), 1)
+        truth[:20] = IGNORED
+        predictions_figure([torch.zeros(3, 20, 30)], [truth], [torch.full((40, 60), 2)], CLASSES,
+                           ImageSpec((20, 30), 3, (0.5,) * 3, (0.25,) * 3), tmp_path / 'picture.png')
+        pixels = np.asarray(Image.open(tmp_path / 'picture.png').convert('RGB')).reshape(-1, 3).astype(int)
+        grey, colours = np.array([128] * 3), 255 * palette(3)
+        for part, colour in ((0.2, grey), (0.1, 0.35 * grey), (0.1, 0.35 * grey + 0.65 * colours[1]),
+                             (0.2, 0.35 * grey + 0.65 * colours[2])):
+            assert (abs(pixels - colour).max(1) <= 2).mean() > part
 
 
 class TestData:

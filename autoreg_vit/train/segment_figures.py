@@ -48,7 +48,7 @@ def predictions_figure(
     axes = figure.subplots(len(images), 3, squeeze=False)
     for row, (image, truth, prediction) in zip(axes, zip(images, truths, predictions)):
         pixels = interpolate(image[None].float(), size=truth.shape, mode='bilinear')[0]
-        pixels = displayed(pixels, spec)
+        pixels = displayed(pixels, spec) / 255
         for axis, labels in zip(row, (None, truth.cpu().numpy(), prediction.cpu().numpy())):
             over = 0 if labels is None else np.where((labels >= 0)[..., None], 0.65 * colours[labels.clip(0)], 0)
             axis.imshow(pixels if labels is None else 0.35 * pixels + over)
