@@ -1,14 +1,11 @@
 """Mask R-CNN on a plain ViT, as Li et al. 2021 ("Benchmarking Detection Transfer Learning with Vision Transformers")
 build it and SAIM uses it ("Object detection and instance segmentation on COCO")."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -20,9 +17,9 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2.functional import resize
 
-from ..checksums import verify_checksum, write_checksum
-from ..errors import CheckpointError, ModelError, ShapeError, UsageError
-from .neck import DetectionBackbone, FeaturePyramid
+from ..errors import ModelError, ShapeError
+from .folders import load_network, save_network
+from .neck import DetectionBackbone, FeaturePyramid, layer_groups
 from .windowed import use_windows
 
 #: Norms of the pyramid network and of the heads' convolutions: Li et al. 2021 synchronise a batch norm over all
@@ -108,10 +105,8 @@ class ViTMaskRCNN(MaskRCNN):
             module.register_forward_hook(_in_float32)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer decay: the encoder's stem, its blocks, and all the rest at the full rate."""
-        encoder = r'^backbone\.pyramid\.encoder\.'
-        return {'stem': encoder + r'(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
-                'blocks': [(encoder + r'blocks\.(\d+)', None)]}
+        """Layers for timm's layer decay."""
+        return layer_groups('backbone.pyramid.encoder')
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beside those of one dimension."""
@@ -165,47 +160,31 @@ def save_detector(
         options: dict[str, Any],
         categories: dict[int, str],
 ) -> None:
-    """Write a detector as a folder that `load_detector` reads: config.json and model.safetensors.
+    """Write a detector as a folder that `load_detector` reads.
 
     Args:
         model: Trained.
         folder: Made if it is not there.
-        encoder: timm's `architecture` and its `model_args`.
+        encoder: What makes the encoder again: timm's `architecture` and its `model_args`.
         options: Keyword arguments of `ViTMaskRCNN`, size, mean and std among them.
         categories: Names of the classes by their ids in the data, in the order of labels.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {'model': 'mask_rcnn', 'encoder': encoder, 'options': options,
-              'categories': [{'id': identity, 'name': name} for identity, name in categories.items()]}
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / 'model.safetensors')
-    (folder / 'model.safetensors').chmod(0o644)  # safetensors leaves 0600
-    write_checksum(folder / 'model.safetensors')
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    save_network(model, folder, {
+        **encoder, 'options': options,
+        'categories': [{'id': identity, 'name': name} for identity, name in categories.items()]})
 
 
 def load_detector(folder: str | Path) -> ViTMaskRCNN:
-    """The detector that `autoreg-vit detect` wrote to a folder, in evaluation; `model.categories` names the classes, of
-    which label i is the i-th, from 1 on.
+    """A detector that `autoreg-vit detect` has trained, in evaluation mode: a list of images [C, H, W] between 0 and 1,
+    of any size, to boxes, labels, scores and masks of each. `config` is the folder's config.json; label i is the i-th
+    of `config['categories']`, from 1 on.
 
     Raises:
-        CheckpointError: for a folder that is missing or damaged.
+        CheckpointError: for a folder that is none, or damaged.
     """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        encoder, options, categories = config['encoder'], config['options'], config['categories']
-        names = [category['name'] for category in categories]
-        verify_checksum(folder / 'model.safetensors')
-        state_dict = load_file(folder / 'model.safetensors')
-        model = ViTMaskRCNN(timm.create_model(encoder['architecture'], **encoder['model_args']), len(names), **{
-            name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
-        model.load_state_dict(state_dict)
-    except UsageError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f'{folder} holds no detector that can be loaded ({type(error).__name__}: '
-                              f'{" ".join(str(error).split())[:300]}): expected config.json and model.safetensors, as '
-                              'autoreg-vit detect writes to runs/NAME/model.') from error
-    model.categories = names
-    return model.eval()
+    def build(config: dict[str, Any]) -> ViTMaskRCNN:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in config['options'].items()}
+        encoder = timm.create_model(config['architecture'], **config['model_args'])
+        return ViTMaskRCNN(encoder, len(config['categories']), **options)
+
+    return load_network(folder, build, 'detector', 'detect')

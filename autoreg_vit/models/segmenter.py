@@ -1,19 +1,15 @@
 """Semantic segmentation: UPerNet on an encoder's maps, as BEiT sets it up and both papers take it over."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from ..checksums import verify_checksum, write_checksum
-from ..errors import CheckpointError
+from .folders import load_network, save_network
 from .neck import FeaturePyramid, layer_groups, register_smp_encoder
 
 #: Pixels of a mask that have no class.
@@ -120,17 +116,11 @@ def save_segmenter(model: Segmenter, folder: Path, source: dict[str, Any], **mor
         **more: What else config.json holds: classes, a list of names; crop_size, stride, mean and std, with which to
             use the model.
     """
-    folder.mkdir(exist_ok=True)
     encoder = model.network.encoder.pyramid.encoder
-    content = {
+    save_network(model, folder, {
         **source, 'img_size': list(encoder.patch_embed.img_size),
         'decoder_channels': model.network.segmentation_head[1].in_channels, 'auxiliary': model.weight, **more,
-    }
-    weights = folder / 'model.safetensors'
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, weights)
-    weights.chmod(0o644)  # safetensors leaves 0600
-    write_checksum(weights)
-    (folder / 'config.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    })
 
 
 def load_segmenter(folder: str | Path) -> Segmenter:
@@ -140,19 +130,9 @@ def load_segmenter(folder: str | Path) -> Segmenter:
     Raises:
         CheckpointError: for a folder that is none, or damaged.
     """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        verify_checksum(folder / 'model.safetensors')
+    def build(config: dict[str, Any]) -> Segmenter:
         encoder = timm.create_model(config['architecture'], **config['model_args'])
-        model = Segmenter(encoder, len(config['classes']), tuple(config['img_size']),
-                          decoder_channels=config['decoder_channels'], auxiliary=config['auxiliary'])
-        model.load_state_dict(load_file(folder / 'model.safetensors'))
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f'{folder} holds no whole segmenter ({type(error).__name__}: '
-                              f'{" ".join(str(error).split())[:300]}): name the folder model/ of a run of autoreg-vit '
-                              'segment.') from error
-    model.config = config
-    return model.eval()
+        return Segmenter(encoder, len(config['classes']), tuple(config['img_size']),
+                         decoder_channels=config['decoder_channels'], auxiliary=config['auxiliary'])
+
+    return load_network(folder, build, 'segmenter', 'segment')

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import ConfigError
 from .checkpoint import writing
 from .data import Batches, ImageSpec
-from .dense import learning_figure, require
+from .dense import dense_encoder, learning_figure, require
 from .detect_config import DetectConfig
 from .distributed import Processes, check_divisible, processes
 from .loop import adam_options, create_optimizer, prepare, start
@@ -22,7 +22,7 @@ from .run import Run
 from .runtime import autocast
 from .seeding import mix_seed
 from .supervised import Learner, finished, leave_results, train
-from .weights import load_encoder, short_name, source_config
+from .weights import short_name
 
 
 def detect(config: DetectConfig) -> Path:
@@ -57,13 +57,8 @@ def _detect(config: DetectConfig, group: Processes) -> Path:
     if config.norm == 'batch' and group.world_size > 1 and group.device.type != 'cuda':
         raise ConfigError('norm=batch is synchronised over GPUs alone: use --norm layer with several processes on '
                           f'{group.device.type}.')
-    options = {'num_classes': 0, 'dynamic_img_size': True}
-    encoder = load_encoder(config.weights, config.pretrained, **options, drop_path_rate=config.drop_path_rate)
-    source = {'architecture': encoder.pretrained_cfg['architecture'],
-              'model_args': {**source_config(config.weights).get('model_args', {}), **options}}
-    if config.grad_checkpointing:
-        encoder.set_grad_checkpointing()
-    spec = ImageSpec.of(encoder)
+    encoder, source = dense_encoder(config, in_chans=config.in_chans)
+    spec = ImageSpec.of(encoder, config.in_chans)
     train_part, test_part = open_data(config, spec.channels, group)
     categories = train_part.dataset.categories
     options = {**config.detector_options(), 'mean': spec.mean, 'std': spec.std}

@@ -18,6 +18,7 @@ class DetectConfig(DenseConfig):
     train_split: str = option('train2017', 'split to train on')
     train_annotations: str | None = option(None, 'JSON file of the training split, where it is another one')
     eval_annotations: str | None = option(None, 'JSON file of the split to report on, where it is another one')
+    in_chans: int | None = option(None, 'image channels: 3, or 1 for grey')
     img_size: tuple[int, ...] = option(
         (1024,), 'canvas in pixels that images are put on: height and width, or one number')
     jitter: tuple[float, ...] = option(

@@ -44,8 +44,6 @@ def detection_figure(dataset: Part, detections: list[Detections], path: Path, im
             label = int(found['labels'][i])
             draw_object(axes[1, column], found['boxes'][i], label, f'{names[label - 1]} {found["scores"][i]:.2f}',
                         decode_mask(found['masks'][i], *image.shape[1:]))
-        for axis in axes[:, column]:
-            axis.set_aspect('equal', anchor='C')
     figure.savefig(path)
 
 
@@ -55,7 +53,7 @@ def draw_object(axis: Axes, box: torch.Tensor, label: int, text: str, mask: np.n
     left, top, right, bottom = box.tolist()
     layer = np.zeros((*mask.shape, 4))
     layer[mask > 0] = [*colour[:3], 0.45]
-    axis.imshow(layer, extent=(0, mask.shape[1], mask.shape[0], 0), interpolation='nearest', aspect='auto')
+    axis.imshow(layer, extent=(0, mask.shape[1], mask.shape[0], 0), interpolation='nearest')
     axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.0,
                              linestyle='--' if dashed else '-'))
     axis.text(left, top, text, fontsize=5.5, color='white', ha='left', va='bottom', clip_on=True,
