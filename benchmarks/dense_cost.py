@@ -10,10 +10,11 @@ in float32; the rest of the peak is scratch space of single operations. On a CPU
 that of the process, whose own seconds stand beside those of the clock, since a machine may be shared; on a GPU it is
 bfloat16 autocast and the allocator's peak, and the second of two steps is timed.
 
-    python benchmarks/dense_cost.py [--tasks segment] [--device cuda] [--batch-size 16] [--grad-checkpointing]
+    python benchmarks/dense_cost.py [--tasks segment detect] [--device cuda] [--batch-size 16] [--grad-checkpointing]
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -43,10 +44,28 @@ def segment(batch_size: int, grad_checkpointing: bool) -> tuple[nn.Module, list[
     return Segmenter(encoder, 150, 512), inputs, 'UPerNet, 512 x 512, 150 classes'
 
 
+def detect(batch_size: int, grad_checkpointing: bool, attention: str = 'windowed') -> tuple[nn.Module, list[Any], str]:
+    """Mask R-CNN on 1024 x 1024 pixels, 80 classes, eight objects an image (SAIM on COCO, Li et al. 2021)."""
+    from autoreg_vit.models.detector import ViTMaskRCNN
+
+    encoder = timm.create_model(ENCODER, num_classes=0, dynamic_img_size=True, drop_path_rate=0.1)
+    encoder.set_grad_checkpointing(grad_checkpointing)
+    size, places = (1024, 1024), torch.arange(8) * 100.0
+    boxes = torch.stack([places, places, places + 200, places + 150], dim=1)
+    masks = torch.zeros(8, *size, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
+        mask[top:bottom, left:right] = 1
+    targets = [{'boxes': boxes, 'labels': torch.arange(1, 9), 'masks': masks} for _ in range(batch_size)]
+    network = ViTMaskRCNN(encoder, 80, size, mean=(0.5,) * 3, std=(0.25,) * 3, attention=attention)
+    return network, [[torch.rand(3, *size) for _ in range(batch_size)], targets], (
+        f'Mask R-CNN, 1024 x 1024, 80 classes, {attention} attention')
+
+
 #: From batch size and whether to recompute blocks, to a network, what it takes to give its loss, and a description.
-TASKS: dict[str, Callable[[int, bool], tuple[nn.Module, list[Any], str]]] = {'segment': segment}
+TASKS: dict[str, Callable[[int, bool], tuple[nn.Module, list[Any], str]]] = {
+    'segment': segment, 'detect': detect, 'detect-global': functools.partial(detect, attention='global')}
 #: Images of a step where none are named: UPerNet's batch norm needs two.
-LEAST = {'segment': 2}
+LEAST = {'segment': 2, 'detect': 1, 'detect-global': 1}
 
 
 def measure(task: str, batch_size: int, grad_checkpointing: bool, device: str) -> dict[str, Any]:
@@ -134,12 +153,13 @@ def main() -> None:
         process.join()
         for images in (2, 16):
             row[f'computed_gib_batch_{images}'] = round(row['fixed_gib'] + images * row['kept_gib_per_image'], 1)
-        rows.append(row)
+        rows.append({**row, **provenance(), 'threads': os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())})
         print(json.dumps(row, indent=2), flush=True)
-    result = {**provenance(), 'threads': os.environ.get('OMP_NUM_THREADS', torch.get_num_threads()), 'rows': rows}
-    kind = args.device.partition(':')[0]
-    output = args.output or RESULTS / f'dense_cost-{kind}.json'
-    output.write_text(json.dumps(result, indent=2) + '\n')
+    # Rows of tasks that were measured before stay; each row says where it comes from.
+    output = args.output or RESULTS / f'dense_cost-{args.device.partition(":")[0]}.json'
+    before = json.loads(output.read_text())['rows'] if output.exists() else []
+    rows = [row for row in before if row['task'] not in args.tasks] + rows
+    output.write_text(json.dumps({'rows': sorted(rows, key=lambda row: list(TASKS).index(row['task']))}, indent=2) + '\n')
 
 
 if __name__ == '__main__':
