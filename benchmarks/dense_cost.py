@@ -158,8 +158,9 @@ def main() -> None:
     # Rows of tasks that were measured before stay; each row says where it comes from.
     output = args.output or RESULTS / f'dense_cost-{args.device.partition(":")[0]}.json'
     before = json.loads(output.read_text())['rows'] if output.exists() else []
-    rows = [row for row in before if row['task'] not in args.tasks] + rows
-    output.write_text(json.dumps({'rows': sorted(rows, key=lambda row: list(TASKS).index(row['task']))}, indent=2) + '\n')
+    rows += [row for row in before if row['task'] not in args.tasks]
+    rows.sort(key=lambda row: list(TASKS).index(row['task']))
+    output.write_text(json.dumps({'rows': rows}, indent=2) + '\n')
 
 
 if __name__ == '__main__':
