@@ -6,7 +6,7 @@ forward pass keeps for the backward pass, so that other batches can be computed:
 
     bytes(batch) = 16 x parameters + batch x kept
 
-in float32; the rest of the peak is scratch space of single operations. On a CPU precision is float32 and the peak is
+in float32, roughly: gradients come as kept tensors go, and single operations need scratch space. On a CPU precision is float32 and the peak is
 that of the process, whose own seconds stand beside those of the clock, since a machine may be shared; on a GPU it is
 bfloat16 autocast and the allocator's peak, and the second of two steps is timed.
 
@@ -77,6 +77,10 @@ def measure(task: str, batch_size: int, grad_checkpointing: bool, device: str) -
     network.to(device).train()
     inputs = _to(inputs, device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    for parameter in network.parameters():  # a step without effect, so that AdamW's averages are there as in any other
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
     own, kept = {p.untyped_storage().data_ptr() for p in network.parameters()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
