@@ -25,7 +25,6 @@ from autoreg_vit.train.run import Run
 from autoreg_vit.train.runtime import autocast
 from autoreg_vit.train.seeding import mix_seed
 
-
 _REMEDY = 'pip install "transformers>=5.23", or choose --rows without mae.'
 
 

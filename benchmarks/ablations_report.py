@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,12 +195,17 @@ def write_report(work: Path, scale: str, folder: Path, data: str, split: str = '
     }
     tables = list(dict.fromkeys(cite.table for row in ROWS for cite in row.cites))
     tables = sorted(table for table in tables if any(_in_table(each, table) for each in found.values()))
-    (folder / f'{name}.json').write_text(json.dumps(result, indent=2) + '\n')
-    (folder / f'{name}.md').write_text(markdown(result, found, lines, tables))
-    for table in tables:
-        table_figure(found, table, folder / f'{name}-{table.lower().replace(" ", "-")}.png')
-    if len(lines) > 1:
-        cost_figure(lines, folder / f'{name}-cost.png')
+    # Written beside and moved into place: several processes may be at it.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        new = Path(scratch)
+        (new / f'{name}.json').write_text(json.dumps(result, indent=2) + '\n')
+        (new / f'{name}.md').write_text(markdown(result, found, lines, tables))
+        for table in tables:
+            table_figure(found, table, new / f'{name}-{table.lower().replace(" ", "-")}.png')
+        if len(lines) > 1:
+            cost_figure(lines, new / f'{name}-cost.png')
+        for path in new.iterdir():
+            path.replace(folder / path.name)
 
 
 def _in_table(each: Found, table: str) -> bool:
@@ -267,9 +273,8 @@ def _own_rows(found: dict[str, Found]) -> list[str]:
     for name, each in found.items():
         if each.row.cites or each.row.length != 1:
             continue
-        reference = 'saim' if each.row.base == 'saim' else 'randsac'
-        against = '| | | | |'
-        if reference in found and each.row.base in ('saim', 'randsac'):
+        reference, against = each.row.against, '| | | | |'
+        if reference in found:
             gap = difference(found, [(name, reference)])
             ratio = each.mean('gflops_per_image') / found[reference].mean('gflops_per_image')
             against = f'| `{reference}` | {gap.value:+.2f} | {gap.noise:.2f} | {ratio:.2f} |'

@@ -61,6 +61,7 @@ def test_rows_claims_and_curves_name_each_other():
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
     assert set(CURVES) <= set(names)
+    assert {row.against for row in ROWS} - {None} <= set(names)
     for claim in CLAIMS:
         assert {name for pair in claim.pairs for name in pair} <= set(names)
         # What the paper claims is what its table shows, on average over the pairs.
