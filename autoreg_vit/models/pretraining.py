@@ -296,7 +296,7 @@ def compose(
         encode_ratio: Part of the tokens, the first in the order of prediction, that the encoder takes; predictions of
             all tokens read the earlier ones among them. 1 in both papers.
         encode_last: False leaves out the last segment's encoding, which no prediction reads: the same loss from a
-            cheaper step, and rounding alone differs. A batch encodes as many tokens as one of its images needs, which
+            cheaper step, and rounding alone differs. A batch encodes as many tokens as the image that needs most, which
             saves next to nothing with blobs. The host reads that number from the device at each step; in a compiled
             step, and while a CUDA graph is captured, the serialization gives it, to which ranks must then belong, and
             blobs are encoded whole.
