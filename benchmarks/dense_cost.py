@@ -6,9 +6,9 @@ forward pass keeps for the backward pass, so that other batches can be computed:
 
     bytes(batch) = 16 x parameters + batch x kept
 
-in float32, roughly: gradients come as kept tensors go, and single operations need scratch space. On a CPU precision is float32 and the peak is
-that of the process, whose own seconds stand beside those of the clock, since a machine may be shared; on a GPU it is
-bfloat16 autocast and the allocator's peak, and the second of two steps is timed.
+in float32, roughly: gradients come as kept tensors go, and single operations need scratch space. On a CPU precision is
+float32 and the peak is that of the process, whose own seconds stand beside those of the clock, since a machine may be
+shared; on a GPU it is bfloat16 autocast and the allocator's peak, and the second of two steps is timed.
 
     python benchmarks/dense_cost.py [--tasks segment detect] [--device cuda] [--batch-size 16] [--grad-checkpointing]
 """
