@@ -137,8 +137,9 @@ class TestDetector:
                     'masks': torch.ones(1, 60, 90, dtype=torch.uint8)}, nothing]
         sum(model(images, targets).values()).backward()
         assert not [name for name, p in model.named_parameters() if p.grad is None]
+        model.zero_grad()
         sum(model(images[1:], targets[1:]).values()).backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
         assert all(torch.isfinite(b).all() for b in model.buffers())
 
     def test_coordinates_stay_float32_in_bfloat16(self):
@@ -353,7 +354,7 @@ class Guesses(nn.Module):
         masks = torch.stack(masks) if masks else target['masks'][:0]
         labels = target['labels'][chosen]
         odd = torch.rand(len(chosen), generator=draw) < 0.2
-        return {'boxes': target['boxes'][chosen] + shift.flip(1).repeat(1, 2), 'masks': masks[:, None].float(),
+        return {'boxes': target['boxes'][chosen].float() + shift.flip(1).repeat(1, 2), 'masks': masks[:, None].float(),
                 'labels': torch.where(odd, 3 - labels, labels),
                 'scores': torch.rand(len(chosen), generator=draw).round(decimals=2)}
 

@@ -117,7 +117,7 @@ def test_unknown_names_suggest_those_of_the_command():
         load_recipe('saim-tiny-cifar')
 
 
-@pytest.mark.parametrize('command', ['pretrain', 'probe', 'finetune', 'segment'])
+@pytest.mark.parametrize('command', ['pretrain', 'probe', 'finetune', 'segment', 'detect'])
 def test_help_lists_them(command: str, capsys):
     with pytest.raises(SystemExit):
         main([command, '--help'])

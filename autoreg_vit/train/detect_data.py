@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as coco_mask
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import InterpolationMode
@@ -30,11 +31,11 @@ class CocoImages(Dataset):
     An item is an image, uint8 [C, H, W], and its target:
 
     - image_id: int64 [], the position of the image in `ids`;
-    - boxes: float32 [n, 4], left, top, right, bottom in pixels, as annotated;
+    - boxes: float64 [n, 4], left, top, right, bottom in pixels, as annotated;
     - labels: int64 [n], from 1 on, in the order of `categories`; 0 is torchvision's background;
     - masks: uint8 [n, H, W], 1 inside;
     - iscrowd: int64 [n], 1 for a region with many objects that are not told apart;
-    - area: float32 [n], pixels of the mask as annotated, 0 where the file does not say.
+    - area: float64 [n], pixels of the mask as annotated, 0 where the file does not say.
 
     Args:
         folder: Of the images.
@@ -72,11 +73,7 @@ class CocoImages(Dataset):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
-        record, path = self.records[index], self.samples[index]
-        image = open_image(path)
-        if (image.height, image.width) != record['size']:
-            raise DataError(f'{path} has {image.width} x {image.height} pixels, and its annotations are for '
-                            f'{record["size"][1]} x {record["size"][0]}: the image or the file is another one.')
+        image, record = self.open(index), self.records[index]
         masks = [decode_mask(segmentation, *record['size']) for segmentation in record['segmentations']]
         target = {
             'image_id': torch.tensor(index),
@@ -88,10 +85,26 @@ class CocoImages(Dataset):
         }
         return transforms.pil_to_tensor(self.mode(image)), target
 
+    def open(self, index: int) -> Image.Image:
+        """An image as its file has it.
+
+        Raises:
+            DataError: for one that cannot be read, or of another size than annotated.
+        """
+        path, (height, width) = self.samples[index], self.records[index]['size']
+        try:
+            image = open_image(path)
+        except DAMAGE as error:
+            raise DataError(f'Cannot read {path}: it is damaged or no image ({" ".join(str(error).split())}). Replace '
+                            'or remove it.') from error
+        if image.size != (width, height):
+            raise DataError(f'{path} has {image.width} x {image.height} pixels, and its annotations are for {width} x '
+                            f'{height}: the image or the file of annotations is another one.')
+        return image
+
 
 class Part(Dataset):
-    """Some images of a set, under a transform of image and target where there is one; an image that cannot be read is a
-    DataError with its name.
+    """Some images of a set, under a transform of image and target where there is one.
 
     Attributes:
         samples: Paths of the images.
@@ -110,13 +123,11 @@ class Part(Dataset):
 
     def read(self, position: int) -> tuple[torch.Tensor, Target]:
         """An item as `CocoImages` gives it."""
-        try:
-            return self.dataset[int(self.indices[position])]
-        except DataError:
-            raise
-        except DAMAGE as error:
-            raise DataError(f'Cannot read {self.samples[position]}: it is damaged or no image '
-                            f'({" ".join(str(error).split())}). Replace or remove it.') from error
+        return self.dataset[int(self.indices[position])]
+
+    def open(self, position: int) -> Image.Image:
+        """The image alone, as `CocoImages.open` does."""
+        return self.dataset.open(int(self.indices[position]))
 
 
 class LargeScaleJitter:
@@ -200,7 +211,7 @@ def open_data(config: DetectConfig, channels: int, group: Processes) -> tuple[Pa
     train_part, test_part = Part(train_set, train_indices, jitter), Part(test_set, test_indices)
     for part, most in ((train_part, config.max_corrupt), (test_part, 0.0)):
         group.on_main(lambda part=part, most=most: check_images(
-            part, config.check_images, most, try_sample=part.read))
+            part, config.check_images, most, try_sample=part.open))
     return train_part, test_part
 
 
@@ -319,13 +330,13 @@ def _are_numbers(values: Any) -> bool:
 
 
 def _record(image: dict, annotations: list[dict], labels: dict[int, int]) -> dict[str, Any]:
-    boxes = np.array([annotation['bbox'] for annotation in annotations], np.float32).reshape(-1, 4)
+    boxes = np.array([annotation['bbox'] for annotation in annotations], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return {
         'size': (image['height'], image['width']),
         'boxes': boxes,
         'labels': np.array([labels[annotation['category_id']] for annotation in annotations], np.int64),
         'iscrowd': np.array([annotation.get('iscrowd', 0) for annotation in annotations], np.int64),
-        'area': np.array([annotation.get('area', 0) for annotation in annotations], np.float32),
+        'area': np.array([annotation.get('area', 0) for annotation in annotations], np.float64),
         'segmentations': [annotation['segmentation'] for annotation in annotations],
     }
