@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ablations_rows import BASES, CLAIMS, CURVES, ROWS, SCALES, Claim, Row
 
 from autoreg_vit.models import create_pretraining_model
 from autoreg_vit.train.config import PretrainConfig
+from autoreg_vit.train.runtime import Stopped
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec('transformers') is None, reason='the row mae needs transformers')
@@ -215,6 +217,34 @@ def test_a_run_of_the_table(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / 'work/smoke/saim').exists()
     assert ablations.main([*arguments, '--rows', 'mae', 'saim', '--list']) == 0
     assert 'finished' in capsys.readouterr().out
+
+
+@needs_transformers
+def test_mae_resumes_exactly(tmp_path, monkeypatch):
+    import ablations_mae
+    from safetensors.torch import load_file
+
+    images = ablations.image_folder('smoke', None, tmp_path)
+    settings = {**ablations.pretrain_settings(ablations.find_row('mae'), SCALES['smoke']), 'dataset': 'folder',
+                'data_dir': str(images), 'check_images': 0}
+    whole, stopped = (ablations_mae.MaeConfig(**settings, output_dir=str(tmp_path / name)) for name in 'ab')
+    ablations_mae.pretrain_mae(whole)
+    run_steps = ablations_mae.run_steps
+
+    def stop_after_four(*arguments, take_step, **others):
+        def take(step):
+            if step == 4:
+                signal.raise_signal(signal.SIGTERM)
+            return take_step(step)
+        run_steps(*arguments, take_step=take, **others)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(ablations_mae, 'run_steps', stop_after_four)
+        ablations_mae.pretrain_mae(stopped)
+    ablations_mae.pretrain_mae(stopped)
+
+    first, second = (load_file(tmp_path / name / 'encoder' / 'model.safetensors') for name in 'ab')
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(('arguments', 'says'), [
