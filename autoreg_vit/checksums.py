@@ -34,7 +34,7 @@ def read_checksum(path: Path) -> str | None:
         except OSError:
             continue
         for line in lines:
-            digest, name = (line.split(maxsplit=1) + ['', ''])[:2]
+            digest, name = [*line.split(maxsplit=1), '', ''][:2]
             if re.fullmatch('[0-9a-f]{64}', digest) and (source.name != SUMS or name.lstrip('*') == path.name):
                 return digest
     return None
