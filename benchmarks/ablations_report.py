@@ -229,7 +229,7 @@ def markdown(result: dict[str, Any], found: dict[str, Found], lines: dict, table
         if claim['verdict'] != 'not run':
             text.append(f'| {claim["claim"]} | {claim["table"]}: {claim["paper"]:+.2f} | {claim["points"]:+.2f} | '
                         f'{claim["noise"]:.2f} | {len(claim["pairs"])} of {claim["of"]} | {claim["seeds"]} | '
-                        f'{claim["verdict"]} |')
+                        f'{claim["verdict"]}{"" if deviation else ", of this seed"} |')
     for table in tables:
         text += ['', f'## {table}\n', *_table(found, table)]
     text += ['', '## Neither paper\n', *_own_rows(found)]
@@ -303,14 +303,14 @@ def table_figure(found: dict[str, Found], table: str, path: Path) -> None:
     """A table of a paper as two panels, the paper's figures and ours, rows in the paper's order."""
     cited = [(cite, each) for each in found.values() for cite in each.row.cites if cite.table == table]
     cited.sort(key=lambda pair: _paper_value(pair[0]))
-    figure = Figure(figsize=(9, 1.4 + 0.32 * len(cited)), layout='constrained')
+    figure = Figure(figsize=(9, 1.7 + 0.32 * len(cited)), layout='constrained')
     paper, ours = figure.subplots(1, 2, sharey=True)
     places = range(len(cited))
     for metric, colour in (('linear', 'C0'), ('finetune', 'C3')):
         points = [(getattr(cite, metric), place) for place, (cite, _) in zip(places, cited)
                   if getattr(cite, metric) is not None]
         if points:
-            paper.plot(*zip(*points), 'o', color=colour, label={'linear': 'linear', 'finetune': 'fine-tuned'}[metric])
+            paper.plot(*zip(*points), 'o', color=colour, label={'finetune': 'fine-tuned'}.get(metric, metric))
     deviation = seed_deviation(found)
     for metric, colour in (('linear', 'C0'), ('knn', 'C1')):
         means = [each.mean(metric) for _, each in cited]
@@ -324,8 +324,9 @@ def table_figure(found: dict[str, Found], table: str, path: Path) -> None:
         axes.set(xlabel='top-1 (%)')
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
         axes.margins(x=0.1, y=0.15 if len(cited) > 1 else 1)
+    handles = {label: handle for axes in (paper, ours) for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=len(handles), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
