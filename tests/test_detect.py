@@ -279,6 +279,8 @@ class TestData:
     @pytest.mark.parametrize('change, words', [
         (lambda c: c['annotations'][0].update(image_id=5), ['Annotation 1 of', 'the image 5']),
         (lambda c: c['annotations'][1].update(category_id=1), ['Annotation 2 of', 'the category 1']),
+        (lambda c: c['annotations'][0].update(image_id=[100]), ['Annotation 1 of', 'the image [100]']),
+        (lambda c: c['annotations'][0].update(category_id={}), ['Annotation 1 of', 'the category {}']),
         (lambda c: c['annotations'][0].update(bbox=[1, 2, -3, 4]), ['Annotation 1', '[1, 2, -3, 4]', 'width']),
         (lambda c: c['annotations'][0].update(bbox=[1, 2, 3]), ['Annotation 1', '[1, 2, 3]']),
         (lambda c: c['annotations'][0].update(bbox=[1, 2, float('nan'), 4]), ['Annotation 1', 'nan']),
@@ -288,6 +290,8 @@ class TestData:
         (lambda c: c['annotations'][0].update(segmentation=[]), ['Annotation 1', 'polygon']),
         (lambda c: c['annotations'][0].update(segmentation={'size': [9, 9], 'counts': [81]}), ['Annotation 1', '9']),
         (lambda c: c['annotations'][0].update(segmentation={'size': [64, 48], 'counts': 'P13700'}), ['1', 'be read']),
+        (lambda c: c['annotations'][0].update(segmentation={'size': 5, 'counts': 'P1'}), ['Annotation 1', '5 pixels']),
+        (lambda c: c['annotations'][0].update(segmentation={'size': [64, 48], 'counts': None}), ['1', 'be read']),
         (lambda c: c['annotations'][0].update(iscrowd=2), ['Annotation 1', 'iscrowd 2']),
         (lambda c: c['annotations'][0].update(area=-1), ['Annotation 1', 'area -1']),
         (lambda c: c['images'][1].update(file_name='gone.png'), ['1 of the 4 images', 'gone.png', 'missing']),

@@ -294,11 +294,12 @@ def check_annotation(annotation: dict, images: dict[int | str, dict], labels: di
     def refuse(problem: str) -> None:
         raise DataError(f'Annotation {annotation.get("id")!r} of {file} {problem}.')
 
-    image = images.get(annotation.get('image_id'))
+    identity, category = annotation.get('image_id'), annotation.get('category_id')
+    image = images.get(identity) if isinstance(identity, (int, str)) else None
     if image is None:
-        refuse(f'is for the image {annotation.get("image_id")!r}, which the file does not list')
-    if annotation.get('category_id') not in labels:
-        refuse(f'is of the category {annotation.get("category_id")!r}, which the file does not list')
+        refuse(f'is for the image {identity!r}, which the file does not list')
+    if type(category) is not int or category not in labels:
+        refuse(f'is of the category {category!r}, which the file does not list')
     box = annotation.get('bbox')
     if not _are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
         refuse(f'has the box {box}: expected left, top, width and height in pixels')
@@ -315,7 +316,7 @@ def check_annotation(annotation: dict, images: dict[int | str, dict], labels: di
                 and max(map(abs, polygon)) <= 10 * max(size) for polygon in segmentation):
             refuse('has a polygon that is none: expected x1, y1, x2, y2, x3, y3, ... in pixels of the image')
     elif isinstance(segmentation, dict) and {'size', 'counts'} <= segmentation.keys():
-        if tuple(segmentation['size']) != size:
+        if segmentation['size'] != list(size):
             refuse(f'has a mask of {segmentation["size"]} pixels, and its image has {list(size)}')
         try:
             decode_mask(segmentation, *size)

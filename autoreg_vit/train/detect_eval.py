@@ -59,8 +59,8 @@ def evaluate(
         with autocast(config.precision, group.device):
             outputs = model([image.to(group.device) / 255 for image in images])
         for output, target in zip(outputs, targets):
-            output = {name: value.cpu() for name, value in output.items()}
             output['masks'] = (output['masks'][:, 0] >= 0.5).to(torch.uint8)  # [n, H, W]
+            output = {name: value.cpu() for name, value in output.items()}
             metric.update([output], [target])
             output['masks'] = encode_masks(output['masks'])
             detections.append(output)
