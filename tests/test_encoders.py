@@ -273,8 +273,8 @@ def test_pretrained_weights_fit_other_sizes(name, options, tmp_path):
 @pytest.mark.parametrize('name', TINY)
 def test_missing_weights_are_said_so(name):
     with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}'):
-        timm.create_model(name, pretrained=True)
-    with pytest.raises(RuntimeError, match='Invalid pretrained tag'):
+        timm.create_model(f'{name}.untrained', pretrained=True)
+    with pytest.raises(ModelError, match=f"'{name}' has no tag 'nowhere'.*untrained"):
         timm.create_model(f'{name}.nowhere')
 
 
