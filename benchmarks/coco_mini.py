@@ -100,6 +100,8 @@ def pycocotools_scores(annotations: Path, detections: Path) -> dict[str, float]:
 
     names = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')
     scores, results = {}, json.loads(detections.read_text())
+    if not results:
+        sys.exit('Nothing was detected, and pycocotools scores no empty file: take more --steps')
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         for kind, iou_type in (('box', 'bbox'), ('mask', 'segm')):
