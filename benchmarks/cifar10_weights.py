@@ -28,17 +28,17 @@ from ablations_mae import MaeConfig, pretrain_mae
 from report import RESULTS, provenance
 
 from autoreg_vit.errors import UsageError
-from autoreg_vit.train.card import training_hours
 from autoreg_vit.train.config import PretrainConfig, load_recipe
-from autoreg_vit.train.export import export
 from autoreg_vit.train.finetune import finetune
 from autoreg_vit.train.losses import NonFiniteLoss
 from autoreg_vit.train.pretrain import pretrain
 from autoreg_vit.train.probe import probe
+from autoreg_vit.train.publish.card import training_hours
+from autoreg_vit.train.publish.config import ExportConfig
+from autoreg_vit.train.publish.export import export
 from autoreg_vit.train.run import read_log
 from autoreg_vit.train.runtime import Stopped
 from autoreg_vit.train.supervised_config import FinetuneConfig, ProbeConfig
-from autoreg_vit.train.weights_config import ExportConfig
 
 #: Recipe, and how it is trained, of each model in the order of their worth.
 MODELS: dict[str, tuple[str, Callable, type]] = {

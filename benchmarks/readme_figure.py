@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_image
 
 from autoreg_vit import serialization
 from autoreg_vit.train.data import ImageSpec
-from autoreg_vit.train.panels import COLOURS, show_image, show_ranks
+from autoreg_vit.train.figures.panels import COLOURS, show_image, show_ranks
 
 GRID = (14, 14)
 ROWS = (

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from autoreg_vit.models.designs import create_pretraining_model
 from autoreg_vit.models.export import export_encoder, export_pretraining
-from autoreg_vit.models.pretraining import AutoregressiveViT, create_pretraining_model
+from autoreg_vit.models.pretraining import AutoregressiveViT
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import PretrainConfig, save_config
 

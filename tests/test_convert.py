@@ -165,7 +165,7 @@ class TestMae:
 
     @pytest.mark.parametrize(('width', 'heads'), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
     def test_heads_of_the_usual_widths(self, width: int, heads: int):
-        from autoreg_vit.train.convert import encoder_sizes
+        from autoreg_vit.train.publish.convert import encoder_sizes
 
         weights = {'cls_token': torch.empty(1, 1, width), 'pos_embed': torch.empty(1, 257, width),
                    'patch_embed.proj.weight': torch.empty(width, 3, 14, 14),

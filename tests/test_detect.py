@@ -32,10 +32,10 @@ from autoreg_vit.models.windowed import WindowedAttention, use_windows
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import load_recipe, make_config
 from autoreg_vit.train.data import Batches
-from autoreg_vit.train.detect import _detect, detect
-from autoreg_vit.train.detect_config import DetectConfig
-from autoreg_vit.train.detect_data import CocoImages, LargeScaleJitter, Part, collate, open_data
-from autoreg_vit.train.detect_eval import KINDS, SCORES, coco_results, encode_masks, evaluate
+from autoreg_vit.train.detect.command import _detect, detect
+from autoreg_vit.train.detect.config import DetectConfig
+from autoreg_vit.train.detect.data import CocoImages, LargeScaleJitter, Part, collate, open_data
+from autoreg_vit.train.detect.evaluate import KINDS, SCORES, coco_results, encode_masks, evaluate
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.loop import create_optimizer, scaled_lr
 from autoreg_vit.train.runtime import Stopped

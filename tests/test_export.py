@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from autoreg_vit.models.golden import deviation, record
 from autoreg_vit.models.pretrained import load_folder
-from autoreg_vit.train import export as exporting
-from autoreg_vit.train.card import command, training_hours
 from autoreg_vit.train.checkpoint import save_checkpoint
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import PretrainConfig
+from autoreg_vit.train.publish import export as exporting
+from autoreg_vit.train.publish.card import command, training_hours
 
 
 @pytest.fixture

@@ -105,6 +105,7 @@ results['untrained'] = timm.create_model(ENCODER).embed_dim
 results['norm_pix'] = [timm.create_model(MODEL, pretrained=True).target.norm_pix,
                        timm.create_model(MODEL).target.norm_pix]
 results['near tag'] = error(lambda: timm.create_model(ENCODER + '.tset', pretrained=True))
+results['grey model'] = error(lambda: timm.create_model(MODEL, pretrained=True, in_chans=1))
 results['no weights'] = error(lambda: timm.create_model('vit_base_randsac', pretrained=True))
 '''
 OUTSIDE = IMAGES + '''
@@ -173,6 +174,8 @@ class TestClone:
 
     def test_errors(self, in_clone: dict):
         assert in_clone['near tag'] == ['ModelError', f"'{ENCODER}' has no tag 'tset'. Did you mean 'test'?"]
+        kind, message = in_clone['grey model']
+        assert kind == 'CheckpointError' and 'in_chans' in message
         assert 'No pretrained weights exist for vit_base_randsac' in in_clone['no weights'][1]
 
 

@@ -289,9 +289,9 @@ def test_encoder_of_another_size_is_refused(tmp_path, sizes, named, classes):
 @pytest.mark.parametrize(('sizes', 'named'), [
     ({'depth': 4}, r'encoder\.blocks\.3\.'), ({'depth': 2}, r'blocks\.2\.'),
     ({'depth': 3, 'decoder_depth': 1}, r'blocks\.2\.'),
-    ({'depth': 3, 'embed_dim': 64}, r'size mismatch for (encoder|decoder|head)\.')])
+    ({'depth': 3, 'embed_dim': 64}, r'(encoder|decoder|head)\.\S+ is \[')])
 def test_pretraining_model_of_another_size_is_refused(tmp_path, sizes, named):
-    with pytest.raises((CheckpointError, RuntimeError), match=named):
+    with pytest.raises(CheckpointError, match=named):
         timm.create_model(NAME, **{**SIZES, **sizes}, pretrained=True,
                           pretrained_cfg_overlay=write(tmp_path, published_checkpoint()))
 

@@ -30,11 +30,11 @@ from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.loop import adam_options, create_optimizer, create_schedule
 from autoreg_vit.train.runtime import Stopped
 from autoreg_vit.train.seeding import seed_cpu
-from autoreg_vit.train.segment import segment
-from autoreg_vit.train.segment_config import SegmentConfig
-from autoreg_vit.train.segment_data import Augment, MaskFormat, Plain, find_pairs, open_data
-from autoreg_vit.train.segment_eval import evaluate, sliding_logits
-from autoreg_vit.train.segment_figures import palette, predictions_figure
+from autoreg_vit.train.segment.command import segment
+from autoreg_vit.train.segment.config import SegmentConfig
+from autoreg_vit.train.segment.data import Augment, MaskFormat, Plain, find_pairs, open_data
+from autoreg_vit.train.segment.evaluate import evaluate, sliding_logits
+from autoreg_vit.train.segment.figures import palette, predictions_figure
 
 CPU = Processes(torch.device('cpu'))
 CLASSES = ('ground', 'square', 'disc')

@@ -17,9 +17,10 @@ import autoreg_vit.train
 from autoreg_vit.errors import ModelError
 from autoreg_vit.models.export import export_encoder, export_pretraining
 from autoreg_vit.models.targets import patchify, unpatchify
-from autoreg_vit.train import attention_maps, figures, panels, pictures, show
+from autoreg_vit.train import show
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.data import ImageSpec
+from autoreg_vit.train.figures import attention_maps, panels, pictures, plots
 
 SMALL = dict(patch_size=2, embed_dim=32, depth=3, num_heads=2)
 #: RandSAC for digits, SAIM on images that are not square, ViT-iGPT, and AIM's given prefix.
@@ -245,7 +246,7 @@ class TestCommand:
     def test_attention_is_of_the_weights_and_of_none(self, shown: Path, tmp_path: Path, monkeypatch):
         calls = []
         monkeypatch.setattr(attention_maps, 'attention_figure', lambda encoders, *rest: calls.append(dict(encoders)))
-        monkeypatch.setattr(figures, 'mix_figure', lambda mix, *rest: calls.append(mix))
+        monkeypatch.setattr(plots, 'mix_figure', lambda mix, *rest: calls.append(mix))
         for more in ([], ['--no-pretrained']):
             assert main(['show', '--weights', str(shown / 'randsac'), '--figures', 'attention', 'mix', '--output-dir',
                          str(tmp_path), *more]) == 0
@@ -308,8 +309,10 @@ class TestErrors:
         assert sorted(tmp_path.rglob('*')) == before
 
     def test_missing_matplotlib_is_named(self, shown: Path, monkeypatch, capsys):
-        for name in ('show', 'attention_maps', 'pictures', 'panels', 'figures'):
-            monkeypatch.delitem(sys.modules, f'autoreg_vit.train.{name}')
+        for name in [*sys.modules]:
+            if name.startswith(('autoreg_vit.train.show', 'autoreg_vit.train.figures')):
+                monkeypatch.delitem(sys.modules, name)
+        for name in ('show', 'figures'):
             monkeypatch.delattr(autoreg_vit.train, name)
         monkeypatch.setitem(sys.modules, 'matplotlib', None)
         assert main(['show', '--weights', str(shown / 'saim')]) == 2

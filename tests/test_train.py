@@ -15,9 +15,10 @@ from PIL import Image
 pytest.importorskip('sklearn')
 
 from autoreg_vit.errors import ConfigError, DataError, UsageError
-from autoreg_vit.train import data, evaluate, figures, runtime
+from autoreg_vit.train import data, evaluate, runtime
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import PretrainConfig, load_recipe, make_config
+from autoreg_vit.train.figures import plots
 from autoreg_vit.train.losses import NonFiniteLoss
 from autoreg_vit.train.pretrain import pretrain
 
@@ -179,7 +180,7 @@ def test_loss_by_rank_takes_the_loss_apart():
     model = timm.create_model('randsac_vit_tiny_patch4_32', depth=1, decoder_depth=1, serialization='random')
     images = torch.randn(7, 3, 32, 32)
     torch.manual_seed(1)
-    by_rank = figures.loss_by_rank(model, images, batch_size=7)
+    by_rank = plots.loss_by_rank(model, images, batch_size=7)
     torch.manual_seed(1)
     out = model.eval()(images)
     assert by_rank.tokens.tolist() == [7] * 64
@@ -193,7 +194,7 @@ def test_loss_by_rank_takes_the_loss_apart():
 def test_loss_by_rank_begins_after_a_given_segment():
     model = timm.create_model('randsac_vit_tiny_patch4_32', depth=1, decoder_depth=1, serialization='squares',
                               segments=16, first_segment='given')
-    by_rank = figures.loss_by_rank(model, torch.randn(3, 3, 32, 32))
+    by_rank = plots.loss_by_rank(model, torch.randn(3, 3, 32, 32))
     assert by_rank.tokens.tolist() == [3 * 4] * 15 and by_rank.mean.min() > 0
 
 

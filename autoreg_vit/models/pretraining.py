@@ -1,7 +1,7 @@
-"""Pretraining models: encoder x serialization x decoder x target, registered with timm.
+"""Pretraining models: encoder x serialization x decoder x target.
 
 `AutoregressiveViT` composes four independent parts; RandSAC, SAIM and every ablation of both papers are keyword
-arguments of the models registered here (see `compose`).
+arguments of `compose`, and of the models that `designs.py` registers with timm.
 """
 
 import inspect
@@ -11,31 +11,21 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from ..errors import ModelError, SerializationError, ShapeError, suggest
+from ..errors import ModelError, SerializationError, ShapeError
 from ..serialization import Layout, Serialization, check_ranks
 from .attention import check_encoder, content_block, run_block
 from .decoders import MaskedDecoder, NextTokenDecoder, ParallelDecoder
 from .encoders import (
-    ENCODER_OPTIONS,
-    METHODS,
-    SIZES,
     SinCosVisionTransformer,
-    check_keys,
-    check_options,
-    default_cfg,
     init_xavier,
     refit_positions,
 )
-from .pretrained import check_tag, register_weights, weights_options
-from .saim_checkpoint import convert_saim_pretraining
 from .targets import PixelTarget
 
-__all__ = ['AutoregressiveViT', 'PretrainOutput', 'compose']  # register_model adds the models
+__all__ = ['AutoregressiveViT', 'PretrainOutput', 'compose']
 
 
 class PretrainOutput(NamedTuple):
@@ -349,163 +339,3 @@ def compose(
 
 
 PRETRAINING_OPTIONS = [p for p in inspect.signature(compose).parameters if p != 'encoder_options']
-
-
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: AutoregressiveViT) -> dict[str, torch.Tensor]:
-    """Weights in this package's or SAIM's published layout, fitted to the model's patch and image size."""
-    state_dict = convert_saim_pretraining(state_dict)
-    prefix = 'encoder.'
-    encoder = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    fitted = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
-    fitted.update({prefix + k: v for k, v in vit_checkpoint_filter_fn(encoder, model.encoder).items()})
-    if 'decoder.pos_embed' in fitted:
-        fitted['decoder.pos_embed'] = model.decoder.pos_embed  # fixed: a function of the grid alone
-    if 'encoder.patch_embed.proj.weight' not in fitted:
-        check_keys(fitted, model)  # timm before 1.0.31 takes it to be there and fails with a bare KeyError
-    return fitted
-
-
-# Decoders of the papers: CIFAR-10 (RandSAC A.1), low-data (5), ImageNet-100 (A.1: twice the heads), ImageNet-1K (5).
-# vit_tiny at 224 takes CIFAR-10's and vit_large ImageNet-1K's: the papers have neither.
-_DECODERS = {
-    'vit_tiny': dict(decoder_depth=3),
-    'vit_small': dict(decoder_depth=4, decoder_heads=12),
-    'vit_base': dict(decoder_depth=4, decoder_dim=512, decoder_heads=16),
-    'vit_large': dict(decoder_depth=4, decoder_dim=512, decoder_heads=16),
-    'vit_tiny_patch4_32': dict(decoder_depth=3),
-    'vit_small_patch4_32': dict(decoder_depth=6),
-}
-_DESIGNS = {
-    'randsac': dict(serialization='blobs', decoder='masked', first_segment='self', head='linear', norm_pix=True),
-    'saim': dict(serialization='random', decoder='parallel', first_segment='none', head='mlp', norm_pix=True,
-                 blur=(9, 1.0)),
-}
-
-default_cfgs = register_weights({
-    f'{method}_{size}': default_cfg(size, first_conv='encoder.patch_embed.proj', classifier=None)
-    for method in _DESIGNS
-    for size in SIZES
-})
-
-
-def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    # What belongs to an encoder's classifier has no place here.
-    classifier = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
-    known = [option for option in PRETRAINING_OPTIONS + ENCODER_OPTIONS if option not in classifier]
-    check_options(variant, kwargs, known)
-    kwargs = {**weights_options(variant, default_cfgs[variant], pretrained, kwargs), **kwargs}
-    method, size = variant.split('_', 1)
-    if kwargs.get('features_only'):
-        raise ModelError(f'{variant} is a pretraining model: take features from its encoder, or from '
-                         f"timm.create_model('{size}_{method}', features_only=True).")
-    options = {**SIZES[size], **METHODS[method], **_DESIGNS[method]}
-    # Defaults that belong to one decoder or serialization stay out of the way of another.
-    if kwargs.get('decoder', options['decoder']) == 'masked':
-        options = {**options, **_DECODERS[size]}
-    if kwargs.get('serialization', options['serialization']) == 'blobs':
-        options['segments'] = (11, 7, 3) if size in ('vit_base', 'vit_large') else (11, 5)
-    options.update(kwargs)
-    model = build_model_with_cfg(
-        compose,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=('num_classes',),
-        **options,
-    )
-    model.init_args = {k: v for k, v in options.items() if k in known}
-    return model
-
-
-def pretraining_models() -> list[str]:
-    """Names of the registered pretraining models."""
-    return list(default_cfgs)
-
-
-def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
-    """`timm.create_model` for pretraining models.
-
-    Raises:
-        ModelError: for a name or tag that is not registered, naming the nearest ones.
-    """
-    import timm
-
-    base, _, tag = name.partition('.')
-    if base not in default_cfgs:
-        encoder = f' {name!r} is an encoder, which learns nothing by itself.' if timm.is_model(base) else ''
-        raise ModelError(f'Unknown pretraining model {name!r}.{encoder} {suggest(base, pretraining_models())}')
-    if tag:
-        check_tag(base, tag, default_cfgs[base])
-    return timm.create_model(name, **kwargs)
-
-
-@register_model
-def randsac_vit_tiny(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-Ti/16 at 224."""
-    return _create_pretraining('randsac_vit_tiny', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_small(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-S/16 at 224 (ImageNet-100, A.1)."""
-    return _create_pretraining('randsac_vit_small', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_base(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-B/16 at 224 (ImageNet-1K, 5)."""
-    return _create_pretraining('randsac_vit_base', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_large(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-L/16 at 224."""
-    return _create_pretraining('randsac_vit_large', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-Ti/4 at 32 (CIFAR-10, A.1)."""
-    return _create_pretraining('randsac_vit_tiny_patch4_32', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_small_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-S/4 at 32 (low-data pretraining, 5)."""
-    return _create_pretraining('randsac_vit_small_patch4_32', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_tiny(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-Ti/16 at 224."""
-    return _create_pretraining('saim_vit_tiny', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_small(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-S/16 at 224."""
-    return _create_pretraining('saim_vit_small', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_base(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-B/16 at 224 (ImageNet-1K)."""
-    return _create_pretraining('saim_vit_base', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_large(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-L/16 at 224."""
-    return _create_pretraining('saim_vit_large', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-Ti/4 at 32."""
-    return _create_pretraining('saim_vit_tiny_patch4_32', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_small_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-S/4 at 32."""
-    return _create_pretraining('saim_vit_small_patch4_32', pretrained, **kwargs)

@@ -28,16 +28,16 @@ COMMANDS = {
                      'ProbeConfig'),
     'finetune': Command('fine-tune an encoder end to end on labelled images', 'finetune', 'supervised_config',
                         'FinetuneConfig'),
-    'segment': Command('train semantic segmentation, UPerNet on an encoder', 'segment', 'segment_config',
+    'segment': Command('train semantic segmentation, UPerNet on an encoder', 'segment.command', 'segment.config',
                        'SegmentConfig'),
-    'detect': Command('train object detection and instance segmentation, Mask R-CNN on an encoder', 'detect',
-                      'detect_config', 'DetectConfig'),
+    'detect': Command('train object detection and instance segmentation, Mask R-CNN on an encoder', 'detect.command',
+                      'detect.config', 'DetectConfig'),
     'show': Command('draw a model\'s order, predictions and attention on images', 'show', 'show_config', 'ShowConfig',
                     trains=False),
-    'export': Command('write a pretraining run\'s weights as folders to publish', 'export', 'weights_config',
+    'export': Command('write a pretraining run\'s weights as folders to publish', 'publish.export', 'publish.config',
                       'ExportConfig', trains=False),
-    'convert': Command('write a published checkpoint of SAIM or MAE as folders that timm loads', 'convert',
-                       'weights_config', 'ConvertConfig', trains=False),
+    'convert': Command('write a published checkpoint of SAIM or MAE as folders that timm loads', 'publish.convert',
+                       'publish.config', 'ConvertConfig', trains=False),
 }
 
 

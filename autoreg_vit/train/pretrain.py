@@ -11,12 +11,13 @@ from .. import ops
 from ..errors import ConfigError
 from ..models import AutoregressiveViT, create_pretraining_model
 from ..models.export import export_encoder, export_pretraining
-from . import data, figures, pictures
+from . import data
 from .checkpoint import write_checksum, writing
 from .config import PretrainConfig
 from .device_data import DeviceBatches, DeviceImages
 from .distributed import Processes, check_divisible, processes
 from .evaluate import accuracies
+from .figures import pictures, plots
 from .graph import GraphedStep, check_graph
 from .loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from .losses import Losses
@@ -206,13 +207,13 @@ def draw_figures(
     """loss.png, serialization.png, reconstruction.png and loss_by_rank.png."""
     folder.mkdir(exist_ok=True)
     images = _examples(examples_from, 256)
-    figures.loss_figure(log.lines, folder / 'loss.png')
+    plots.loss_figure(log.lines, folder / 'loss.png')
     pictures.serialization_figure(model, images[:2], spec, folder / 'serialization.png')
     pictures.reconstruction_figure(model, images[:6], spec, folder / 'reconstruction.png')
-    by_rank = figures.loss_by_rank(model, images)
+    by_rank = plots.loss_by_rank(model, images)
     log.write(event='loss_by_rank', loss_by_rank=[round(loss, 5) for loss in by_rank.mean.tolist()],
               tokens=by_rank.tokens.tolist())
-    figures.loss_by_rank_figure(model, by_rank, folder / 'loss_by_rank.png')
+    plots.loss_by_rank_figure(model, by_rank, folder / 'loss_by_rank.png')
 
 
 def _examples(dataset: torch.utils.data.Dataset, most: int) -> torch.Tensor:

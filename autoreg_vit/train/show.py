@@ -9,8 +9,8 @@ from torch import nn
 
 from ..errors import DataError, ModelError
 from ..models import AutoregressiveViT
-from . import attention_maps, figures, pictures
 from .data import DAMAGE, Digits, FlatFolder, ImageSpec, evaluation_transform, open_image
+from .figures import attention_maps, pictures, plots
 from .runtime import create_folder
 from .seeding import mix_seed
 from .show_config import FIGURES, MOST_IMAGES, ShowConfig
@@ -57,7 +57,7 @@ def show(config: ShowConfig) -> Path:
                 encoders.insert(0, ('untrained', _encoder(load_model(config.weights, pretrained=False))))
             attention_maps.attention_figure(encoders, images, spec, files[0], name)
         elif figure == 'mix':
-            figures.mix_figure(model.decoder.mix.detach().cpu().numpy(), files[0], name)
+            plots.mix_figure(model.decoder.mix.detach().cpu().numpy(), files[0], name)
         for file in files:
             print(f'{FIGURES[figure]}: {file}')
     return folder

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from . import figures
 from .checkpoint import load_into, writing
 from .data import Batches
 from .distributed import Processes
+from .figures import plots
 from .loop import create_schedule, length_of, run_steps
 from .losses import Losses
 from .parallel import get_state, set_state, synchronised
@@ -238,7 +238,7 @@ def leave_results(run: Run, config: RunConfig, result: dict[str, Any], classes: 
         with writing(run.folder):
             if few:
                 (run.folder / 'figures').mkdir(exist_ok=True)
-                figures.confusion_figure(result['confusion'], classes, run.folder / 'figures' / 'confusion.png')
+                plots.confusion_figure(result['confusion'], classes, run.folder / 'figures' / 'confusion.png')
             write_json(run.folder / 'results.json', content)
     run.finish()
     run.say(f'Results: {run.folder / "results.json"}')

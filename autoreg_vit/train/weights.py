@@ -10,9 +10,9 @@ from torch import nn
 
 from ..checksums import verify_checksum
 from ..errors import CheckpointError, ModelError, UsageError, suggest
+from ..models.designs import pretraining_models
 from ..models.encoders import check_sizes
 from ..models.pretrained import WEIGHTS, load_folder
-from ..models.pretraining import pretraining_models
 
 #: Names under which timm looks for the weights in a folder.
 WEIGHT_FILES = (WEIGHTS, 'pytorch_model.bin')

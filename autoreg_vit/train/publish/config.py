@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .config import argument, convert_fields, option
+from ..config import argument, convert_fields, option
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..errors import ConfigError
-from ..models.pretrained import ROOTS
-from .config import PretrainConfig
+from ...errors import ConfigError
+from ...models.pretrained import ROOTS
+from ..config import PretrainConfig
 
 PAPERS = {
     'randsac': ('RandSAC', 'https://arxiv.org/abs/2203.12054'),

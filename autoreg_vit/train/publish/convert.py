@@ -19,15 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..checksums import sha256_of, write_sums
-from ..errors import CheckpointError, ConfigError
-from ..models.encoders import METHODS, SIZES, SinCosVisionTransformer
-from ..models.export import export_encoder, export_pretraining, replaced
-from ..models.pretraining import AutoregressiveViT, create_pretraining_model
-from ..models.saim_checkpoint import encoder_name, is_saim_layout, pretraining_name, rename
-from .checkpoint import load_file, load_into, writing
-from .run import say
-from .weights_config import ConvertConfig
+from ...checksums import sha256_of, write_sums
+from ...errors import CheckpointError, ConfigError
+from ...models.designs import create_pretraining_model
+from ...models.encoders import METHODS, SIZES, SinCosVisionTransformer
+from ...models.export import export_encoder, export_pretraining, replaced
+from ...models.pretraining import AutoregressiveViT
+from ...models.saim_checkpoint import encoder_name, is_saim_layout, pretraining_name, rename
+from ..checkpoint import load_file, load_into, writing
+from ..run import say
+from .config import ConvertConfig
 
 REPORT = 'conversion.json'
 EXPECTED = ('expected a checkpoint of SAIM (blocks.N.attn.q, .k, .v) or of MAE (blocks.N.attn.qkv) as they are '

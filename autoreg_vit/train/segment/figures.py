@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch.nn.functional import interpolate
 
-from .data import ImageSpec
-from .panels import displayed
+from ..data import ImageSpec
+from ..figures.panels import displayed
 
 #: Classes in a legend at most, the most frequent ones.
 MOST = 20

@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchmetrics.detection import MeanAveragePrecision
 
-from .detect_data import Part, collate
-from .distributed import Processes
-from .runtime import autocast
-from .supervised import own_part
-from .supervised_config import RunConfig
+from ..distributed import Processes
+from ..runtime import autocast
+from ..supervised import own_part
+from ..supervised_config import RunConfig
+from .data import Part, collate
 
 #: What torchmetrics calls map, map_50, ...: COCO's AP, AP50, AP75, and APs, APm and APl, of objects below 32 x 32
 #: pixels, up to 96 x 96, and above.

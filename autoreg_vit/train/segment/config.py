@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..errors import ConfigError
-from .config import option
-from .supervised_config import DenseConfig
+from ...errors import ConfigError
+from ..config import option
+from ..supervised_config import DenseConfig
 
 
 @dataclass

@@ -16,11 +16,11 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from ..errors import DataError
-from .data import DAMAGE, ToMode, check_images, open_image
-from .detect_config import DetectConfig
-from .distributed import Processes
-from .labelled import hold_out, some_of
+from ...errors import DataError
+from ..data import DAMAGE, ToMode, check_images, open_image
+from ..distributed import Processes
+from ..labelled import hold_out, some_of
+from .config import DetectConfig
 
 Target = dict[str, torch.Tensor]
 

@@ -8,11 +8,11 @@ import torch
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
 
-from ..models.segmenter import IGNORED
-from .distributed import Processes
-from .runtime import autocast
-from .segment_config import SegmentConfig
-from .supervised import own_part
+from ...models.segmenter import IGNORED
+from ..distributed import Processes
+from ..runtime import autocast
+from ..supervised import own_part
+from .config import SegmentConfig
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from .data import ImageSpec
+from ..data import ImageSpec
 
 #: Colours of the order of prediction, from first (blue) to last (red); turbo without its dark ends.
 COLOURS = LinearSegmentedColormap.from_list('order', matplotlib.colormaps['turbo'](np.linspace(0.07, 0.93, 256)))

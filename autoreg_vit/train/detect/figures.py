@@ -8,9 +8,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from .detect_data import Part, decode_mask
-from .detect_eval import Detections
-from .panels import label_row, panel_grid, show_pixels
+from ..figures.panels import label_row, panel_grid, show_pixels
+from .data import Part, decode_mask
+from .evaluate import Detections
 
 
 def detection_figure(dataset: Part, detections: list[Detections], path: Path, images: int = 4) -> None:

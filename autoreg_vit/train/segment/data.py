@@ -13,12 +13,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-from ..errors import ConfigError, DataError
-from ..models.segmenter import IGNORED
-from .data import DAMAGE, ImageSpec, ToMode, check_images, open_image
-from .distributed import Processes
-from .labelled import hold_out, some_of
-from .segment_config import SegmentConfig
+from ...errors import ConfigError, DataError
+from ...models.segmenter import IGNORED
+from ..data import DAMAGE, ImageSpec, ToMode, check_images, open_image
+from ..distributed import Processes
+from ..labelled import hold_out, some_of
+from .config import SegmentConfig
 
 #: Files of masks: of formats that keep every value.
 MASK_EXTENSIONS = ('.png', '.tif', '.tiff', '.bmp')

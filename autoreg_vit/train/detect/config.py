@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
-from .config import option
-from .supervised_config import DenseConfig
+from ...errors import ConfigError
+from ..config import option
+from ..supervised_config import DenseConfig
 
 
 @dataclass

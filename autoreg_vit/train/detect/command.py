@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import ConfigError
-from .checkpoint import writing
-from .data import Batches, ImageSpec
-from .dense import dense_encoder, learning_figure, require
-from .detect_config import DetectConfig
-from .distributed import Processes, check_divisible, processes
-from .loop import adam_options, create_optimizer, prepare, start
-from .parallel import replicate, settle_buckets
-from .run import Run
-from .runtime import autocast
-from .seeding import mix_seed
-from .supervised import Learner, finished, leave_results, train
-from .weights import short_name
+from ...errors import ConfigError
+from ..checkpoint import writing
+from ..data import Batches, ImageSpec
+from ..dense import dense_encoder, learning_figure, require
+from ..distributed import Processes, check_divisible, processes
+from ..loop import adam_options, create_optimizer, prepare, start
+from ..parallel import replicate, settle_buckets
+from ..run import Run
+from ..runtime import autocast
+from ..seeding import mix_seed
+from ..supervised import Learner, finished, leave_results, train
+from ..weights import short_name
+from .config import DetectConfig
 
 
 def detect(config: DetectConfig) -> Path:
@@ -46,10 +46,10 @@ def detect(config: DetectConfig) -> Path:
 
 
 def _detect(config: DetectConfig, group: Processes) -> Path:
-    from ..models.detector import ViTMaskRCNN, save_detector
-    from .detect_data import collate, open_data
-    from .detect_eval import KINDS, SCORES, coco_results, evaluate
-    from .detect_figure import detection_figure
+    from ...models.detector import ViTMaskRCNN, save_detector
+    from .data import collate, open_data
+    from .evaluate import KINDS, SCORES, coco_results, evaluate
+    from .figures import detection_figure
 
     # 1. Settings, data and model, all checked before anything is written.
     prepare(config, group)

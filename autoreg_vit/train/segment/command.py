@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import ConfigError
-from .checkpoint import writing
-from .data import Batches, ImageSpec
-from .dense import dense_encoder, learning_figure, require
-from .distributed import Processes, check_divisible, processes
-from .loop import adam_options, create_optimizer, prepare, start
-from .parallel import replicate, settle_buckets, share_buffers
-from .run import Run
-from .runtime import autocast
-from .seeding import mix_seed
-from .segment_config import SegmentConfig
-from .supervised import Learner, finished, leave_results, train
-from .weights import short_name
+from ...errors import ConfigError
+from ..checkpoint import writing
+from ..data import Batches, ImageSpec
+from ..dense import dense_encoder, learning_figure, require
+from ..distributed import Processes, check_divisible, processes
+from ..loop import adam_options, create_optimizer, prepare, start
+from ..parallel import replicate, settle_buckets, share_buffers
+from ..run import Run
+from ..runtime import autocast
+from ..seeding import mix_seed
+from ..supervised import Learner, finished, leave_results, train
+from ..weights import short_name
+from .config import SegmentConfig
 
 
 def segment(config: SegmentConfig) -> Path:
@@ -45,10 +45,10 @@ def segment(config: SegmentConfig) -> Path:
 
 
 def _segment(config: SegmentConfig, group: Processes) -> Path:
-    from ..models.segmenter import Segmenter, save_segmenter
-    from .segment_data import open_data
-    from .segment_eval import evaluate, predict
-    from .segment_figures import predictions_figure
+    from ...models.segmenter import Segmenter, save_segmenter
+    from .data import open_data
+    from .evaluate import evaluate, predict
+    from .figures import predictions_figure
 
     # 1. Settings, data and model, all checked before anything is written.
     prepare(config, group)

@@ -9,10 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from ..models import AutoregressiveViT
-from ..models.decoders import NextTokenDecoder
-from ..models.targets import patchify, unpatchify
-from .data import ImageSpec
+from ...models import AutoregressiveViT
+from ...models.decoders import NextTokenDecoder
+from ...models.targets import patchify, unpatchify
+from ..data import ImageSpec
 from .panels import (
     COLOURS,
     EMPTY,

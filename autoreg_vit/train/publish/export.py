@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
-from ..checksums import SUMS, sha256_of, write_sums
-from ..errors import CheckpointError, ConfigError, UsageError
-from ..models.export import export_encoder, export_pretraining, replaced
-from ..models.golden import deviation, record
-from ..models.pretrained import CONFIG, WEIGHTS, check_files, load_folder
-from ..models.pretraining import AutoregressiveViT
+from ...checksums import SUMS, sha256_of, write_sums
+from ...errors import CheckpointError, ConfigError, UsageError
+from ...models.export import export_encoder, export_pretraining, replaced
+from ...models.golden import deviation, record
+from ...models.pretrained import CONFIG, WEIGHTS, check_files, load_folder
+from ...models.pretraining import AutoregressiveViT
+from ..checkpoint import load_checkpoint, load_into, writing
+from ..config import PretrainConfig, load_recipe, make_config, save_config
+from ..run import CHECKPOINT, read_log, say
 from .card import Source, Weights, card, default_data, read_results
-from .checkpoint import load_checkpoint, load_into, writing
-from .config import PretrainConfig, load_recipe, make_config, save_config
-from .run import CHECKPOINT, read_log, say
-from .weights_config import ExportConfig
+from .config import ExportConfig
 
 GOLDEN = 'golden.json'
 #: Greatest deviation of outputs (`golden.deviation`) that float16 may make unasked. Of a ViT-Tiny after one epoch of

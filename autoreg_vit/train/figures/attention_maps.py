@@ -11,8 +11,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from ..errors import ModelError
-from .data import ImageSpec
+from ...errors import ModelError
+from ..data import ImageSpec
 from .panels import HEAT, displayed, label_panel, note, panel_grid, show_image, show_pixels
 
 

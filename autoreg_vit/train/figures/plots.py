@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..models import AutoregressiveViT
-from ..models.decoders import MaskedDecoder, ParallelDecoder
+from ...models import AutoregressiveViT
+from ...models.decoders import MaskedDecoder, ParallelDecoder
 from .panels import DPI, INK, MUTED
 from .pictures import describe
 

@@ -1,0 +1,189 @@
+"""The pretraining models that timm registers: each paper's design at each size of encoder, and their weights.
+
+RandSAC: Hua et al., "Self-supervision through random segments with autoregressive coding". SAIM: Qi et al., "Exploring
+stochastic autoregressive image modeling for visual representation".
+"""
+
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+
+from ..errors import CheckpointError, ModelError, suggest
+from .encoders import ENCODER_OPTIONS, METHODS, SIZES, check_keys, check_options, default_cfg
+from .pretrained import check_tag, register_weights, weights_options
+from .pretraining import PRETRAINING_OPTIONS, AutoregressiveViT, compose
+from .saim_checkpoint import convert_saim_pretraining
+
+__all__ = ['create_pretraining_model', 'pretraining_models']  # register_model adds the models
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: AutoregressiveViT) -> dict[str, torch.Tensor]:
+    """Weights in this package's or SAIM's published layout, fitted to the model's patch and image size."""
+    state_dict = convert_saim_pretraining(state_dict)
+    prefix = 'encoder.'
+    encoder = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    fitted = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+    fitted.update({prefix + k: v for k, v in vit_checkpoint_filter_fn(encoder, model.encoder).items()})
+    if 'decoder.pos_embed' in fitted:
+        fitted['decoder.pos_embed'] = model.decoder.pos_embed  # fixed: a function of the grid alone
+    check_keys(fitted, model)
+    _check_sizes(fitted, model)
+    return fitted
+
+
+def _check_sizes(state_dict: dict[str, torch.Tensor], model: AutoregressiveViT) -> None:
+    """Raise CheckpointError for weights of other sizes than the model's. timm fits the patch embedding to the channels
+    by itself; a decoder and its head are those of one model."""
+    for name, own in model.state_dict().items():
+        given = state_dict.get(name, own)
+        if given.shape != own.shape and not name.startswith('encoder.patch_embed.'):
+            raise CheckpointError(
+                f'{name} is {list(given.shape)} in the weights and {list(own.shape)} in the model. Create the model '
+                'with the in_chans, patch_size and decoder that the weights were trained with, or only its encoder, '
+                'which takes any number of channels.')
+
+
+# Decoders of the papers: CIFAR-10 (RandSAC A.1), low-data (5), ImageNet-100 (A.1: twice the heads), ImageNet-1K (5).
+# vit_tiny at 224 takes CIFAR-10's and vit_large ImageNet-1K's: the papers have neither.
+_DECODERS = {
+    'vit_tiny': dict(decoder_depth=3),
+    'vit_small': dict(decoder_depth=4, decoder_heads=12),
+    'vit_base': dict(decoder_depth=4, decoder_dim=512, decoder_heads=16),
+    'vit_large': dict(decoder_depth=4, decoder_dim=512, decoder_heads=16),
+    'vit_tiny_patch4_32': dict(decoder_depth=3),
+    'vit_small_patch4_32': dict(decoder_depth=6),
+}
+_DESIGNS = {
+    'randsac': dict(serialization='blobs', decoder='masked', first_segment='self', head='linear', norm_pix=True),
+    'saim': dict(serialization='random', decoder='parallel', first_segment='none', head='mlp', norm_pix=True,
+                 blur=(9, 1.0)),
+}
+
+default_cfgs = register_weights({
+    f'{method}_{size}': default_cfg(size, first_conv='encoder.patch_embed.proj', classifier=None)
+    for method in _DESIGNS
+    for size in SIZES
+})
+
+
+def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    # What belongs to an encoder's classifier has no place here.
+    classifier = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
+    known = [option for option in PRETRAINING_OPTIONS + ENCODER_OPTIONS if option not in classifier]
+    check_options(variant, kwargs, known)
+    kwargs = {**weights_options(variant, default_cfgs[variant], pretrained, kwargs), **kwargs}
+    method, size = variant.split('_', 1)
+    if kwargs.get('features_only'):
+        raise ModelError(f'{variant} is a pretraining model: take features from its encoder, or from '
+                         f"timm.create_model('{size}_{method}', features_only=True).")
+    options = {**SIZES[size], **METHODS[method], **_DESIGNS[method]}
+    # Defaults that belong to one decoder or serialization stay out of the way of another.
+    if kwargs.get('decoder', options['decoder']) == 'masked':
+        options = {**options, **_DECODERS[size]}
+    if kwargs.get('serialization', options['serialization']) == 'blobs':
+        options['segments'] = (11, 7, 3) if size in ('vit_base', 'vit_large') else (11, 5)
+    options.update(kwargs)
+    model = build_model_with_cfg(
+        compose,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        kwargs_filter=('num_classes',),
+        **options,
+    )
+    model.init_args = {k: v for k, v in options.items() if k in known}
+    return model
+
+
+def pretraining_models() -> list[str]:
+    """Names of the registered pretraining models."""
+    return list(default_cfgs)
+
+
+def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
+    """`timm.create_model` for pretraining models.
+
+    Raises:
+        ModelError: for a name or tag that is not registered, naming the nearest ones.
+    """
+    base, _, tag = name.partition('.')
+    if base not in default_cfgs:
+        encoder = f' {name!r} is an encoder, which learns nothing by itself.' if timm.is_model(base) else ''
+        raise ModelError(f'Unknown pretraining model {name!r}.{encoder} {suggest(base, pretraining_models())}')
+    if tag:
+        check_tag(base, tag, default_cfgs[base])
+    return timm.create_model(name, **kwargs)
+
+
+@register_model
+def randsac_vit_tiny(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-Ti/16 at 224."""
+    return _create_pretraining('randsac_vit_tiny', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_small(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-S/16 at 224 (ImageNet-100, A.1)."""
+    return _create_pretraining('randsac_vit_small', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_base(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-B/16 at 224 (ImageNet-1K, 5)."""
+    return _create_pretraining('randsac_vit_base', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_large(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-L/16 at 224."""
+    return _create_pretraining('randsac_vit_large', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-Ti/4 at 32 (CIFAR-10, A.1)."""
+    return _create_pretraining('randsac_vit_tiny_patch4_32', pretrained, **kwargs)
+
+
+@register_model
+def randsac_vit_small_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """RandSAC pretraining of ViT-S/4 at 32 (low-data pretraining, 5)."""
+    return _create_pretraining('randsac_vit_small_patch4_32', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_tiny(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-Ti/16 at 224."""
+    return _create_pretraining('saim_vit_tiny', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_small(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-S/16 at 224."""
+    return _create_pretraining('saim_vit_small', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_base(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-B/16 at 224 (ImageNet-1K)."""
+    return _create_pretraining('saim_vit_base', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_large(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-L/16 at 224."""
+    return _create_pretraining('saim_vit_large', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-Ti/4 at 32."""
+    return _create_pretraining('saim_vit_tiny_patch4_32', pretrained, **kwargs)
+
+
+@register_model
+def saim_vit_small_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    """SAIM pretraining of ViT-S/4 at 32."""
+    return _create_pretraining('saim_vit_small_patch4_32', pretrained, **kwargs)
