@@ -212,9 +212,9 @@ SCALES: dict[str, Scale] = {
     'cpu': Scale(
         note='An encoder 128 wide and 6 blocks deep with a decoder of 2 layers, a few minutes a row: differences below '
              'the noise that is given are no differences.',
-        train_images=10240, held_out=10000, epochs=2, sizes={'DECODER': 2, 'HALF': 3, 'TWO-STREAM': 9},
+        train_images=16384, held_out=10000, epochs=2, sizes={'DECODER': 2, 'HALF': 3, 'TWO-STREAM': 9},
         model={'embed_dim': 128, 'depth': 6, 'num_heads': 4},
-        pretrain={'batch_size': 64, 'lr': 4e-3, 'betas': (0.9, 0.95), 'warmup_epochs': 0.2, 'crop_scale': (0.2, 1.0)},
+        pretrain={'batch_size': 32, 'lr': 8e-3, 'betas': (0.9, 0.95), 'warmup_epochs': 0.2, 'crop_scale': (0.2, 1.0)},
         probe={'train_images': 10000, 'epochs': 30}, seeds=3, costly=3),
     'gpu': Scale(
         note='ViT-Tiny, 100 epochs where the papers train 800 and more.',

@@ -64,13 +64,11 @@ def learning_figure(runs: dict[str, Sequence[dict]], path: Path) -> None:
             points = [(line['images'], line[key]) for line in evaluations if key in line]
             if not points:
                 continue
+            label = f'{name}, {SCORES[key]}' if several else SCORES[key]
             right.plot(*zip(*points), marker=marker, linestyle=('-', '--', ':', '-.')[style],
-                       color=f'C{number if several else style}',
-                       label=f'{name}, {SCORES[key]}' if several else SCORES[key])
-            right.annotate(f'{points[-1][1]:.1f}', points[-1], textcoords='offset points', xytext=(0, 6), ha='center')
+                       color=f'C{number if several else style}', label=f'{label}: {points[-1][1]:.1f}')
     losses.set(xlabel='images seen', ylabel='loss', title='Training loss', ylim=(0, None))
-    right.set(xlabel='images seen', ylabel='%', title='Test images')
-    right.margins(0.12)
+    right.set(xlabel='images seen', ylabel='%', title='Evaluation, with the last score')
     for axis in (losses, right):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

@@ -221,7 +221,7 @@ def scores(result: dict[str, Any]) -> dict[str, float]:
 
 def describe(result: dict[str, Any]) -> str:
     return ', '.join(f'{name} {result[key]:.2f} %' for key, name in SCORES.items()
-                     if key in result) + f' of {result["images"]:,} test images'
+                     if key in result) + f' of {result["images"]:,} images'
 
 
 def leave_results(run: Run, config: RunConfig, result: dict[str, Any], classes: list[str], **more: Any) -> None:

@@ -128,7 +128,7 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str], path: Path) 
     axes.set_yticks(places, classes)
     axes.set(xlabel='predicted', ylabel='true class')
     right = 100 * np.trace(confusion) / max(confusion.sum(), 1)
-    axes.set_title(f'{right:.1f} % of {confusion.sum():,} test images right; cells: percent of the true class',
+    axes.set_title(f'{right:.1f} % of {confusion.sum():,} images right; cells: percent of the true class',
                    fontsize=9)
     for row in places:
         for column in places:
