@@ -4,7 +4,6 @@ RandSAC: Hua et al., "Self-supervision through random segments with autoregressi
 stochastic autoregressive image modeling for visual representation".
 """
 
-
 import timm
 import torch
 from timm.models import build_model_with_cfg, register_model
@@ -20,7 +19,11 @@ __all__ = ['create_pretraining_model', 'pretraining_models']  # register_model a
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: AutoregressiveViT) -> dict[str, torch.Tensor]:
-    """Weights in this package's or SAIM's published layout, fitted to the model's patch and image size."""
+    """Weights in this package's or SAIM's published layout, fitted to the model's patch and image size.
+
+    Raises:
+        CheckpointError: for tensors that are missing, foreign or of other sizes.
+    """
     state_dict = convert_saim_pretraining(state_dict)
     prefix = 'encoder.'
     encoder = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}

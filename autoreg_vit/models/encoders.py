@@ -166,14 +166,15 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     if classifier and isinstance(model.head, nn.Identity):
         _logger.warning('The model has no classifier; the checkpoint\'s is left out: %s', ', '.join(classifier))
         fitted = {key: value for key, value in fitted.items() if key not in classifier}
-    check_keys(fitted, model)
+    check_keys(fitted, model, aside=('head.',))
     return fitted
 
 
-def check_keys(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Raise CheckpointError unless the state dict has the model's parameters and no others, the classifier aside. timm
-    itself only warns where it adapts a classifier."""
-    own, given = ({key for key in keys if not key.startswith('head.')} for keys in (model.state_dict(), state_dict))
+def check_keys(state_dict: dict[str, torch.Tensor], model: nn.Module, aside: tuple[str, ...] = ()) -> None:
+    """Raise CheckpointError unless the state dict has the model's parameters and no others, names that begin as one of
+    `aside` left out of it. timm itself only warns where it adapts a classifier, and before 1.0.31 fails with a bare
+    KeyError where the patch embedding is missing."""
+    own, given = ({key for key in keys if not key.startswith(aside)} for keys in (model.state_dict(), state_dict))
     if own != given:
         missing, unexpected = (', '.join(sorted(keys)) or 'none' for keys in (own - given, given - own))
         raise CheckpointError(

@@ -18,11 +18,7 @@ from ..errors import ModelError, SerializationError, ShapeError
 from ..serialization import Layout, Serialization, check_ranks
 from .attention import check_encoder, content_block, run_block
 from .decoders import MaskedDecoder, NextTokenDecoder, ParallelDecoder
-from .encoders import (
-    SinCosVisionTransformer,
-    init_xavier,
-    refit_positions,
-)
+from .encoders import SinCosVisionTransformer, init_xavier, refit_positions
 from .targets import PixelTarget
 
 __all__ = ['AutoregressiveViT', 'PretrainOutput', 'compose']
