@@ -20,7 +20,7 @@ from autoreg_vit.train.graph import GraphedStep, check_graph
 from autoreg_vit.train.loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from autoreg_vit.train.losses import Losses
 from autoreg_vit.train.parallel import get_state, set_state
-from autoreg_vit.train.pretrain import _training_batches
+from autoreg_vit.train.pretrain import training_batches
 from autoreg_vit.train.run import Run
 from autoreg_vit.train.runtime import autocast
 from autoreg_vit.train.seeding import mix_seed
@@ -105,7 +105,7 @@ def _pretrain(config: MaeConfig, group: Processes) -> Path:
     model = build_mae(sizes, config.mask_ratio).to(device)
     if config.cuda_graph:
         check_graph(config, group)
-    batches = _training_batches(config, spec, group)
+    batches = training_batches(config, spec, group)
     capturable = {'capturable': True} if config.cuda_graph else {}
     optimizer = create_optimizer(config, model, **adam_options(config), **capturable)
     steps = config.epochs * batches.per_epoch

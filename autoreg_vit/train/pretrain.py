@@ -71,7 +71,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     if config.crop_scale is None:
         config.crop_scale = (0.67, 1.0) if config.model.startswith('saim') else (0.2, 1.0)
     check_divisible(config.batch_size, group)
-    batches = _training_batches(config, spec, group)
+    batches = training_batches(config, spec, group)
     labelled = _labelled_sets(config, spec)
 
     # 4. The optimizer.
@@ -224,7 +224,7 @@ def _examples(dataset: torch.utils.data.Dataset, most: int) -> torch.Tensor:
                         torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist()])
 
 
-def _training_batches(
+def training_batches(
         config: PretrainConfig,
         spec: data.ImageSpec,
         group: Processes,
