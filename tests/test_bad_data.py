@@ -18,6 +18,7 @@ from launching import SETTINGS, log_of
 
 from autoreg_vit.errors import ConfigError, DataError
 from autoreg_vit.train import data
+from autoreg_vit.train.batches import Batches
 from autoreg_vit.train.config import PretrainConfig
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.pretrain import pretrain
@@ -70,27 +71,27 @@ class TestCorruptImages:
         names = data.check_images(dataset, 100, 0.1, messages.append)
         assert names == [str(folder / 'a' / '04.png')] and '1 of 20 images cannot be read' in messages[0]
         for workers in (0, 1):
-            batches = data.Batches(dataset, 20, 0, ONE, workers=workers, max_corrupt=0.1)
+            batches = Batches(dataset, 20, 0, ONE, workers=workers, max_corrupt=0.1)
             assert next(batches.start_at(0))[0].shape == (20, 3, 8, 8)
             assert '04.png' in capsys.readouterr().out
         with pytest.raises(DataError, match=r'1 of 20 images cannot be read.*04\.png'):
-            next(data.Batches(dataset, 20, 0, ONE).start_at(0))
+            next(Batches(dataset, 20, 0, ONE).start_at(0))
 
     def test_through_timm(self, damage, folder: Path):
         damage(folder / 'a' / '04.png')
         dataset = data.open_dataset('torch/image_folder', str(folder), 'train', TRANSFORM)
         with pytest.raises(DataError, match=r'1 of 20 images cannot be read.*04\.png'):
-            next(data.Batches(dataset, 20, 0, ONE).start_at(0))
+            next(Batches(dataset, 20, 0, ONE).start_at(0))
 
 
 def test_through_timms_readers(folder: Path, monkeypatch):
     """Those of hfds/... would put the next image in place of a corrupt one, with a line in the log alone."""
     monkeypatch.setattr(data, 'create_dataset', lambda name, root, **_: ImageDataset(root))
-    assert next(data.Batches(data.open_dataset('hfds/x', str(folder), 'train', TRANSFORM), 20, 0, ONE).start_at(0))
+    assert next(Batches(data.open_dataset('hfds/x', str(folder), 'train', TRANSFORM), 20, 0, ONE).start_at(0))
     no_image(folder / 'a' / '04.png')
     dataset = data.open_dataset('hfds/x', str(folder), 'train', TRANSFORM)
     with pytest.raises(DataError, match=r'1 of 20 images cannot be read.*04\.png'):
-        next(data.Batches(dataset, 20, 0, ONE).start_at(0))
+        next(Batches(dataset, 20, 0, ONE).start_at(0))
 
 
 def test_nothing_but_corrupt_images(folder: Path):
@@ -98,7 +99,7 @@ def test_nothing_but_corrupt_images(folder: Path):
         no_image(path)
     dataset = data.open_dataset('folder', str(folder), 'train', TRANSFORM)
     with pytest.raises(DataError, match=r'16 images in a row cannot be read'):
-        next(data.Batches(dataset, 20, 0, ONE, max_corrupt=1.0).start_at(0))
+        next(Batches(dataset, 20, 0, ONE, max_corrupt=1.0).start_at(0))
 
 
 @pytest.mark.parametrize('labels, words', [([0, 1, 10], 'Image 2 has the label 10'), ([0, -1, 3], 'Image 1.* -1')])
@@ -157,7 +158,7 @@ class TestShards:
     @pytest.mark.parametrize('workers', [0, 2])
     def test_stream_goes_on_from_any_place(self, workers: int, shards: Path):
         def take(start: int, count: int) -> list[torch.Tensor]:
-            source = data.Batches(self.open(shards), 4, 0, ONE, workers=workers).start_at(start)
+            source = Batches(self.open(shards), 4, 0, ONE, workers=workers).start_at(start)
             return [next(source)[0] for _ in range(count)]
 
         straight = take(0, 8)  # five an epoch, or six where each of two processes rounds up

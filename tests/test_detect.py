@@ -29,9 +29,9 @@ from autoreg_vit.errors import CheckpointError, ConfigError, DataError, ModelErr
 from autoreg_vit.models.detector import Canvas, ViTMaskRCNN, load_detector
 from autoreg_vit.models.export import export_encoder
 from autoreg_vit.models.windowed import WindowedAttention, use_windows
+from autoreg_vit.train.batches import Batches
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import load_recipe, make_config
-from autoreg_vit.train.data import Batches
 from autoreg_vit.train.detect.command import _detect, detect
 from autoreg_vit.train.detect.config import DetectConfig
 from autoreg_vit.train.detect.data import CocoImages, LargeScaleJitter, Part, collate, open_data

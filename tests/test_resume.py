@@ -18,6 +18,7 @@ from autoreg_vit import checksums
 from autoreg_vit.errors import CheckpointError, ConfigError
 from autoreg_vit.train import checkpoint, data, run
 from autoreg_vit.train import pretrain as pretraining
+from autoreg_vit.train.batches import Batches
 from autoreg_vit.train.config import PretrainConfig
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.pretrain import pretrain
@@ -337,7 +338,7 @@ def test_every_draw_is_a_function_of_its_place():
         data.ImageSpec((8, 8), 1, (0.5,), (0.5,)), (0.2, 1.0), 0.5))
 
     def batches(start: int, count: int, workers: int = 0) -> list[torch.Tensor]:
-        source = data.Batches(digits, 500, 0, ONE, workers).start_at(start)
+        source = Batches(digits, 500, 0, ONE, workers).start_at(start)
         return [next(source)[0] for _ in range(count)]
 
     straight = batches(0, 5)

@@ -108,7 +108,7 @@ def draw_boxes(
 
 
 class DeviceBatches:
-    """Training batches of this process from images on the device; stands in for `data.Batches`.
+    """Training batches of this process from images on the device; stands in for `Batches`.
 
     Crops are drawn for the whole step from a generator on the device, seeded by (seed, step), so that neither
     processes nor accumulation change them.

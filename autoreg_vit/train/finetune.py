@@ -15,8 +15,9 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..models.encoders import SinCosVisionTransformer
 from ..models.export import export_encoder
+from .batches import Batches
 from .checkpoint import write_checksum, writing
-from .data import Batches, ImageSpec
+from .data import ImageSpec
 from .distributed import Processes, check_divisible, processes
 from .labelled import labelled_images
 from .loop import adam_options, create_optimizer, prepare, start

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..models import AutoregressiveViT, create_pretraining_model
 from ..models.export import export_encoder, export_pretraining
 from . import data
+from .batches import Batches
 from .checkpoint import write_checksum, writing
 from .config import PretrainConfig
 from .device_data import DeviceBatches, DeviceImages
@@ -228,7 +229,7 @@ def training_batches(
         config: PretrainConfig,
         spec: data.ImageSpec,
         group: Processes,
-) -> 'data.Batches | DeviceBatches':
+) -> Batches | DeviceBatches:
     def load(transform: Callable) -> torch.utils.data.Dataset:
         dataset = data.open_dataset(
             config.dataset, config.data_dir, config.train_split, transform, config.download, training=True,
@@ -241,8 +242,8 @@ def training_batches(
         return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
                              config.hflip)
     dataset = load(data.training_transform(spec, config.crop_scale, config.hflip))
-    return data.Batches(dataset, config.batch_size, config.seed, group, config.workers, config.accumulate,
-                        config.max_corrupt)
+    return Batches(dataset, config.batch_size, config.seed, group, config.workers, config.accumulate,
+                   config.max_corrupt)
 
 
 def _labelled_sets(config: PretrainConfig, spec: data.ImageSpec) -> tuple | None:

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from .batches import Batches
 from .checkpoint import write_checksum, writing
-from .data import Batches, ImageSpec, sample
+from .data import ImageSpec, sample
 from .distributed import Processes, check_divisible, processes
 from .features import cached_features, fit_features, gather_features, knn
 from .labelled import labelled_images

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from .batches import Batches
 from .checkpoint import load_into, writing
-from .data import Batches
 from .distributed import Processes
 from .figures import plots
 from .loop import create_schedule, length_of, run_steps

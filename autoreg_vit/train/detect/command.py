@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import ConfigError
+from ..batches import Batches
 from ..checkpoint import writing
-from ..data import Batches, ImageSpec
+from ..data import ImageSpec
 from ..dense import dense_encoder, learning_figure, require
 from ..distributed import Processes, check_divisible, processes
 from ..loop import adam_options, create_optimizer, prepare, start

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
+from ..batches import Batches
 from ..checkpoint import writing
-from ..data import Batches, ImageSpec
+from ..data import ImageSpec
 from ..dense import dense_encoder, learning_figure, require
 from ..distributed import Processes, check_divisible, processes
 from ..loop import adam_options, create_optimizer, prepare, start

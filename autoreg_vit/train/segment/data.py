@@ -239,7 +239,7 @@ class Augment:
     a flip, and a distortion of brightness, contrast, saturation and hue, each in half of the cases. What a crop has
     beyond the image, right and below, is zero after normalisation, and ignored.
 
-    Draws come from PyTorch's CPU generator, which `data.SeededSamples` seeds for every sample.
+    Draws come from PyTorch's CPU generator, which `SeededSamples` seeds for every sample.
     """
 
     def __init__(self, config: SegmentConfig, spec: ImageSpec):
