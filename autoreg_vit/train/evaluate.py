@@ -8,6 +8,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader, Dataset
 
+from .progress import passing
 from .runtime import autocast
 
 
@@ -19,12 +20,14 @@ def extract_features(
         precision: str = 'float32',
         batch_size: int = 256,
         workers: int = 0,
+        shown: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled features float32 [images, width] and labels [images]; the encoder runs with plain attention."""
+    """Pooled features float32 [images, width] and labels [images]; the encoder runs with plain attention. `shown`: with
+    a progress bar."""
     was_training = encoder.training
     encoder.eval()
     features, labels = [], []
-    for images, targets in DataLoader(dataset, batch_size, num_workers=workers):
+    for images, targets in passing(DataLoader(dataset, batch_size, num_workers=workers), 'features', shown):
         with autocast(precision, device):
             tokens = encoder.forward_features(images.to(device))
             features.append(encoder.forward_head(tokens, pre_logits=True).float().cpu())

@@ -19,6 +19,7 @@ from .distributed import Processes
 from .evaluate import extract_features, knn_accuracy
 from .labelled import LabelledImages, hold_out
 from .loop import scaled_lr
+from .progress import passing
 from .run import Run
 from .seeding import mix_seed
 from .supervised import describe, evaluate, images_at_once, scores
@@ -42,7 +43,8 @@ def gather_features(
     """Features of all images on the main process, None on the others; every process computes its part."""
     part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
     found = extract_features(
-        encoder, part, group.device, config.precision, images_at_once(group.device), config.workers)
+        encoder, part, group.device, config.precision, images_at_once(group.device), config.workers,
+        group.is_main)
     if group.world_size == 1:
         return Features(*map(torch.from_numpy, found))
     parts = [None] * group.world_size if group.is_main else None
@@ -126,7 +128,7 @@ class Bank:
         batch = min(config.batch_size * config.accumulate, count)
         steps = config.epochs * (count // batch)
         features = torch.cat([features, torch.ones(count, 1, device=device)], dim=1)
-        for epoch in range(config.epochs):
+        for epoch in passing(range(config.epochs), 'fitting', unit='epoch'):
             generator = torch.Generator().manual_seed(mix_seed(config.seed, 'fast', epoch))
             order = torch.randperm(count, generator=generator).to(device)
             for number in range(count // batch):

@@ -3,7 +3,6 @@ log, progress, checkpoints, and a clean stop on a signal."""
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,13 +12,13 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from tqdm import tqdm
 
 from .. import __version__
 from ..errors import ConfigError, suggest
 from .config import PretrainConfig
 from .distributed import Flags, Processes
 from .losses import Losses
+from .progress import progress_bar
 from .provenance import hardware, source_commit
 from .run import Run
 from .runtime import Stopped, StopSignals, keep_freed_memory, resolve_precision
@@ -153,9 +152,7 @@ def run_steps(
     group, (steps, eval_every, epochs) = run.group, length_of(config, steps_per_epoch)
     images_per_step = config.batch_size * config.accumulate
     flags, last_save, since = Flags(group, 2), time.monotonic(), (time.perf_counter(), first_step)
-    # In a file, a line a minute instead of a bar that redraws itself.
-    progress = tqdm(total=steps, initial=first_step, unit='step', mininterval=0.5 if sys.stderr.isatty() else 60,
-                    dynamic_ncols=True, disable=not group.is_main)
+    progress = progress_bar(shown=group.is_main, total=steps, initial=first_step, unit='step')
     with StopSignals() as signals, progress:
         for step in range(first_step, steps):
             due = eval_every and step % eval_every == 0

@@ -21,6 +21,7 @@ from .figures import plots
 from .loop import create_schedule, length_of, run_steps
 from .losses import Losses
 from .parallel import get_state, set_state, synchronised
+from .progress import passing
 from .run import Run
 from .runtime import autocast
 from .supervised_config import RunConfig, SupervisedConfig
@@ -94,7 +95,10 @@ def own_part(
         collate: Makes a batch of a list of samples; by default tensors are stacked.
     """
     part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
-    return iter(DataLoader(part, batch_size, num_workers=config.workers, collate_fn=collate) if len(part) else ())
+    if not len(part):
+        return iter(())
+    return iter(passing(DataLoader(part, batch_size, num_workers=config.workers, collate_fn=collate), 'evaluating',
+                        group.is_main))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
