@@ -12,7 +12,7 @@ pytest.importorskip('sklearn')
 
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.evaluate import extract_features
-from autoreg_vit.train.progress import passing
+from autoreg_vit.train.progress import with_progress
 from autoreg_vit.train.supervised import own_part
 
 
@@ -52,6 +52,6 @@ def test_a_bar_appears_when_work_takes_long(work, seconds: float, monkeypatch: p
 
 def test_other_processes_show_none(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr('sys.stderr.isatty', lambda: True)
-    for _ in passing(range(4), 'evaluating', shown=False):
+    for _ in with_progress(range(4), 'evaluating', shown=False):
         time.sleep(0.8)
     assert capsys.readouterr().err == ''

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm import tqdm
 
 from ..errors import ConfigError, DataError
 from .data import DAMAGE, image_name, refuse_corrupt, some_names
 from .distributed import EpochSampler, Processes, check_divisible
+from .progress import say
 from .seeding import kept_random_state, mix_seed, seed_cpu
 
 
@@ -163,7 +163,7 @@ class Batches:
             self._counted = count
             names = [image_name(self.dataset.dataset, i) for i in self.dataset.corrupt.nonzero().flatten().tolist()]
             refuse_corrupt(len(names), len(self.dataset), self.max_corrupt, names)
-            tqdm.write(f'{len(names)} images cannot be read, and others stand in for them: {some_names(names)}')
+            say(f'{len(names)} images cannot be read, and others stand in for them: {some_names(names)}')
 
     def _stream(self, epoch: int, offset: int) -> Iterator:
         """The batches of an epoch after the first `offset`; a stream that ends early begins again."""

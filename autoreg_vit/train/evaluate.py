@@ -8,7 +8,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader, Dataset
 
-from .progress import passing
+from .progress import with_progress
 from .runtime import autocast
 
 
@@ -27,7 +27,7 @@ def extract_features(
     was_training = encoder.training
     encoder.eval()
     features, labels = [], []
-    for images, targets in passing(DataLoader(dataset, batch_size, num_workers=workers), 'features', shown):
+    for images, targets in with_progress(DataLoader(dataset, batch_size, num_workers=workers), 'features', shown):
         with autocast(precision, device):
             tokens = encoder.forward_features(images.to(device))
             features.append(encoder.forward_head(tokens, pre_logits=True).float().cpu())

@@ -19,7 +19,7 @@ from .distributed import Processes
 from .evaluate import extract_features, knn_accuracy
 from .labelled import LabelledImages, hold_out
 from .loop import scaled_lr
-from .progress import passing
+from .progress import with_progress
 from .run import Run
 from .seeding import mix_seed
 from .supervised import describe, evaluate, images_at_once, scores
@@ -128,7 +128,7 @@ class Bank:
         batch = min(config.batch_size * config.accumulate, count)
         steps = config.epochs * (count // batch)
         features = torch.cat([features, torch.ones(count, 1, device=device)], dim=1)
-        for epoch in passing(range(config.epochs), 'fitting', unit='epoch'):
+        for epoch in with_progress(range(config.epochs), 'fitting', unit='epoch'):
             generator = torch.Generator().manual_seed(mix_seed(config.seed, 'fast', epoch))
             order = torch.randperm(count, generator=generator).to(device)
             for number in range(count // batch):

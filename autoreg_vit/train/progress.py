@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal one that redraws itself, in a file a line a minute."""
+"""Progress bars, on a terminal one that redraws itself, in a file a line a minute; and text beside them."""
 
 import sys
 from collections.abc import Iterable, Sized
@@ -12,7 +12,19 @@ def progress_bar(items: Iterable | None = None, shown: bool = True, **options: A
     return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True, disable=not shown, **options)
 
 
-def passing(items: Sized, what: str, shown: bool = True, unit: str = 'batch') -> Iterable:
-    """Go through `items` with a bar that appears once it takes long, and goes when it is done: for work beside a run's
-    steps, such as an evaluation."""
+def with_progress(items: Sized, what: str, shown: bool = True, unit: str = 'batch') -> Iterable:
+    """`items`, with a bar that appears once going through them takes long and is gone at their end: for work beside a
+    run's steps, such as an evaluation.
+
+    Args:
+        items: To go through.
+        what: Is done with them, before the bar.
+        shown: False on all processes but one.
+        unit: What one item is.
+    """
     return progress_bar(items, shown, desc=what, unit=unit, leave=False, delay=2 if sys.stderr.isatty() else 60)
+
+
+def say(text: str) -> None:
+    """Print without tearing a progress bar."""
+    tqdm.write(text)

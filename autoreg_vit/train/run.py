@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..errors import ConfigError
 from .checkpoint import load_checkpoint, previous_of, save_checkpoint, write_error
 from .config import free_settings, load_recipe, save_config
 from .distributed import Processes
+from .progress import say
 from .runtime import FolderLock, create_folder
 
 CHECKPOINT = 'last.pt'
@@ -189,11 +189,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def say(text: str) -> None:
-    """Print without tearing a progress bar."""
-    tqdm.write(text)
 
 
 def setting_differences(before: dict[str, Any], config: Any) -> list[str]:

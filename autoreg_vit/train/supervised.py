@@ -21,7 +21,7 @@ from .figures import plots
 from .loop import create_schedule, length_of, run_steps
 from .losses import Losses
 from .parallel import get_state, set_state, synchronised
-from .progress import passing
+from .progress import with_progress
 from .run import Run
 from .runtime import autocast
 from .supervised_config import RunConfig, SupervisedConfig
@@ -97,8 +97,8 @@ def own_part(
     part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
     if not len(part):
         return iter(())
-    return iter(passing(DataLoader(part, batch_size, num_workers=config.workers, collate_fn=collate), 'evaluating',
-                        group.is_main))
+    loader = DataLoader(part, batch_size, num_workers=config.workers, collate_fn=collate)
+    return iter(with_progress(loader, 'evaluating', group.is_main))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

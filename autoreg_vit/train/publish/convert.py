@@ -27,7 +27,7 @@ from ...models.export import export_encoder, export_pretraining, replaced
 from ...models.pretraining import AutoregressiveViT
 from ...models.saim_checkpoint import encoder_name, is_saim_layout, pretraining_name, rename
 from ..checkpoint import load_file, load_into, writing
-from ..run import say
+from ..progress import say
 from .config import ConvertConfig
 
 REPORT = 'conversion.json'

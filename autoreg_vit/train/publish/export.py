@@ -18,7 +18,8 @@ from ...models.pretrained import CONFIG, WEIGHTS, check_files, load_folder
 from ...models.pretraining import AutoregressiveViT
 from ..checkpoint import load_checkpoint, load_into, writing
 from ..config import PretrainConfig, load_recipe, make_config, save_config
-from ..run import CHECKPOINT, read_log, say
+from ..progress import say
+from ..run import CHECKPOINT, read_log
 from .card import Source, Weights, card, default_data, read_results
 from .config import ExportConfig
 
