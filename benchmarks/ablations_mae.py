@@ -15,11 +15,11 @@ from autoreg_vit.models.encoders import SinCosVisionTransformer, init_xavier, si
 from autoreg_vit.models.export import export_encoder
 from autoreg_vit.train.config import PretrainConfig, option
 from autoreg_vit.train.data import ImageSpec
-from autoreg_vit.train.distributed import Processes, processes
+from autoreg_vit.train.distributed import Processes, check_divisible, processes
 from autoreg_vit.train.graph import GraphedStep, check_graph
 from autoreg_vit.train.loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from autoreg_vit.train.losses import Losses
-from autoreg_vit.train.parallel import get_state, set_state
+from autoreg_vit.train.parallel import get_state, replicate, set_state, settle_buckets
 from autoreg_vit.train.pretrain import training_batches
 from autoreg_vit.train.run import Run
 from autoreg_vit.train.runtime import autocast
@@ -105,6 +105,7 @@ def _pretrain(config: MaeConfig, group: Processes) -> Path:
     model = build_mae(sizes, config.mask_ratio).to(device)
     if config.cuda_graph:
         check_graph(config, group)
+    check_divisible(config.batch_size, group)
     batches = training_batches(config, spec, group)
     capturable = {'capturable': True} if config.cuda_graph else {}
     optimizer = create_optimizer(config, model, **adam_options(config), **capturable)
@@ -121,13 +122,17 @@ def _pretrain(config: MaeConfig, group: Processes) -> Path:
             set_state(model, optimizer, run.state, False, str(run.folder / 'last.pt'))
         start(run, config, parameters=sum(p.numel() for p in model.parameters()),
               encoder_parameters=sum(p.numel() for p in model.vit.parameters()))
-        trained, generator = torch.compile(model) if config.compile else model, torch.Generator(device)
+        trained = replicate(torch.compile(model) if config.compile else model, group)
+        generator, share = torch.Generator(device), group.share(config.batch_size)
+        settle_buckets(trained, spec.nothing(share.stop - share.start, device))
 
         def train_step(images_of: Iterator) -> torch.Tensor:
             images = next(images_of)[0].to(device, non_blocking=True)
-            noise = torch.rand(len(images), sizes.encoder.patch_embed.num_patches, generator=generator, device=device)
+            # What is masked is drawn for the whole step, so that no sharing out of its images changes it.
+            noise = torch.rand(
+                config.batch_size, sizes.encoder.patch_embed.num_patches, generator=generator, device=device)
             with autocast(config.precision, device):
-                loss = trained(images, noise=noise).loss
+                loss = trained(images, noise=noise[share]).loss
             loss.backward()
             losses.check(loss.detach())
             optimizer.step()
@@ -149,6 +154,7 @@ def _pretrain(config: MaeConfig, group: Processes) -> Path:
 
         run_steps(config, run, losses, optimizer, batches.per_epoch, first_step, take_step=take_step,
                   evaluate=lambda step: None, save=save)
-        export_encoder(to_timm(model, sizes), run.folder / 'encoder', mean=spec.mean, std=spec.std)
+        if group.is_main:
+            export_encoder(to_timm(model, sizes), run.folder / 'encoder', mean=spec.mean, std=spec.std)
         run.finish()
         return run.folder

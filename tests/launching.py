@@ -82,11 +82,15 @@ class Launch:
         return self.output.read_text() if self.output.exists() else ''
 
 
-def launch_together(settings: dict, count: int, sabotage: Callable[[], None] | None = None) -> list[Launch]:
-    """As torchrun would start `count` processes on this machine; `sabotage` is called in each before the run."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch_together(settings: dict, count: int, sabotage: Callable[[], None] | None = None) -> list[Launch]:
+    """As torchrun would start `count` processes on this machine; `sabotage` is called in each before the run."""
+    port = free_port()
     return [Launch(settings, sabotage, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(count),
                    RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
 
