@@ -58,7 +58,8 @@ def main() -> None:
         logs[name] = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
         steps = [line for line in logs[name] if line['event'] == 'step']
         rows.append({
-            'encoder': name, **{key: found[key] for key in ('miou', 'pixel_accuracy', 'iou', 'test_images')},
+            'encoder': name, 'commit': logs[name][0]['commit'],
+            **{key: found[key] for key in ('miou', 'pixel_accuracy', 'iou', 'test_images')},
             'images_seen': steps[-1]['images'], 'last_loss': round(steps[-1]['loss'], 4),
             'minutes': round((logs[name][-1]['time'] - logs[name][0]['time']) / 60, 1),
         })
