@@ -25,14 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablations_mae import MaeConfig, build_mae, pretrain_mae
+from ablations_mae import MaeConfig, pretrain_mae
 from ablations_report import write_report
 from ablations_rows import BASES, CLAIMS, ROWS, SCALES, Row, Scale
+from flops import training_gflops
 from report import RESULTS
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 
-from autoreg_vit import ops
 from autoreg_vit.errors import ConfigError, UsageError, suggest
 from autoreg_vit.models import create_pretraining_model
 from autoreg_vit.models.export import export_encoder
@@ -135,23 +134,10 @@ def _sized(value: Any, scale: Scale) -> Any:
 
 
 def step_flops(row: Row, scale: Scale) -> float:
-    """GFLOPs of an image's training step, forward and backward, those of matrix products, counted on the CPU with
-    attention over all keys."""
+    """GFLOPs of an image's training step."""
     if row.base == 'untrained':
         return 0.0
-    config = PretrainConfig(**pretrain_settings(row, scale))
-    model = create_pretraining_model(config.model, **config.model_options())
-    images = torch.zeros(2, 3, *model.encoder.patch_embed.img_size)
-    if row.base == 'mae':
-        model = build_mae(model)
-        model.set_attn_implementation('eager')  # the fused one is not counted on a CPU
-    ops.set_implementation('eager')
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model(images).loss.backward()
-    finally:
-        ops.set_implementation('auto')
-    return counter.get_total_flops() / len(images) / 1e9
+    return training_gflops((MaeConfig if row.base == 'mae' else PretrainConfig)(**pretrain_settings(row, scale)))
 
 
 def image_folder(scale_name: str, data_dir: str | None, work: Path) -> Path:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations_mae import MaeConfig, pretrain_mae
+from flops import training_gflops
 from report import RESULTS, provenance
 
 from autoreg_vit.errors import UsageError
@@ -100,9 +101,8 @@ def main() -> int:
 
     steps = []
     for name, folder in runs:
-        recipe, function, config = MODELS[name]
-        settings = {**load_recipe(recipe), **PRETRAIN[args.scale], 'epochs': epochs}
-        steps.append((function, config, {**settings, 'output_dir': str(folder)}))
+        _, function, config = MODELS[name]
+        steps.append((function, config, {**pretrain_settings(name, args.scale, epochs), 'output_dir': str(folder)}))
     for measure, (function, config, settings) in measures.items():
         for name in ('untrained', *args.models):
             # One initialisation stands for all of a size; SAIM's differs by its class token alone.
@@ -121,6 +121,11 @@ def main() -> int:
         if status:
             return status
     return 0
+
+
+def pretrain_settings(name: str, scale: str, epochs: int) -> dict[str, Any]:
+    """Of a model's pretraining, but for data and folder."""
+    return {**load_recipe(MODELS[name][0]), **PRETRAIN[scale], 'epochs': epochs}
 
 
 def in_process(function: Callable, config: type, settings: dict[str, Any], deadline: float) -> int:
@@ -155,7 +160,10 @@ def write_results(args: argparse.Namespace, work: Path, epochs: int, measures: d
             row |= {'epochs': epochs, 'finished': lines[-1]['event'] == 'finish',
                     'minutes': round(60 * training_hours(lines), 1), 'hardware': lines[0].get('hardware'),
                     'commit': lines[0].get('commit'), 'processes': lines[0].get('processes'),
-                    'loss': next((line['loss'] for line in reversed(lines) if line['event'] == 'step'), None)}
+                    'loss': next((line['loss'] for line in reversed(lines) if line['event'] == 'step'), None),
+                    'images': next((line['images'] for line in reversed(lines) if line['event'] == 'step'), 0),
+                    'gflops_per_image': round(training_gflops(
+                        MODELS[name][2](**pretrain_settings(name, args.scale, epochs))), 3)}
         for measure in measures:
             results = work / f'{measure}-{name}' / 'results.json'
             if results.is_file():

@@ -28,12 +28,13 @@ from unittest import mock
 
 import timm
 import torch
+from flops import training_gflops
 from report import RESULTS, device_name, provenance
 from timing import seconds
-from torch.utils.flop_counter import FlopCounterMode
 
 from autoreg_vit import ops
 from autoreg_vit.serialization import Layout
+from autoreg_vit.train.config import PretrainConfig
 from autoreg_vit.train.graph import GraphedStep
 from autoreg_vit.train.runtime import autocast, keep_freed_memory, resolve_precision
 
@@ -119,17 +120,6 @@ def turn(pipe, device_name: str, model_name: str, variant: str, batch_size: int)
     pipe.send((statistics.median(times) / (10 if device.type == 'cuda' else 1), 2 * side ** 3 / min(products), memory))
 
 
-def step_flops(model_name: str) -> float:
-    """FLOPs of an image's step, counted on the CPU."""
-    model = timm.create_model(model_name)
-    images = torch.zeros(1, 3, *model.encoder.patch_embed.img_size)
-    ops.set_implementation('eager')
-    with FlopCounterMode(display=False) as counter:
-        model(images).loss.backward()
-    ops.set_implementation('auto')
-    return counter.get_total_flops()
-
-
 def serialization_seconds(model_name: str, batch_size: int, device: torch.device) -> float:
     """Median seconds of drawing ranks, sorting and computing limits for a batch."""
     model = timm.create_model(model_name)
@@ -172,7 +162,8 @@ def main() -> None:
                 for record, value in zip((times, ceilings, memory), mine.recv()):
                     record[variant].append(value)
                 process.join()
-        flops, serialization = step_flops(model_name), serialization_seconds(model_name, batch_size, device)
+        flops = training_gflops(PretrainConfig(model=model_name)) * 1e9
+        serialization = serialization_seconds(model_name, batch_size, device)
         for variant in variants:
             result['rows'].append({
                 'model': model_name, 'variant': variant, 'batch_size': batch_size,
