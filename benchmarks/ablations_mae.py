@@ -124,7 +124,8 @@ def _pretrain(config: MaeConfig, group: Processes) -> Path:
               encoder_parameters=sum(p.numel() for p in model.vit.parameters()))
         trained = replicate(torch.compile(model) if config.compile else model, group)
         generator, share = torch.Generator(device), group.share(config.batch_size)
-        settle_buckets(trained, spec.nothing(share.stop - share.start, device))
+        with autocast(config.precision, device):
+            settle_buckets(trained, spec.nothing(share.stop - share.start, device))
 
         def train_step(images_of: Iterator) -> torch.Tensor:
             images = next(images_of)[0].to(device, non_blocking=True)

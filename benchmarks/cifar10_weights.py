@@ -16,6 +16,7 @@ the encoder as it is initialised: fine-tuned, it is a supervised run of the same
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import sys
@@ -128,6 +129,11 @@ def pretrain_settings(name: str, scale: str, epochs: int) -> dict[str, Any]:
     return {**load_recipe(MODELS[name][0]), **PRETRAIN[scale], 'epochs': epochs}
 
 
+@functools.cache  # results are written after each step of the work, on a GPU that may be had for minutes
+def gflops_per_image(name: str, scale: str, epochs: int) -> float:
+    return training_gflops(MODELS[name][2](**pretrain_settings(name, scale, epochs)))
+
+
 def in_process(function: Callable, config: type, settings: dict[str, Any], deadline: float) -> int:
     """Exit status of a command in a process of its own, which is told to stop at the deadline."""
     process = multiprocessing.get_context('spawn').Process(target=_run, args=(function, config, settings))
@@ -157,13 +163,12 @@ def write_results(args: argparse.Namespace, work: Path, epochs: int, measures: d
         log = work / name / 'log.jsonl'
         if name != 'untrained' and log.is_file():
             lines = read_log(log)
+            last = next((line for line in reversed(lines) if line['event'] == 'step'), {})
             row |= {'epochs': epochs, 'finished': lines[-1]['event'] == 'finish',
                     'minutes': round(60 * training_hours(lines), 1), 'hardware': lines[0].get('hardware'),
                     'commit': lines[0].get('commit'), 'processes': lines[0].get('processes'),
-                    'loss': next((line['loss'] for line in reversed(lines) if line['event'] == 'step'), None),
-                    'images': next((line['images'] for line in reversed(lines) if line['event'] == 'step'), 0),
-                    'gflops_per_image': round(training_gflops(
-                        MODELS[name][2](**pretrain_settings(name, args.scale, epochs))), 3)}
+                    'loss': last.get('loss'), 'images': last.get('images', 0),
+                    'gflops_per_image': round(gflops_per_image(name, args.scale, epochs), 3)}
         for measure in measures:
             results = work / f'{measure}-{name}' / 'results.json'
             if results.is_file():
