@@ -67,11 +67,13 @@ def read_run(folder: Path, split: str) -> dict[str, Any]:
     """Accuracies and costs of a run."""
     facts = json.loads((folder / 'row.json').read_text())
     result = json.loads((folder / f'probe-{split}' / 'results.json').read_text())
-    steps = [line for line in read_log(folder / 'pretrain' / 'log.jsonl') if line['event'] == 'step']
+    log = read_log(folder / 'pretrain' / 'log.jsonl')
+    steps = [line for line in log if line['event'] == 'step']
     seen = [0, *(line['images'] for line in steps)]
     minutes = sum((b - a) / line['images_per_second'] for a, b, line in zip(seen, seen[1:], steps)) / 60
     return {
-        'seed': facts['seed'], 'linear': result['top1'], 'knn': result['knn'],
+        'seed': facts['seed'], 'commit': log[0]['commit'] if log else None,
+        'linear': result['top1'], 'knn': result['knn'],
         'loss': steps[-1]['loss'] if steps else None, 'images': seen[-1],
         'gflops_per_image': round(facts['gflops_per_image'], 4),
         'pflops': facts['gflops_per_image'] * seen[-1] / 1e6, 'minutes': minutes,
@@ -217,10 +219,11 @@ def markdown(result: dict[str, Any], found: dict[str, Found], lines: dict, table
     deviation = result['seed_deviation']
     spread = ('one seed a row, so that the spread between seeds is unknown and not in the noise' if deviation is None
               else f'a run differs from another seed\'s by a standard deviation of {deviation:.2f} points')
+    commits = ' and '.join(sorted({run['commit'] for each in found.values() for run in each.runs if run['commit']}))
     text = [f'# Ablations, scale {result["scale"]}\n', result['note'] + '\n',
             f'{result["data"]}; accuracy in percent of {result["evaluated_images"]:,} images ({result["split"]}) with '
             f'frozen features, the average of the tokens; {spread}. Noise is twice the standard error over seeds and '
-            f'images. {result["device"]}, torch {result["torch"]}, timm {result["timm"]}, commit {result["commit"]}, '
+            f'images. {result["device"]}, torch {result["torch"]}, timm {result["timm"]}, runs at commit {commits}, '
             f'{result["date"]}. GFLOPs are those of a training step, an image; '
             f'minutes are of training, and images/s of a machine that may be shared.\n',
             '## Claims\n', '| claim | paper, its difference | here | noise | pairs | seeds | ordering |',
@@ -271,7 +274,7 @@ def _own_rows(found: dict[str, Found]) -> list[str]:
     text = ['| row | linear | kNN | against | difference | noise | FLOPs of it | GFLOPs | images/s | minutes |',
             '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |']
     for name, each in found.items():
-        if each.row.cites or each.row.length != 1:
+        if each.row.against is None and (each.row.cites or each.row.length != 1):
             continue
         reference, against = each.row.against, '| | | | |'
         if reference in found:

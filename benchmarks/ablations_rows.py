@@ -109,6 +109,11 @@ ROWS: tuple[Row, ...] = (
     Row('mix-uniform', 'randsac', {'mix_init': 'uniform'}, against='randsac'),
     Row('first-none', 'randsac', {'first_segment': 'none'}, against='randsac'),
     Row('first-given', 'randsac', {'first_segment': 'given'}, against='randsac'),
+    # Whether the first claim hangs on raw pixels, or on the length of training.
+    Row('random-norm', 'randsac', {'serialization': 'random', 'memory': 'last'}, against='masked'),
+    Row('raster-norm', 'randsac', {'serialization': 'raster', 'memory': 'last'}, against='random-norm'),
+    Row('random-x4', 'plain', {'serialization': 'random'}, (), 4, against='random'),
+    Row('raster-x4', 'plain', {'serialization': 'raster'}, (), 4, against='random-x4'),
     # The same designs trained for longer and shorter: where the order turns.
     *(Row(f'{name}-x{length:g}', base, settings, (), length)
       for length in (2, 4, 0.5)
