@@ -152,12 +152,19 @@ def curves(found: dict[str, Found]) -> dict[str, list[dict[str, float]]]:
     return lines
 
 
-def crossings(lines: dict[str, list[dict[str, float]]], axis: str, metric: str = 'linear') -> list[dict[str, Any]]:
+def curve_noise(found: dict[str, Found]) -> float:
+    """The largest noise of the difference between two runs of the cost-quality figure, in points."""
+    names = [name for name in CURVES if name in found]
+    return max((difference(found, [pair]).noise for pair in itertools.combinations(names, 2)), default=0.0)
+
+
+def crossings(lines: dict[str, list[dict[str, float]]], axis: str, noise: float,
+              metric: str = 'linear') -> list[dict[str, Any]]:
     """Where two designs change places along a cost, between points joined by straight lines over its logarithm.
 
     Returns:
-        For each two designs with a common range of the cost: the range, who is ahead at its ends, and `at`, the costs
-        at which the order turns.
+        For each two designs with a common range of the cost: the range, who is ahead at its ends by more than `noise`
+        points ('neither' within it), and `at`, the costs at which the lines cross.
     """
     result = []
     for first, second in itertools.combinations(lines, 2):
@@ -170,7 +177,7 @@ def crossings(lines: dict[str, list[dict[str, float]]], axis: str, metric: str =
         gaps = [float(np.interp(x, xs, ys) - np.interp(x, us, vs)) for x in places]
         turns = [a + (b - a) * before / (before - after)
                  for a, b, before, after in zip(places, places[1:], gaps, gaps[1:]) if before * after < 0]
-        ahead = [first if gap > 0 else second if gap < 0 else 'neither' for gap in (gaps[0], gaps[-1])]
+        ahead = [first if gap > noise else second if gap < -noise else 'neither' for gap in (gaps[0], gaps[-1])]
         result.append({'designs': [first, second], 'axis': axis, 'range': [math.exp(low), math.exp(high)],
                        'ahead': ahead, 'points': [round(gaps[0], 2), round(gaps[-1], 2)],
                        'at': [math.exp(x) for x in turns]})
@@ -193,7 +200,7 @@ def write_report(work: Path, scale: str, folder: Path, data: str, split: str = '
         'rows': [{'row': each.row.name, 'base': each.row.base, 'settings': each.row.settings, 'length': each.row.length,
                   'cites': [cite._asdict() for cite in each.row.cites], 'runs': each.runs} for each in found.values()],
         'claims': [judge(claim, found) for claim in CLAIMS],
-        'turns': [turn for axis in AXES for turn in crossings(lines, axis)],
+        'turns': [turn for axis in AXES for turn in crossings(lines, axis, curve_noise(found))],
     }
     tables = list(dict.fromkeys(cite.table for row in ROWS for cite in row.cites))
     tables = sorted(table for table in tables if any(_in_table(each, table) for each in found.values()))
@@ -205,7 +212,7 @@ def write_report(work: Path, scale: str, folder: Path, data: str, split: str = '
         for table in tables:
             table_figure(found, table, new / f'{name}-{table.lower().replace(" ", "-")}.png')
         if len(lines) > 1:
-            cost_figure(lines, new / f'{name}-cost.png')
+            cost_figure(lines, result['seed_deviation'], new / f'{name}-cost.png')
         for path in new.iterdir():
             path.replace(folder / path.name)
 
@@ -219,7 +226,7 @@ def markdown(result: dict[str, Any], found: dict[str, Found], lines: dict, table
     deviation = result['seed_deviation']
     spread = ('one seed a row, so that the spread between seeds is unknown and not in the noise' if deviation is None
               else f'a run differs from another seed\'s by a standard deviation of {deviation:.2f} points')
-    commits = ' and '.join(sorted({run['commit'] for each in found.values() for run in each.runs if run['commit']}))
+    commits = ', '.join(sorted({run['commit'] for each in found.values() for run in each.runs if run['commit']}))
     text = [f'# Ablations, scale {result["scale"]}\n', result['note'] + '\n',
             f'{result["data"]}; accuracy in percent of {result["evaluated_images"]:,} images ({result["split"]}) with '
             f'frozen features, the average of the tokens; {spread}. Noise is twice the standard error over seeds and '
@@ -237,7 +244,7 @@ def markdown(result: dict[str, Any], found: dict[str, Found], lines: dict, table
         text += ['', f'## {table}\n', *_table(found, table)]
     text += ['', '## Neither paper\n', *_own_rows(found)]
     if lines:
-        text += ['', '## Cost and quality\n', *_cost_table(lines, result['turns'])]
+        text += ['', '## Cost and quality\n', *_cost_table(lines, result['turns'], curve_noise(found))]
     return '\n'.join(text) + '\n'
 
 
@@ -265,8 +272,8 @@ def _table(found: dict[str, Found], table: str) -> list[str]:
                     f'{ours.index(each.mean("linear")) + 1} | {paper[0]} | {paper[1]} | {place + 1} | {_costs(each)}')
     counts = orderings(found, table)
     if sum(counts.values()):
-        text.append(f'\nOf {sum(counts.values())} pairs of rows {counts["holds"]} are in the paper\'s order, '
-                    f'{counts["within noise"]} within noise, {counts["does not hold"]} in the other order.')
+        text.append(f'\nPairs of rows: {counts["holds"]} in the paper\'s order, {counts["within noise"]} within noise, '
+                    f'{counts["does not hold"]} in the other order.')
     return text
 
 
@@ -285,20 +292,22 @@ def _own_rows(found: dict[str, Found]) -> list[str]:
     return text
 
 
-def _cost_table(lines: dict, turns: list[dict[str, Any]]) -> list[str]:
+def _cost_table(lines: dict, turns: list[dict[str, Any]], noise: float) -> list[str]:
     text = ['| design | images seen | PFLOPs | minutes | linear | kNN |', '| --- | --- | --- | --- | --- | --- |']
     for name, points in lines.items():
         for point in points:
             text.append(f'| {CURVES[name]} | {point["images"]:,.0f} | {point["pflops"]:.3g} | {point["minutes"]:.1f} | '
                         f'{point["linear"]:.2f} | {point["knn"]:.2f} |')
-    text.append('\nWhere the order turns, by linear accuracy between the points measured:\n')
+    text.append(f'\nWhere the order turns, by linear accuracy between the points; up to {noise:.1f} points are '
+                'noise:\n')
     for turn in turns:
-        (first, second), (low, high) = (CURVES[n] for n in turn['designs']), turn['range']
-        ahead = [CURVES.get(n, n) for n in turn['ahead']]
-        said = (f'turns at {", ".join(f"{x:,.3g}" for x in turn["at"])}' if turn['at']
-                else f'{ahead[0]} ahead throughout')
-        text.append(f'- {first} and {second}, from {low:,.3g} to {high:,.3g} {AXES[turn["axis"]]}: {said} '
-                    f'({turn["points"][0]:+.2f} and {turn["points"][1]:+.2f} points at the ends).')
+        first, second = (CURVES[name] for name in turn['designs'])
+        ends = [f'{CURVES[name]} ahead' if name in CURVES else 'within noise' for name in turn['ahead']]
+        said, crossing = ', then '.join(dict.fromkeys(ends)), ', '.join(f'{x:,.3g}' for x in turn['at'])
+        at = ' to '.join(dict.fromkeys(f'{x:,.3g}' for x in turn['range']))
+        points = ' and '.join(dict.fromkeys(f'{x:+.2f}' for x in turn['points']))
+        text.append(f'- {first} and {second} at {at} {AXES[turn["axis"]]}: {said} ({points} points'
+                    f'{f"; the lines cross at {crossing}" if crossing else ""}).')
     return text
 
 
@@ -333,16 +342,16 @@ def table_figure(found: dict[str, Found], table: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def cost_figure(lines: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Linear accuracy against images seen, FLOPs and time."""
-    figure = Figure(figsize=(12, 4), layout='constrained')
+def cost_figure(lines: dict[str, list[dict[str, float]]], deviation: float | None, path: Path) -> None:
+    """Linear accuracy against images seen, FLOPs and time; bars are two standard deviations over seeds."""
+    figure = Figure(figsize=(12, 4.3), layout='constrained')
     panels = figure.subplots(1, len(AXES), sharey=True)
     for axes, (axis, label) in zip(panels, AXES.items()):
         for number, (name, points) in enumerate(lines.items()):
-            axes.plot([p[axis] for p in points], [p['linear'] for p in points], 'o-', color=f'C{number}',
-                      label=CURVES[name])
+            axes.errorbar([p[axis] for p in points], [p['linear'] for p in points], fmt='o-', color=f'C{number}',
+                          yerr=None if deviation is None else 2 * deviation, capsize=3, label=CURVES[name])
         axes.set(xlabel=label, xscale='log')
         axes.grid(alpha=0.3, which='both')
     panels[0].set_ylabel('linear accuracy (%)')
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(lines), fontsize=8)
     figure.savefig(path, dpi=110)

@@ -152,13 +152,16 @@ def test_where_the_order_turns():
     def line(*values):
         return [{'pflops': cost, 'linear': value} for cost, value in zip((1, 10, 100), values)]
 
-    turns = ablations_report.crossings({'mae': line(50, 52, 54), 'randsac': line(46, 52.5, 60)}, 'pflops')
+    crossed = {'mae': line(50, 52, 54), 'randsac': line(46, 52.5, 60)}
+    turns = ablations_report.crossings(crossed, 'pflops', noise=1.0)
     assert len(turns) == 1
     assert turns[0]['ahead'] == ['mae', 'randsac']
     assert turns[0]['at'] == [pytest.approx(10 ** (4 / 4.5))]
-    assert ablations_report.crossings({'mae': line(50, 52, 54), 'randsac': line(46, 48, 50)}, 'pflops')[0]['at'] == []
+    assert ablations_report.crossings(crossed, 'pflops', noise=5.0)[0]['ahead'] == ['neither', 'randsac']
+    below = ablations_report.crossings({'mae': line(50, 52, 54), 'randsac': line(46, 48, 50)}, 'pflops', noise=1.0)
+    assert (below[0]['ahead'], below[0]['at']) == (['mae', 'mae'], [])
     apart = [{'pflops': 1000, 'linear': 50}]
-    assert ablations_report.crossings({'mae': line(50, 52, 54), 'randsac': apart}, 'pflops') == []
+    assert ablations_report.crossings({'mae': line(50, 52, 54), 'randsac': apart}, 'pflops', noise=1.0) == []
 
 
 @needs_transformers
