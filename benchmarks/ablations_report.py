@@ -72,7 +72,7 @@ def read_run(folder: Path, split: str) -> dict[str, Any]:
     seen = [0, *(line['images'] for line in steps)]
     minutes = sum((b - a) / line['images_per_second'] for a, b, line in zip(seen, seen[1:], steps)) / 60
     return {
-        'seed': facts['seed'], 'commit': log[0]['commit'] if log else None,
+        'seed': facts['seed'], 'commit': log[0].get('commit') if log else None,
         'linear': result['top1'], 'knn': result['knn'],
         'loss': steps[-1]['loss'] if steps else None, 'images': seen[-1],
         'gflops_per_image': round(facts['gflops_per_image'], 4),
@@ -109,7 +109,7 @@ def judge(claim: Claim, found: dict[str, Found]) -> dict[str, Any]:
     """Whether a paper's ordering holds here, over those of its pairs that were run."""
     pairs = [pair for pair in claim.pairs if all(name in found for name in pair)]
     result = {'claim': claim.text, 'table': claim.table, 'pairs': [list(pair) for pair in pairs],
-              'of': len(claim.pairs), 'paper': paper_difference(claim)}
+              'of': len(claim.pairs), 'paper': paper_difference(claim, pairs or claim.pairs)}
     if not pairs:
         return {**result, 'verdict': 'not run'}
     total = difference(found, pairs)
@@ -118,11 +118,11 @@ def judge(claim: Claim, found: dict[str, Found]) -> dict[str, Any]:
             'seeds': min(len(found[name].runs) for pair in pairs for name in pair)}
 
 
-def paper_difference(claim: Claim) -> float | None:
-    """The mean difference of a claim's pairs in its paper, in points of linear accuracy, or of fine-tuning where the
+def paper_difference(claim: Claim, pairs: Sequence[tuple[str, str]]) -> float | None:
+    """The mean difference of these pairs of a claim in its paper, in points of linear accuracy, or of fine-tuning where the
     paper has no other."""
     values = {row.name: _paper_value(cite) for row in ROWS for cite in row.cites if cite.table == claim.table}
-    known = [values[a] - values[b] for a, b in claim.pairs if a in values and b in values]
+    known = [values[a] - values[b] for a, b in pairs if a in values and b in values]
     return round(statistics.mean(known), 2) if known else None
 
 
@@ -153,14 +153,14 @@ def curves(found: dict[str, Found]) -> dict[str, list[dict[str, float]]]:
 
 
 def curve_noise(found: dict[str, Found]) -> float:
-    """The largest noise of the difference between two runs of the cost-quality figure, in points."""
+    """The largest noise of the difference between two designs of the cost-quality figure, in points, measured at the
+    length that all of them were trained for."""
     names = [name for name in CURVES if name in found]
     return max((difference(found, [pair]).noise for pair in itertools.combinations(names, 2)), default=0.0)
 
 
-def crossings(lines: dict[str, list[dict[str, float]]], axis: str, noise: float,
-              metric: str = 'linear') -> list[dict[str, Any]]:
-    """Where two designs change places along a cost, between points joined by straight lines over its logarithm.
+def crossings(lines: dict[str, list[dict[str, float]]], axis: str, noise: float) -> list[dict[str, Any]]:
+    """Where two designs change places in linear accuracy along a cost; straight lines over its logarithm join points.
 
     Returns:
         For each two designs with a common range of the cost: the range, who is ahead at its ends by more than `noise`
@@ -168,7 +168,7 @@ def crossings(lines: dict[str, list[dict[str, float]]], axis: str, noise: float,
     """
     result = []
     for first, second in itertools.combinations(lines, 2):
-        (xs, ys), (us, vs) = (([math.log(p[axis]) for p in lines[n]], [p[metric] for p in lines[n]])
+        (xs, ys), (us, vs) = (([math.log(p[axis]) for p in lines[n]], [p['linear'] for p in lines[n]])
                               for n in (first, second))
         low, high = max(xs[0], us[0]), min(xs[-1], us[-1])
         if low > high:
@@ -191,7 +191,7 @@ def write_report(work: Path, scale: str, folder: Path, data: str, split: str = '
         return
     folder.mkdir(parents=True, exist_ok=True)
     name = f'ablations-{scale}' + ('-test' if split == 'test' else '')
-    lines = curves(found)
+    lines, noise = curves(found), curve_noise(found)
     result = {
         **provenance(), 'scale': scale, 'note': SCALES[scale].note, 'data': data,
         'split': 'test' if split == 'test' else 'held out of train',
@@ -200,7 +200,8 @@ def write_report(work: Path, scale: str, folder: Path, data: str, split: str = '
         'rows': [{'row': each.row.name, 'base': each.row.base, 'settings': each.row.settings, 'length': each.row.length,
                   'cites': [cite._asdict() for cite in each.row.cites], 'runs': each.runs} for each in found.values()],
         'claims': [judge(claim, found) for claim in CLAIMS],
-        'turns': [turn for axis in AXES for turn in crossings(lines, axis, curve_noise(found))],
+        'curve_noise': noise,
+        'turns': [turn for axis in AXES for turn in crossings(lines, axis, noise)],
     }
     tables = list(dict.fromkeys(cite.table for row in ROWS for cite in row.cites))
     tables = sorted(table for table in tables if any(_in_table(each, table) for each in found.values()))
@@ -244,7 +245,7 @@ def markdown(result: dict[str, Any], found: dict[str, Found], lines: dict, table
         text += ['', f'## {table}\n', *_table(found, table)]
     text += ['', '## Neither paper\n', *_own_rows(found)]
     if lines:
-        text += ['', '## Cost and quality\n', *_cost_table(lines, result['turns'], curve_noise(found))]
+        text += ['', '## Cost and quality\n', *_cost_table(lines, result['turns'], result['curve_noise'])]
     return '\n'.join(text) + '\n'
 
 
@@ -298,8 +299,7 @@ def _cost_table(lines: dict, turns: list[dict[str, Any]], noise: float) -> list[
         for point in points:
             text.append(f'| {CURVES[name]} | {point["images"]:,.0f} | {point["pflops"]:.3g} | {point["minutes"]:.1f} | '
                         f'{point["linear"]:.2f} | {point["knn"]:.2f} |')
-    text.append(f'\nWhere the order turns, by linear accuracy between the points; up to {noise:.1f} points are '
-                'noise:\n')
+    text.append(f'\nWhere the order turns, by linear accuracy between points; up to {noise:.1f} points are noise:\n')
     for turn in turns:
         first, second = (CURVES[name] for name in turn['designs'])
         ends = [f'{CURVES[name]} ahead' if name in CURVES else 'within noise' for name in turn['ahead']]
