@@ -119,8 +119,8 @@ def judge(claim: Claim, found: dict[str, Found]) -> dict[str, Any]:
 
 
 def paper_difference(claim: Claim, pairs: Sequence[tuple[str, str]]) -> float | None:
-    """The mean difference of these pairs of a claim in its paper, in points of linear accuracy, or of fine-tuning where the
-    paper has no other."""
+    """The mean difference of these pairs of a claim in its paper, in points of linear accuracy, or of fine-tuning where
+    the paper has no other."""
     values = {row.name: _paper_value(cite) for row in ROWS for cite in row.cites if cite.table == claim.table}
     known = [values[a] - values[b] for a, b in pairs if a in values and b in values]
     return round(statistics.mean(known), 2) if known else None
