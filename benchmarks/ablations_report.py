@@ -12,13 +12,14 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from ablations_rows import CLAIMS, CURVES, ROWS, SCALES, Cite, Claim, Row
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from report import provenance
 
 from autoreg_vit.train.run import read_log
@@ -299,16 +300,26 @@ def _cost_table(lines: dict, turns: list[dict[str, Any]], noise: float) -> list[
         for point in points:
             text.append(f'| {CURVES[name]} | {point["images"]:,.0f} | {point["pflops"]:.3g} | {point["minutes"]:.1f} | '
                         f'{point["linear"]:.2f} | {point["knn"]:.2f} |')
-    text.append(f'\nWhere the order turns, by linear accuracy between points; up to {noise:.1f} points are noise:\n')
+    text += [f'\nWhere the order turns, by linear accuracy between points: the first design less the second at the '
+             f'least and at the most of a cost that both have. Up to {noise:.1f} points are noise.\n',
+             '| first | second | cost | from → to | points | ahead | lines cross at |',
+             '| --- | --- | --- | --- | --- | --- | --- |']
     for turn in turns:
-        first, second = (CURVES[name] for name in turn['designs'])
-        ends = [f'{CURVES[name]} ahead' if name in CURVES else 'within noise' for name in turn['ahead']]
-        said, crossing = ', then '.join(dict.fromkeys(ends)), ', '.join(f'{x:,.3g}' for x in turn['at'])
-        at = ' to '.join(dict.fromkeys(f'{x:,.3g}' for x in turn['range']))
-        points = ' and '.join(dict.fromkeys(f'{x:+.2f}' for x in turn['points']))
-        text.append(f'- {first} and {second} at {at} {AXES[turn["axis"]]}: {said} ({points} points'
-                    f'{f"; the lines cross at {crossing}" if crossing else ""}).')
+        ends = [CURVES.get(name, 'within noise') for name in turn['ahead']]
+        columns = [*(CURVES[name] for name in turn['designs']), AXES[turn['axis']],
+                   _each_once(map(_number, turn['range'])), _each_once(f'{x:+.2f}' for x in turn['points']),
+                   _each_once(ends), ', '.join(map(_number, turn['at']))]
+        text.append(f'| {" | ".join(columns)} |')
     return text
+
+
+def _each_once(ends: Iterable[str]) -> str:
+    """What stands at both ends of a range, once where it is the same."""
+    return ' → '.join(dict.fromkeys(ends))
+
+
+def _number(value: float) -> str:
+    return f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'
 
 
 def table_figure(found: dict[str, Found], table: str, path: Path) -> None:
@@ -351,6 +362,9 @@ def cost_figure(lines: dict[str, list[dict[str, float]]], deviation: float | Non
             axes.errorbar([p[axis] for p in points], [p['linear'] for p in points], fmt='o-', color=f'C{number}',
                           yerr=None if deviation is None else 2 * deviation, capsize=3, label=CURVES[name])
         axes.set(xlabel=label, xscale='log')
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: _number(value))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which='both')
     panels[0].set_ylabel('linear accuracy (%)')
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(lines), fontsize=8)

@@ -175,6 +175,16 @@ def test_where_the_order_turns():
     assert ablations_report.crossings({'mae': line(50, 52, 54), 'randsac': apart}, 'pflops', noise=1.0) == []
 
 
+def test_the_table_of_turns_says_what_both_ends_share_once():
+    point = {'images': 1e4, 'pflops': 0.01, 'minutes': 1, 'linear': 50, 'knn': 40}
+    turn = {'designs': ['mae', 'randsac'], 'axis': 'images'}
+    turns = [{**turn, 'range': [1e4, 2e4], 'ahead': ['mae', 'neither'], 'points': [2.0, -0.5], 'at': [15000.4]},
+             {**turn, 'range': [1e4, 1e4], 'ahead': ['mae', 'mae'], 'points': [2.0, 2.0], 'at': []}]
+    text = ablations_report._cost_table({'mae': [point], 'randsac': [point]}, turns, 1.0)
+    assert text[-2] == '| MAE | RandSAC | images seen | 10,000 → 20,000 | +2.00 → -0.50 | MAE → within noise | 15,000 |'
+    assert text[-1] == '| MAE | RandSAC | images seen | 10,000 | +2.00 | MAE |  |'
+
+
 @needs_transformers
 def test_mae_is_the_same_encoder_in_timm():
     from ablations_mae import build_mae, to_timm
