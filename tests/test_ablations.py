@@ -159,6 +159,13 @@ def test_rows_of_neither_paper_stand_beside_what_they_are_compared_with():
     assert '`randsac-x4`' not in text  # of the cost-quality figure alone
 
 
+def test_noise_of_the_cost_figure_is_that_of_its_noisiest_pair():
+    rows = found({'mae': [50.0], 'randsac': [52.0], 'saim': [70.0], 'random': [10.0]})
+    pairs = [('mae', 'randsac'), ('mae', 'saim'), ('randsac', 'saim')]
+    noises = [ablations_report.difference(rows, [pair]).noise for pair in pairs]
+    assert ablations_report.curve_noise(rows) == max(noises) > min(noises)
+
+
 def test_where_the_order_turns():
     def line(*values):
         return [{'pflops': cost, 'linear': value} for cost, value in zip((1, 10, 100), values)]
