@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from report import provenance
 
-from autoreg_vit.train.run import read_log
+from autoreg_vit.train.run import logged, read_log
 
 AXES = {'images': 'images seen', 'pflops': 'PFLOPs of training', 'minutes': 'minutes of training'}
 METRICS = {'linear': 'linear', 'knn': 'kNN'}
@@ -73,7 +73,7 @@ def read_run(folder: Path, split: str) -> dict[str, Any]:
     seen = [0, *(line['images'] for line in steps)]
     minutes = sum((b - a) / line['images_per_second'] for a, b, line in zip(seen, seen[1:], steps)) / 60
     return {
-        'seed': facts['seed'], 'commit': log[0].get('commit') if log else None,
+        'seed': facts['seed'], **{name: logged(log, name) for name in ('commit', 'hardware', 'precision')},
         'linear': result['top1'], 'knn': result['knn'],
         'loss': steps[-1]['loss'] if steps else None, 'images': seen[-1],
         'gflops_per_image': round(facts['gflops_per_image'], 4),
@@ -228,12 +228,14 @@ def markdown(result: dict[str, Any], found: dict[str, Found], lines: dict, table
     deviation = result['seed_deviation']
     spread = ('one seed a row, so that the spread between seeds is unknown and not in the noise' if deviation is None
               else f'a run differs from another seed\'s by a standard deviation of {deviation:.2f} points')
-    commits = ', '.join(sorted({run['commit'] for each in found.values() for run in each.runs if run['commit']}))
+    commits, hardware, precision = (
+        ', '.join(sorted({run[name] for each in found.values() for run in each.runs if run[name]}))
+        for name in ('commit', 'hardware', 'precision'))
     text = [f'# Ablations, scale {result["scale"]}\n', result['note'] + '\n',
             f'{result["data"]}; accuracy in percent of {result["evaluated_images"]:,} images ({result["split"]}) with '
             f'frozen features, the average of the tokens; {spread}. Noise is twice the standard error over seeds and '
-            f'images. {result["device"]}, torch {result["torch"]}, timm {result["timm"]}, runs at commit {commits}, '
-            f'{result["date"]}. GFLOPs are those of a training step, an image; '
+            f'images. {hardware}, {precision}, torch {result["torch"]}, timm {result["timm"]}, runs at commit '
+            f'{commits}, {result["date"]}. GFLOPs are those of a training step, an image; '
             f'minutes are of training, and images/s of a machine that may be shared.\n',
             '## Claims\n', '| claim | paper, its difference | here | noise | pairs | seeds | ordering |',
             '| --- | --- | --- | --- | --- | --- | --- |']

@@ -22,6 +22,7 @@ from pathlib import Path
 from report import RESULTS, provenance
 
 from autoreg_vit.train.dense import learning_figure
+from autoreg_vit.train.run import logged
 
 SETTINGS = ['--config', 'upernet_camvid', '--short-side', '90', '--crop-size', '64', '--stride', '56', '--batch-size',
             '8', '--lr', '1.4e-3', '--warmup-steps', '25', '--drop-path-rate', '0', '--decoder-channels', '64',
@@ -58,7 +59,7 @@ def main() -> None:
         logs[name] = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
         steps = [line for line in logs[name] if line['event'] == 'step']
         rows.append({
-            'encoder': name, 'commit': logs[name][0]['commit'],
+            'encoder': name, 'commit': logged(logs[name], 'commit'),
             **{key: found[key] for key in ('miou', 'pixel_accuracy', 'iou', 'test_images')},
             'images_seen': steps[-1]['images'], 'last_loss': round(steps[-1]['loss'], 4),
             'minutes': round((logs[name][-1]['time'] - logs[name][0]['time']) / 60, 1),

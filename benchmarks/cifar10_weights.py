@@ -38,7 +38,7 @@ from autoreg_vit.train.probe import probe
 from autoreg_vit.train.publish.card import training_hours
 from autoreg_vit.train.publish.config import ExportConfig
 from autoreg_vit.train.publish.export import export
-from autoreg_vit.train.run import read_log
+from autoreg_vit.train.run import logged, read_log
 from autoreg_vit.train.runtime import Stopped
 from autoreg_vit.train.supervised_config import FinetuneConfig, ProbeConfig
 
@@ -165,8 +165,8 @@ def write_results(args: argparse.Namespace, work: Path, epochs: int, measures: d
             lines = read_log(log)
             last = next((line for line in reversed(lines) if line['event'] == 'step'), {})
             row |= {'epochs': epochs, 'finished': lines[-1]['event'] == 'finish',
-                    'minutes': round(60 * training_hours(lines), 1), 'hardware': lines[0].get('hardware'),
-                    'commit': lines[0].get('commit'), 'processes': lines[0].get('processes'),
+                    'minutes': round(60 * training_hours(lines), 1), 'hardware': logged(lines, 'hardware'),
+                    'commit': logged(lines, 'commit'), 'processes': lines[0].get('processes'),
                     'loss': last.get('loss'), 'images': last.get('images', 0),
                     'gflops_per_image': round(gflops_per_image(name, args.scale, epochs), 3)}
         for measure in measures:

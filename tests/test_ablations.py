@@ -224,6 +224,7 @@ def test_a_run_of_the_table(tmp_path, monkeypatch, capsys):
     assert runs['mae']['commit'] == runs['randsac']['commit'] == result['commit']
     text = (tmp_path / 'out' / 'ablations-smoke.md').read_text()
     assert '| RandSAC over MAE | RandSAC 9: +6.60 |' in text
+    assert f'{runs["mae"]["hardware"]}, {runs["mae"]["precision"]}, torch {torch.__version__}' in text
     assert (tmp_path / 'out' / 'ablations-smoke-randsac-9.png').stat().st_size > 1000
     encoder = timm.create_model(f'local-dir:{tmp_path / "work/smoke/mae/0/pretrain/encoder"}', pretrained=True)
     assert encoder(torch.randn(1, 3, 32, 32)).shape == (1, 32)

@@ -92,6 +92,14 @@ class TestFolders:
         assert "create_model('local-dir:FOLDER', pretrained=True)" in body
         assert 'import autoreg_vit  # registers' in card_of(tmp_path / 'out' / f'{MODEL}.cifar10-4ep')[1]
 
+    def test_a_card_names_all_that_a_resumed_run_was_trained_with(self, tmp_path: Path):
+        resumed = {**LINES[0], 'event': 'resume', 'commit': 'ba9876543210', 'hardware': 'Another, amx_bf16'}
+        write_run(tmp_path / 'run', [*LINES[:3], resumed, resumed, *LINES[3:]])
+        assert export(tmp_path / 'run', tmp_path / 'out') == 0
+        body = card_of(tmp_path / 'out' / f'{ENCODER}.run')[1]
+        assert 'commit 0123456789ab and ba9876543210, torch 2.11.0, timm 1.0.23' in body
+        assert 'A processor, avx2 and Another, amx_bf16; 2 processes of 1 thread, float32' in body
+
     def test_the_command_of_the_card_is_that_of_the_run(self):
         config = PretrainConfig(model=MODEL, epochs=3, segments=(7, 3), hflip=0.0, norm_pix=False, compile=True,
                                 data_dir='/somewhere', output_dir='/somewhere/else')

@@ -39,9 +39,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 
 
 def essence(folder: Path) -> list[dict]:
-    """The log without what depends on the clock, or on edits of the clone meanwhile."""
+    """The log without what depends on the clock, on edits of the clone meanwhile, or on resumes."""
     changing = ('time', 'images_per_second', 'commit')
-    return [{k: v for k, v in line.items() if k not in changing} for line in log_of(folder)]
+    return [{k: v for k, v in line.items() if k not in changing} for line in log_of(folder)
+            if line['event'] != 'resume']
 
 
 def finish_and_compare(settings: dict, reference: Path) -> None:
@@ -127,6 +128,11 @@ def test_signal_saves_and_stops(number: int, reference: tuple[Path, float], tmp_
     assert 'Stopped after step' in launch.text() and 'Traceback' not in launch.text()
     assert (tmp_path / 'run' / 'last.pt').exists()
     finish_and_compare(settings, reference[0])
+    # The log says of each part of a run what it ran with.
+    begun, resumed = (line for line in log_of(tmp_path / 'run') if line['event'] in ('start', 'resume'))
+    changing = ('time', 'event', 'commit')
+    assert {k: v for k, v in begun.items() if k not in changing} == {
+        k: v for k, v in resumed.items() if k not in changing}
 
 
 def test_finished_run_says_so(reference: tuple[Path, float]):

@@ -110,12 +110,11 @@ def create_schedule(
 
 
 def start(run: Run, config: TrainConfig, **more: Any) -> None:
-    """The first line of log.jsonl: versions, hardware and sizes; a resumed run has one already."""
-    if run.state is None:
-        run.log.write(event='start', version=__version__, commit=source_commit(), torch=torch.__version__,
-                      timm=timm.__version__, hardware=hardware(run.group.device),
-                      device=str(run.group.device), processes=run.group.world_size, threads=torch.get_num_threads(),
-                      precision=config.precision, **more)
+    """Log where a run begins or goes on: versions, hardware and sizes, which a resume may change."""
+    run.log.write(event='start' if run.state is None else 'resume', version=__version__, commit=source_commit(),
+                  torch=torch.__version__, timm=timm.__version__, hardware=hardware(run.group.device),
+                  device=str(run.group.device), processes=run.group.world_size, threads=torch.get_num_threads(),
+                  precision=config.precision, **more)
 
 
 def run_steps(

@@ -191,6 +191,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def logged(lines: list[dict[str, Any]], name: str) -> str | None:
+    """What the lines of a run's start and resumes say of a circumstance, such as 'commit': each value once, joined
+    by 'and'; None where none does."""
+    values = [line.get(name) for line in lines if line['event'] in ('start', 'resume')]
+    return ' and '.join(dict.fromkeys(str(value) for value in values if value is not None)) or None
+
+
 def setting_differences(before: dict[str, Any], config: Any) -> list[str]:
     """What differs between a run's saved settings and `config`, free settings aside."""
     free = free_settings(type(config))

@@ -11,6 +11,7 @@ import yaml
 from ...errors import ConfigError
 from ...models.pretrained import ROOTS
 from ..config import PretrainConfig
+from ..run import logged
 
 PAPERS = {
     'randsac': ('RandSAC', 'https://arxiv.org/abs/2203.12054'),
@@ -180,10 +181,10 @@ def _training(source: Source) -> str:
         'seed': config.seed,
         'hardware': f'{source.hardware}; {_plural(first.get("processes", 1), "process", "processes")}'
                     + (f' of {_plural(first["threads"], "thread")}' if first['device'] == 'cpu' else '')
-                    + f', {first["precision"]}',
+                    + f', {logged(source.lines, "precision")}',
         'time': f'{training_hours(source.lines):.1f} hours of training steps',
-        'software': f'autoreg-vit {first["version"]}, commit {source.commit or "not recorded"}, torch '
-                    f'{first["torch"]}, timm {first["timm"]}',
+        'software': f'autoreg-vit {logged(source.lines, "version")}, commit {source.commit or "not recorded"}, torch '
+                    f'{logged(source.lines, "torch")}, timm {logged(source.lines, "timm")}',
     }
     table = '\n'.join(['| | |', '| --- | --- |', *(f'| {k} | {v} |' for k, v in rows.items())])
     return (f'{table}\n\nThe full command; `config.yaml` holds every setting and `log.jsonl` the whole log:\n\n```\n'

@@ -19,7 +19,7 @@ from ...models.pretraining import AutoregressiveViT
 from ..checkpoint import load_checkpoint, load_into, writing
 from ..config import PretrainConfig, load_recipe, make_config, save_config
 from ..progress import say
-from ..run import CHECKPOINT, read_log
+from ..run import CHECKPOINT, logged, read_log
 from .card import Source, Weights, card, default_data, read_results
 from .config import ExportConfig
 
@@ -98,8 +98,8 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
     data, data_id = default_data(settings)
     return model, Source(
         settings, lines, finished, config.data or data, config.data_id or data_id,
-        config.hardware or lines[0].get('hardware') or lines[0]['device'], config.commit or lines[0].get('commit'),
-        config.limits, [read_results(Path(path)) for path in config.results])
+        config.hardware or logged(lines, 'hardware') or logged(lines, 'device'),
+        config.commit or logged(lines, 'commit'), config.limits, [read_results(Path(path)) for path in config.results])
 
 
 def write_folder(
