@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 # The digits with a model that takes a millisecond a step: 44 steps, three evaluations.
 SETTINGS = {**load_recipe('digits'), 'embed_dim': 16, 'depth': 1, 'num_heads': 1, 'decoder_depth': 1, 'epochs': 2,
             'batch_size': 64, 'eval_images': 60, 'eval_every': 1, 'log_every': 4, 'checkpoint_every_steps': 5,
-            'drop_path_rate': 0.1}
+            'drop_path_rate': 0.1, 'precision': 'float32'}
 
 
 def _server() -> multiprocessing.context.BaseContext:

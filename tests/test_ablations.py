@@ -297,7 +297,7 @@ def test_mae_in_two_processes_equals_one(tmp_path):
 
     images = ablations.image_folder('smoke', None, tmp_path)
     settings = {**ablations.pretrain_settings(ablations.find_row('mae'), SCALES['smoke']), 'dataset': 'folder',
-                'data_dir': str(images), 'check_images': 0, 'log_every': 1}
+                'data_dir': str(images), 'check_images': 0, 'log_every': 1, 'precision': 'float32'}
     ablations_mae.pretrain_mae(ablations_mae.MaeConfig(**settings, output_dir=str(tmp_path / 'one')))
     torch.multiprocessing.spawn(
         _mae_process, (free_port(), {**settings, 'output_dir': str(tmp_path / 'two')}), nprocs=2)

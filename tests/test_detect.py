@@ -421,7 +421,8 @@ class TestEvaluation:
 
 #: Mask R-CNN in small: a second for a few steps.
 SHORT = {'img_size': (64,), 'width': 16, 'rois': 16, 'norm': 'layer', 'window': 3, 'anchor_sizes': (8, 12, 20, 32, 64),
-         'batch_size': 2, 'log_every': 2, 'checkpoint_every_minutes': 0.0, 'warmup_steps': 1, 'drop_path_rate': 0.2}
+         'batch_size': 2, 'log_every': 2, 'checkpoint_every_minutes': 0.0, 'warmup_steps': 1, 'drop_path_rate': 0.2,
+         'precision': 'float32'}
 
 
 @pytest.fixture(scope='module')

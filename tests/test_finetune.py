@@ -47,7 +47,8 @@ def run(encoder: str, tmp_path_factory) -> Path:
     arguments = ['finetune', '--config', 'randsac', '--weights', encoder, '--dataset', 'digits', '--eval-split', 'test',
                  '--epochs', '4', '--batch-size', '32', '--lr', '4e-2', '--crop-scale', '0.8', '1', '--hflip', '0',
                  '--mixup', '0', '--cutmix', '0', '--auto-augment', 'none', '--warmup-epochs', '0.5',
-                 '--clip-grad', '1', '--ema-decay', '0.9', '--eval-every', '2', '--output-dir', str(folder)]
+                 '--clip-grad', '1', '--ema-decay', '0.9', '--eval-every', '2', '--precision', 'float32',
+                 '--output-dir', str(folder)]
     assert main(arguments) == 0
     return folder
 

@@ -42,7 +42,8 @@ def run(encoder: str, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('run') / 'probe'
     arguments = ['probe', '--weights', encoder, '--dataset', 'digits', '--eval-split', 'test', '--epochs', '4',
                  '--batch-size', '128', '--opt', 'momentum', '--lr', '1', '--warmup-epochs', '1', '--batch-norm',
-                 '--hflip', '0', '--crop-scale', '0.8', '1', '--eval-every', '2', '--output-dir', str(folder)]
+                 '--hflip', '0', '--crop-scale', '0.8', '1', '--eval-every', '2', '--precision', 'float32',
+                 '--output-dir', str(folder)]
     assert main(arguments) == 0
     return folder
 
