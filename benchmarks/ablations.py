@@ -1,8 +1,8 @@
 """Every ablation of RandSAC and SAIM, and rows that neither has, as one table.
 
-    python benchmarks/ablations.py --scale cpu --data-dir FOLDER [--rows random raster] [--seeds 3] [--minutes 120]
-    python benchmarks/ablations.py --scale cpu --data-dir FOLDER --list      # what would run, in order, and its cost
-    python benchmarks/ablations.py --scale cpu --data-dir FOLDER --final     # the same rows on the test split, once
+    python -m benchmarks.ablations --scale cpu --data-dir FOLDER [--rows random raster] [--seeds 3] [--minutes 120]
+    python -m benchmarks.ablations --scale cpu --data-dir FOLDER --list      # what would run, in order, and its cost
+    python -m benchmarks.ablations --scale cpu --data-dir FOLDER --final     # the same rows on the test split, once
 
 FOLDER holds CIFAR-10 as class folders under train/ and test/; the scale smoke takes scikit-learn's digits instead. A
 row is trained by `autoreg_vit.train.pretrain`, and its frozen encoder is probed by `autoreg_vit.train.probe` on images
@@ -25,11 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablations_mae import MaeConfig, pretrain_mae
-from ablations_report import write_report
-from ablations_rows import BASES, CLAIMS, ROWS, SCALES, Row, Scale
-from flops import training_gflops
-from report import RESULTS
 from safetensors.torch import load_file
 
 from autoreg_vit.errors import ConfigError, UsageError, suggest
@@ -45,6 +40,12 @@ from autoreg_vit.train.probe import probe
 from autoreg_vit.train.run import read_log
 from autoreg_vit.train.runtime import FolderLock, Stopped
 from autoreg_vit.train.supervised_config import ProbeConfig
+
+from .ablations_mae import MaeConfig, pretrain_mae
+from .ablations_report import write_report
+from .ablations_rows import BASES, CLAIMS, ROWS, SCALES, Row, Scale
+from .flops import training_gflops
+from .report import RESULTS
 
 MODELS = {'randsac': 'randsac_vit_tiny_patch4_32', 'saim': 'saim_vit_tiny_patch4_32'}
 

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ablations_rows import CLAIMS, CURVES, ROWS, SCALES, Cite, Claim, Row
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from report import provenance
 
 from autoreg_vit.train.run import logged, read_log
+
+from .ablations_rows import CLAIMS, CURVES, ROWS, SCALES, Cite, Claim, Row
+from .report import provenance
 
 AXES = {'images': 'images seen', 'pflops': 'PFLOPs of training', 'minutes': 'minutes of training'}
 METRICS = {'linear': 'linear', 'knn': 'kNN'}

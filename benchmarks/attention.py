@@ -1,6 +1,6 @@
 """Segment attention against every alternative that an expert would pick, forward and forward with backward.
 
-    python benchmarks/attention.py [--dtype bfloat16] [--tokens 64 196 576 1024] [--head-dims 32 64] [--output FILE]
+    python -m benchmarks.attention [--dtype bfloat16] [--tokens 64 196 576 1024] [--head-dims 32 64] [--output FILE]
 
 Cases: RandSAC's encoder (blobs, 11 segments) and its cross-attention to memory; SAIM's encoder, plain causal with a
 class token in front, so one token more, and its query stream, causal on rows shifted by that token. Each alternative is
@@ -25,14 +25,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from report import RESULTS, device_name, provenance
-from timing import measure, peak_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
 from autoreg_vit.ops import segment_attention_kvpacked, segment_attention_qkvpacked
 from autoreg_vit.serialization import Layout, Serialization
+
+from .report import RESULTS, device_name, provenance
+from .timing import measure, peak_memory
 
 IMAGES_CHECKED = 2
 

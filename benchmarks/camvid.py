@@ -6,7 +6,7 @@ are good already, so that the encoder from scratch is trained without it too. Re
 test images are not read. Writes results/camvid.json, the learning curves of all runs in one figure, and predictions of
 the pretrained one. A run that was stopped goes on; finished ones are not repeated.
 
-    OMP_NUM_THREADS=1 python benchmarks/camvid.py --data-dir FOLDER --weights RUN/encoder --weights-name TEXT
+    OMP_NUM_THREADS=1 python -m benchmarks.camvid --data-dir FOLDER --weights RUN/encoder --weights-name TEXT
 
 FOLDER holds images/{train,val}, annotations/{train,val} and info.json.
 """
@@ -19,10 +19,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from report import RESULTS, provenance
-
 from autoreg_vit.train.dense import learning_figure
 from autoreg_vit.train.run import logged
+
+from .report import RESULTS, provenance
 
 SETTINGS = ['--config', 'upernet_camvid', '--short-side', '90', '--crop-size', '64', '--stride', '56', '--batch-size',
             '8', '--lr', '1.4e-3', '--warmup-steps', '25', '--drop-path-rate', '0', '--decoder-channels', '64',

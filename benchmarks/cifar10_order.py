@@ -4,7 +4,7 @@ Pretrains the same model with the same budget of images in several orders, each 
 the accuracies of frozen features before and after. Nothing is chosen by looking at the test split: it is read once,
 at the end of a fixed schedule.
 
-    python benchmarks/cifar10_order.py --data-dir FOLDER [--orders blobs raster] [--epochs 1] [--processes 2]
+    python -m benchmarks.cifar10_order --data-dir FOLDER [--orders blobs raster] [--epochs 1] [--processes 2]
 
 FOLDER holds CIFAR-10 as class folders under train/ and test/.
 """
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from report import RESULTS, provenance
+from .report import RESULTS, provenance
 
 ORDERS = {
     'raster': ['--serialization', 'raster'],

@@ -4,7 +4,7 @@ Runs `autoreg-vit probe` and `autoreg-vit finetune` on part of the training imag
 accuracies on test images. Nothing is chosen by them: the fast probe's learning rate comes from held-out training
 images, the rest is fixed below and the same for both encoders. Runs that are finished are not repeated.
 
-    python benchmarks/cifar10_probe.py --data-dir FOLDER --weights RUN/encoder [--untrained vit_tiny_patch4_32_randsac]
+    python -m benchmarks.cifar10_probe --data-dir FOLDER --weights RUN/encoder [--untrained vit_tiny_patch4_32_randsac]
 
 FOLDER holds CIFAR-10 as class folders under train/ and test/; RUN is a pretraining run, such as
 benchmarks/cifar10_order.py leaves under runs/cifar10_order/blobs.
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from report import RESULTS, provenance
+from .report import RESULTS, provenance
 
 PROTOCOLS = {
     # Linear classifiers of cached features, a sweep of learning rates, and 20 nearest neighbours.

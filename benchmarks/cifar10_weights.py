@@ -1,7 +1,7 @@
 """The weights in weights/: trained, measured once on the test images, and exported, beside MAE at equal epochs.
 
-    python benchmarks/cifar10_weights.py --scale gpu --data-dir FOLDER --minutes 9.5     # again, until nothing is left
-    python benchmarks/cifar10_weights.py --scale gpu --data-dir FOLDER --export weights  # when everything is finished
+    python -m benchmarks.cifar10_weights --scale gpu --data-dir FOLDER --minutes 9.5     # again, until nothing is left
+    python -m benchmarks.cifar10_weights --scale gpu --data-dir FOLDER --export weights  # when everything is finished
 
 FOLDER holds CIFAR-10 as class folders under train/ and test/. Everything is done by the package's own commands, in an
 order that gives the weights first; what is finished is not repeated, and what a time limit or a kill cut short goes on
@@ -25,10 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ablations_mae import MaeConfig, pretrain_mae
-from flops import training_gflops
-from report import RESULTS, provenance
-
 from autoreg_vit.errors import UsageError
 from autoreg_vit.train.config import PretrainConfig, load_recipe
 from autoreg_vit.train.finetune import finetune
@@ -41,6 +37,10 @@ from autoreg_vit.train.publish.export import export
 from autoreg_vit.train.run import logged, read_log
 from autoreg_vit.train.runtime import Stopped
 from autoreg_vit.train.supervised_config import FinetuneConfig, ProbeConfig
+
+from .ablations_mae import MaeConfig, pretrain_mae
+from .flops import training_gflops
+from .report import RESULTS, provenance
 
 #: Recipe, and how it is trained, of each model in the order of their worth.
 MODELS: dict[str, tuple[str, Callable, type]] = {

@@ -6,9 +6,9 @@ pycocotools, from the files alone. Writes results/coco_mini-{cpu,gpu}.json and t
 detections stay in the run's folder, since the photographs are not ours to share. A run that was stopped goes on; a
 finished one is not repeated.
 
-    python benchmarks/coco_mini.py --data-dir FOLDER                    # 8 images, small: minutes on a CPU
-    python benchmarks/coco_mini.py --data-dir FOLDER --gpu              # all images at 512 pixels, on a GPU
-    python benchmarks/coco_mini.py --data-dir FOLDER --weights RUN/encoder
+    python -m benchmarks.coco_mini --data-dir FOLDER                    # 8 images, small: minutes on a CPU
+    python -m benchmarks.coco_mini --data-dir FOLDER --gpu              # all images at 512 pixels, on a GPU
+    python -m benchmarks.coco_mini --data-dir FOLDER --weights RUN/encoder
 
 FOLDER holds train2017/ and annotations/instances_train2017.json, of the whole of COCO or a part of it.
 """
@@ -23,7 +23,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from report import RESULTS, provenance
+from .report import RESULTS, provenance
 
 SETTINGS = {
     # Eight images, small, always the same way round; a plain ViT-Tiny from initialisation, unless --weights says else.
@@ -55,8 +55,7 @@ def main() -> None:
                '--eval-annotations', str(annotations), '--weights', args.weights or UNTRAINED, '--save-detections',
                '--output-dir', str(folder / 'run'), *settings['flags'], *([] if args.weights else ['--no-pretrained']),
                *(['--steps', str(args.steps)] if args.steps else [])]
-    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}
-    subprocess.run(command, check=True, env={**environment, 'OMP_NUM_THREADS': '1'} if size == 'cpu' else environment)
+    subprocess.run(command, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'} if size == 'cpu' else None)
 
     results = json.loads((folder / 'run' / 'results.json').read_text())
     log = [json.loads(line) for line in (folder / 'run' / 'log.jsonl').read_text().splitlines()]

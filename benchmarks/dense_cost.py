@@ -10,7 +10,7 @@ in float32, roughly: gradients come as kept tensors go, and single operations ne
 float32 and the peak is that of the process, whose own seconds stand beside those of the clock, since a machine may be
 shared; on a GPU it is bfloat16 autocast and the allocator's peak, and the second of two steps is timed.
 
-    python benchmarks/dense_cost.py [--tasks segment detect] [--device cuda] [--batch-size 16] [--grad-checkpointing]
+    python -m benchmarks.dense_cost [--tasks segment detect] [--device cuda] [--batch-size 16] [--grad-checkpointing]
 """
 
 import argparse
@@ -26,10 +26,11 @@ from typing import Any
 
 import timm
 import torch
-from report import RESULTS, provenance
 from torch import nn
 
 import autoreg_vit  # noqa: F401  registers the encoders
+
+from .report import RESULTS, provenance
 
 ENCODER = 'vit_base_randsac'
 

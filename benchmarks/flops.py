@@ -1,12 +1,13 @@
 """The FLOPs of a training step."""
 
 import torch
-from ablations_mae import MaeConfig, build_mae
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoreg_vit import ops
 from autoreg_vit.models import create_pretraining_model
 from autoreg_vit.train.config import PretrainConfig
+
+from .ablations_mae import MaeConfig, build_mae
 
 
 def training_gflops(config: PretrainConfig) -> float:

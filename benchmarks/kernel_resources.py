@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every shipped launch of the attention kernels, compiled without a GPU.
 
-    python benchmarks/kernel_resources.py [--arch 80 90 100] [--jobs N]
+    python -m benchmarks.kernel_resources [--arch 80 90 100] [--jobs N]
 
 Each row of the launch table is launched on meta tensors, and what its launcher passes is compiled ahead of time. Exits
 with 1 on a spill, on more shared memory than the architecture's smallest member has, or on a transpose of an

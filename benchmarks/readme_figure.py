@@ -1,17 +1,18 @@
 """The picture at the top of the README: four orders of prediction and the prefix that each token may attend to.
 
-    python benchmarks/readme_figure.py
+    python -m benchmarks.readme_figure
 """
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from report import RESULTS
 from sklearn.datasets import load_sample_image
 
 from autoreg_vit import serialization
 from autoreg_vit.train.data import ImageSpec
 from autoreg_vit.train.figures.panels import COLOURS, show_image, show_ranks
+
+from .report import RESULTS
 
 GRID = (14, 14)
 ROWS = (

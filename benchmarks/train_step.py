@@ -1,6 +1,6 @@
 """Images a second of a whole pretraining step, against the published design and this machine's matrix products.
 
-    python benchmarks/train_step.py [--device cpu|cuda] [--rounds 5] [--output FILE]
+    python -m benchmarks.train_step [--device cpu|cuda] [--rounds 5] [--output FILE]
 
 On a CPU: RandSAC and SAIM with ViT-Tiny at 32 x 32. On a GPU: RandSAC with ViT-Tiny and ViT-Small at 32 x 32, RandSAC
 and SAIM with ViT-B/16 at 224. Images are synthetic and on the device. Variants take turns, round by round, each turn in
@@ -28,15 +28,16 @@ from unittest import mock
 
 import timm
 import torch
-from flops import training_gflops
-from report import RESULTS, device_name, provenance
-from timing import seconds
 
 from autoreg_vit import ops
 from autoreg_vit.serialization import Layout
 from autoreg_vit.train.config import PretrainConfig
 from autoreg_vit.train.graph import GraphedStep
 from autoreg_vit.train.runtime import autocast, keep_freed_memory, resolve_precision
+
+from .flops import training_gflops
+from .report import RESULTS, device_name, provenance
+from .timing import seconds
 
 # Models and images a step, by device.
 MODELS = {

@@ -1,6 +1,6 @@
 """Choose the launches of the attention kernels on this GPU and write them to the launch table.
 
-    python benchmarks/tune_attention.py [--head-dims 32 64] [--bits 16 32] [--dry-run]
+    python -m benchmarks.tune_attention [--head-dims 32 64] [--bits 16 32] [--dry-run]
 
 Every plan that compiles without spills within the shared memory of the architecture, and whose results are as good as
 the eager operator's, is timed on RandSAC's encoder attention, device time alone. The fastest forward and backward of
@@ -17,13 +17,14 @@ from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
-from attention import check, make_case, own_run
-from kernel_resources import SHARED, resources
-from timing import measure
 from tqdm import tqdm
 
 from autoreg_vit.ops import triton as kernels
 from autoreg_vit.ops.triton.launches import TABLE, Launch, find_launch, tuned_arch
+
+from .attention import check, make_case, own_run
+from .kernel_resources import SHARED, resources
+from .timing import measure
 
 # Rows of the table hold up to so many tokens; the last is for any number and timed at 1,024.
 TOKENS = (64, 128, 256, 512, None)

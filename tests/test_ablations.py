@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +14,13 @@ import torch
 pytest.importorskip('sklearn')
 pytest.importorskip('matplotlib')
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-
-import ablations
-import ablations_report
-from ablations_rows import BASES, CLAIMS, CURVES, ROWS, SCALES, Claim, Row
 from launching import free_port, log_of
 
 from autoreg_vit.models import create_pretraining_model
 from autoreg_vit.train.config import PretrainConfig
 from autoreg_vit.train.runtime import Stopped
+from benchmarks import ablations, ablations_report
+from benchmarks.ablations_rows import BASES, CLAIMS, CURVES, ROWS, SCALES, Claim, Row
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec('transformers') is None, reason='the row mae needs transformers')
@@ -194,7 +190,7 @@ def test_the_table_of_turns_says_what_both_ends_share_once():
 
 @needs_transformers
 def test_mae_is_the_same_encoder_in_timm():
-    from ablations_mae import build_mae, to_timm
+    from benchmarks.ablations_mae import build_mae, to_timm
 
     sizes = model_of(ablations.find_row('mae'), 'smoke')
     mae = build_mae(sizes, mask_ratio=0.0).eval()
@@ -256,8 +252,9 @@ def test_a_run_of_the_table(tmp_path, monkeypatch, capsys):
 
 @needs_transformers
 def test_mae_resumes_exactly(tmp_path, monkeypatch):
-    import ablations_mae
     from safetensors.torch import load_file
+
+    from benchmarks import ablations_mae
 
     images = ablations.image_folder('smoke', None, tmp_path)
     settings = {**ablations.pretrain_settings(ablations.find_row('mae'), SCALES['smoke']), 'dataset': 'folder',
@@ -283,7 +280,7 @@ def test_mae_resumes_exactly(tmp_path, monkeypatch):
 
 
 def _mae_process(rank, port, settings):
-    import ablations_mae
+    from benchmarks import ablations_mae
 
     os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2', 'RANK': str(rank),
                    'LOCAL_RANK': str(rank), 'OMP_NUM_THREADS': '1'}
@@ -292,8 +289,9 @@ def _mae_process(rank, port, settings):
 
 @needs_transformers
 def test_mae_in_two_processes_equals_one(tmp_path):
-    import ablations_mae
     from safetensors.torch import load_file
+
+    from benchmarks import ablations_mae
 
     images = ablations.image_folder('smoke', None, tmp_path)
     settings = {**ablations.pretrain_settings(ablations.find_row('mae'), SCALES['smoke']), 'dataset': 'folder',

@@ -308,7 +308,7 @@ def test_every_size_has_a_launch(capability, dtype, head_dim):
 def test_kernel_resources_finds_spills(row, status, tmp_path):
     table = tmp_path / 'launches.json'
     table.write_text(json.dumps({'launches': [row]}))
-    done = run(['benchmarks/kernel_resources.py', '--jobs', '1', '--table', str(table)])
+    done = run(['-m', 'benchmarks.kernel_resources', '--jobs', '1', '--table', str(table)])
     assert done.returncode == status, done.stderr
     assert ('FAULT' in done.stdout) == bool(status)
 
@@ -316,12 +316,10 @@ def test_kernel_resources_finds_spills(row, status, tmp_path):
 def test_kernel_resources_finds_transposed_accumulators(tmp_path):
     script = tmp_path / 'script.py'  # Triton wants its kernels in a file
     script.write_text('''
-import sys
-sys.path.insert(0, 'benchmarks')
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernel_resources import transposed_accumulators
+from benchmarks.kernel_resources import transposed_accumulators
 
 @triton.jit
 def loaded(x_ptr, steps):
@@ -354,7 +352,7 @@ for kernel in (loaded, accumulated):
 def test_the_attention_benchmark_runs(tmp_path):
     output = tmp_path / 'attention.json'
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    subprocess.run([sys.executable, 'benchmarks/attention.py', '--device', DEVICE, '--dtype', 'float16', '--tokens',
+    subprocess.run([sys.executable, '-m', 'benchmarks.attention', '--device', DEVICE, '--dtype', 'float16', '--tokens',
                     '16', '--batch', '3', '--heads', '2', '--head-dims', '32', '--seconds', '0.01', '--output', output],
                    check=True, env=environment, cwd=ROOT)
     rows = json.loads(output.read_text())['rows']
