@@ -53,16 +53,38 @@ def self_attention(attention: Attention, x: torch.Tensor, limits: torch.Tensor) 
 def cross_attention(attention: Attention, x: torch.Tensor, memory: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """The weights of a self-attention put to reading x [B, Nq, C] from memory [B, Nk, C] under limits [B, Nq]."""
     heads, width = attention.num_heads, x.shape[-1]
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = F.linear(x, weight[:width], q_bias).unflatten(-1, (heads, -1))  # [B, Nq, H, D]
-    kv = F.linear(memory, weight[width:], kv_bias).unflatten(-1, (2, heads, -1))  # [B, Nk, 2, H, D]
+    q, kv = project_apart(attention.qkv, x, memory, width)
+    q, kv = q.unflatten(-1, (heads, -1)), kv.unflatten(-1, (2, heads, -1))  # [B, Nq, H, D], [B, Nk, 2, H, D]
     if isinstance(attention.q_norm, nn.Identity):
         x = ops.segment_attention_kvpacked(q, kv, limits)
     else:
         k, v = kv.unbind(2)
         x = ops.segment_attention(attention.q_norm(q), attention.k_norm(k), v, limits)
     return attention.proj_drop(attention.proj(x.flatten(2)))
+
+
+def project_apart(
+        projection: nn.Module,
+        x: torch.Tensor,
+        memory: torch.Tensor,
+        width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `width` features of `projection` for x, and the others for memory.
+
+    Of a plain layer each product is done alone. One that is wrapped, hooked or parametrized (adapters, quantization,
+    pruning) is called as it is, at twice the cost, since its weight alone does not say what it does.
+    """
+    if not is_plain(projection):
+        return projection(x)[..., :width], projection(memory)[..., width:]
+    weight, bias = projection.weight, projection.bias
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    return F.linear(x, weight[:width], q_bias), F.linear(memory, weight[width:], kv_bias)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a Linear is nothing but its weight and bias: not wrapped, hooked or parametrized."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and 'forward' not in layer.__dict__ and not any(hooks)
 
 
 def content_block(block: Block, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:

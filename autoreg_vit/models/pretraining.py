@@ -110,9 +110,9 @@ class AutoregressiveViT(nn.Module):
         """
         self._check_images(images)
         if ranks is None:
-            ranks = self.draw_ranks(len(images), device=images.device)
+            ranks = self.draw_ranks(images.shape[0], device=images.device)
         else:
-            self._check_ranks(ranks, len(images))
+            self._check_ranks(ranks, images.shape[0])  # len() would be a constant to torch.export
             ranks = ranks.to(images.device)
         layout = self._layout(ranks)
         features = self.decoder(self.encode(images, layout), layout, self.encoder)

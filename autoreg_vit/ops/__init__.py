@@ -3,6 +3,7 @@
 from .api import (
     IMPLEMENTATIONS,
     choose_implementation,
+    implementation,
     segment_attention,
     segment_attention_kvpacked,
     segment_attention_qkvpacked,
@@ -10,6 +11,6 @@ from .api import (
 )
 
 __all__ = [
-    'IMPLEMENTATIONS', 'choose_implementation', 'segment_attention', 'segment_attention_kvpacked',
+    'IMPLEMENTATIONS', 'choose_implementation', 'implementation', 'segment_attention', 'segment_attention_kvpacked',
     'segment_attention_qkvpacked', 'set_implementation',
 ]

@@ -1,6 +1,8 @@
 """Public segment attention: checks arguments once and hands them to an implementation."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 
@@ -101,6 +103,21 @@ def set_implementation(impl: str) -> None:
     global _forced
     _check_implementation(impl)
     _forced = impl
+
+
+@contextlib.contextmanager
+def implementation(impl: str) -> Iterator[None]:
+    """Inside, `impl` is what 'auto' means, as by `set_implementation`; 'auto' leaves what is set.
+
+    Raises:
+        ModelError: for an unknown implementation.
+    """
+    before = _forced
+    set_implementation(before if impl == 'auto' else impl)
+    try:
+        yield
+    finally:
+        set_implementation(before)
 
 
 def _attend(projections: list[torch.Tensor], limits: torch.Tensor, scale: float | None, impl: str) -> torch.Tensor:

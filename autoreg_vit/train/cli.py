@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 import textwrap
 import traceback
@@ -10,6 +9,8 @@ from typing import NamedTuple, NoReturn
 
 from .. import __version__
 from ..errors import UsageError, suggest
+from .console import patient_streams
+from .launcher import shown_rank
 
 
 class Command(NamedTuple):
@@ -59,15 +60,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return the process's exit status: 0, 2 for an error of use, 128 + N when signal N stopped it
     (130 for Ctrl-C, 143 for SIGTERM)."""
     arguments = sys.argv[1:] if argv is None else argv
-    debug = '--debug' in arguments
+    with patient_streams():
+        return _main([a for a in arguments if a != '--debug'], debug='--debug' in arguments)
+
+
+def _main(arguments: list[str], debug: bool) -> int:
     try:
-        return _run([a for a in arguments if a != '--debug'])
+        return _run(arguments)
     except UsageError as error:
         if debug:
             traceback.print_exc()
         if not getattr(error, 'said_elsewhere', False):
-            rank = os.environ.get('RANK', '0')
-            name = 'autoreg-vit' if rank == '0' else f'autoreg-vit, rank {rank}'
+            rank = shown_rank()
+            name = f'autoreg-vit, rank {rank}' if rank else 'autoreg-vit'
             print(f'{name}: {" ".join(str(error).split())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -117,7 +122,7 @@ def _run(arguments: list[str]) -> int:
     try:
         function(make_config(configs[name], settings, flags))
     except Stopped as stopped:
-        if os.environ.get('RANK', '0') == '0':
+        if shown_rank() == 0:
             print(f'autoreg-vit: {stopped}', file=sys.stderr)
         return 128 + stopped.signal_number
     return 0

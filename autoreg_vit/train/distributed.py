@@ -1,7 +1,6 @@
-"""The processes of a run: what torchrun started, or this one alone."""
+"""The processes of a run: what torchrun or srun started, or this one alone."""
 
 import datetime
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 
 from ..errors import ConfigError, UsageError
+from .launcher import find_place
 from .runtime import resolve_device
 from .seeding import mix_seed
 
@@ -75,33 +75,36 @@ class Processes:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the processes that torchrun started, and leave them at the end.
+    """Join the processes that torchrun or srun started, and leave them at the end.
 
     Args:
-        device: 'auto', 'cpu', 'cuda', ...; under torchrun each process takes the GPU of its local rank.
+        device: 'auto', 'cpu', 'cuda', ...; of several processes each takes the GPU of its local rank.
 
     Raises:
-        ConfigError: for a device that is not there, or more processes than GPUs.
+        ConfigError: for a device that is not there, more processes than GPUs, or an environment that says neither one
+            process nor how to join the others.
     """
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
-    if 'RANK' not in os.environ:
-        yield Processes(resolve_device(device))
+    place, chosen = find_place(), resolve_device(device)
+    if place is None:
+        yield Processes(chosen)
         return
-    rank, local_rank = int(os.environ['RANK']), int(os.environ.get('LOCAL_RANK', 0))
-    chosen = resolve_device(device)
     if chosen.type == 'cuda':
-        if chosen.index is not None and world_size > 1:
-            raise ConfigError(f'Under torchrun each process takes a GPU of its own: use --device cuda, not {device}.')
-        chosen = resolve_device(f'cuda:{local_rank}')
+        if chosen.index is not None and place.world_size > 1:
+            raise ConfigError(f'Of several processes each takes a GPU of its own: use --device cuda, not {device}.')
+        # srun may show each task its own GPU alone; NCCL refuses one that two processes share.
+        alone = place.address is not None and torch.cuda.device_count() == 1
+        chosen = resolve_device(f'cuda:{0 if alone else place.local_rank}')
         torch.cuda.set_device(chosen)
     elif chosen.type != 'cpu':
         raise ConfigError(f'Several processes train on cuda or cpu, not on {chosen.type}.')
     # Evaluation on the main process keeps the others waiting, so the limit is long.
-    dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=2),
-                            **({'device_id': chosen} if chosen.type == 'cuda' else {}))
+    dist.init_process_group(
+        'nccl' if chosen.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=2), rank=place.rank,
+        world_size=place.world_size, init_method=f'tcp://{place.address}' if place.address else 'env://',
+        **({'device_id': chosen} if chosen.type == 'cuda' else {}))
     try:
         control = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=2))
-        yield Processes(chosen, rank, world_size, control)
+        yield Processes(chosen, place.rank, place.world_size, control)
     finally:
         dist.destroy_process_group()
 

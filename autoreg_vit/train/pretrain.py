@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig) -> Path:
         NonFiniteLoss: when training diverges.
         Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
     """
-    with processes(config.device) as group:
+    with processes(config.device) as group, ops.implementation(config.impl):
         return _pretrain(dataclasses.replace(config), group)
 
 
@@ -274,7 +274,6 @@ def _attention(config: PretrainConfig, model: AutoregressiveViT, device: torch.d
     block, tokens = model.encoder.blocks[0].attn, model.encoder.patch_embed.num_patches
     q = torch.zeros(1, tokens, block.num_heads, block.head_dim, dtype=getattr(torch, config.precision), device=device)
     ops.segment_attention(q, q, q, torch.ones(1, tokens, dtype=torch.int32, device=device), impl=config.impl)
-    ops.set_implementation(config.impl)
     return ops.choose_implementation(q, q)
 
 

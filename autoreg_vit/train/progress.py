@@ -1,10 +1,14 @@
-"""Progress bars, on a terminal one that redraws itself, in a file a line a minute; and text beside them."""
+"""What people read while work goes on: text, and progress bars, on a terminal one that redraws itself, in a file a line
+a minute. All of it is for a reader who may have left: nothing here ends the work."""
 
+import contextlib
 import sys
 from collections.abc import Iterable, Sized
 from typing import Any
 
 from tqdm import tqdm
+
+from .console import printable
 
 
 def progress_bar(items: Iterable | None = None, shown: bool = True, **options: Any) -> tqdm:
@@ -26,5 +30,9 @@ def with_progress(items: Sized, what: str, shown: bool = True, unit: str = 'batc
 
 
 def say(text: str) -> None:
-    """Print without tearing a progress bar."""
-    tqdm.write(text)
+    """Print without tearing a progress bar, to a reader if there is one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a pipe that broke, a stream that is closed or None
+        try:
+            tqdm.write(text)
+        except UnicodeEncodeError:
+            tqdm.write(printable(text, 'ascii'))

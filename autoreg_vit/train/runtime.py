@@ -75,7 +75,7 @@ class Stopped(Exception):
 
     Args:
         message: What was kept and how to go on.
-        signal_number: SIGINT or SIGTERM.
+        signal_number: SIGINT, SIGTERM or SIGHUP.
     """
 
     def __init__(self, message: str, signal_number: int):
@@ -84,7 +84,8 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGINT into a wish that the loop reads between steps; a second SIGINT interrupts at once.
+    """Turns SIGTERM, SIGINT and SIGHUP (a terminal that was closed) into a wish that the loop reads between steps; a
+    second SIGINT interrupts at once. A SIGHUP that is ignored from the start (nohup) stays ignored.
 
     A context manager: the handlers that were there before return at its end.
     """
@@ -95,7 +96,11 @@ class StopSignals:
 
     def __enter__(self) -> 'StopSignals':
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
-            self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            hangup = getattr(signal, 'SIGHUP', None)  # Windows has none
+            if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+                numbers.append(hangup)
+            self._before = {n: signal.signal(n, self._handle) for n in numbers}
         return self
 
     def __exit__(self, *exception) -> None:
