@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -166,6 +167,14 @@ class TestShards:
         assert not torch.equal(straight[0], straight[1])
 
 
+def stand_in(monkeypatch, init) -> None:
+    """A package wandb that has `init` alone."""
+    module = types.ModuleType('wandb')
+    module.__spec__ = types.SimpleNamespace(name='wandb')
+    module.init = init
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+
+
 class TestTracker:
     def test_not_installed(self, tmp_path: Path, monkeypatch):
         monkeypatch.setitem(sys.modules, 'wandb', None)
@@ -176,12 +185,37 @@ class TestTracker:
             pretrain(PretrainConfig(**{**SETTINGS, 'tracker': 'comet', 'output_dir': str(tmp_path / 'run')}))
         assert not (tmp_path / 'run').exists()
 
+    def test_one_id_a_run(self, tmp_path: Path, monkeypatch):
+        ids = []
+
+        def begin(id: str, **options):
+            assert not set(id) & set(":;,#?/'")  # as wandb has it
+            ids.append(id)
+            return types.SimpleNamespace(log=lambda line: None)
+
+        stand_in(monkeypatch, begin)
+        folder = tmp_path / 'lr:1e-3 #2'
+        settings = {**SETTINGS, 'epochs': 1, 'eval_every': 0, 'tracker': 'wandb', 'output_dir': str(folder)}
+        pretrain(PretrainConfig(**settings))
+        lines = (folder / 'log.jsonl').read_text().splitlines(keepends=True)
+        (folder / 'log.jsonl').write_text(''.join(lines[:-1]))  # as if killed just before its end
+        pretrain(PretrainConfig(**settings))
+        shutil.rmtree(folder)
+        pretrain(PretrainConfig(**settings))
+        assert ids[0] == ids[1] != ids[2]
+
+    def test_refuses_to_start(self, tmp_path: Path, monkeypatch):
+        def begin(**options):
+            raise RuntimeError('not logged in')
+
+        stand_in(monkeypatch, begin)
+        with pytest.raises(ConfigError, match=r'not logged in.*wandb login.*--tracker'):
+            pretrain(PretrainConfig(**{**SETTINGS, 'tracker': 'wandb', 'output_dir': str(tmp_path / 'run')}))
+        assert not (tmp_path / 'run').exists()
+
     def test_gets_the_lines_of_the_log(self, tmp_path: Path, monkeypatch):
         sent, begun = [], []
-        module = types.ModuleType('wandb')
-        module.__spec__ = types.SimpleNamespace(name='wandb')
-        module.init = lambda **options: begun.append(options) or types.SimpleNamespace(log=sent.append)
-        monkeypatch.setitem(sys.modules, 'wandb', module)
+        stand_in(monkeypatch, lambda **options: begun.append(options) or types.SimpleNamespace(log=sent.append))
         folder = pretrain(PretrainConfig(**{**SETTINGS, 'epochs': 1, 'eval_every': 0, 'tracker': 'wandb',
                                             'output_dir': str(tmp_path / 'run')}))
         losses = [line['loss'] for line in log_of(folder) if line['event'] == 'step']

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from autoreg_vit.train.batches import Batches
 from autoreg_vit.train.config import PretrainConfig
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.pretrain import pretrain
-from autoreg_vit.train.runtime import FolderLock
+from autoreg_vit.train.runtime import FolderLock, StopSignals
 
 ONE = Processes(torch.device('cpu'))
 
@@ -116,7 +117,7 @@ def test_killed_in_a_bad_moment(sabotage, reference: tuple[Path, float], tmp_pat
     finish_and_compare(settings, reference[0])
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_stops(number: int, reference: tuple[Path, float], tmp_path: Path):
     settings = {**SETTINGS, 'checkpoint_every_steps': 0, 'output_dir': str(tmp_path / 'run')}
     launch = Launch(settings)
@@ -133,6 +134,22 @@ def test_signal_saves_and_stops(number: int, reference: tuple[Path, float], tmp_
     changing = ('time', 'event', 'commit')
     assert {k: v for k, v in begun.items() if k not in changing} == {
         k: v for k, v in resumed.items() if k not in changing}
+
+
+def test_hangup_is_ignored_under_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_finished_run_says_so(reference: tuple[Path, float]):
@@ -276,6 +293,34 @@ class TestResumedRuns:
     def test_other_settings(self, change: dict, words: str, stopped: dict):
         with pytest.raises(ConfigError, match=f'other settings .*{words}.*--force-resume'):
             pretrain(PretrainConfig(**{**stopped, **change}))
+
+    def test_precision_that_auto_chose_elsewhere(self, stopped: dict, tmp_path: Path):
+        """A machine without bfloat16 is told how to go on with a run that began with it."""
+        folder = shutil.copytree(stopped['output_dir'], tmp_path / 'run')
+        recipe = folder / 'config.yaml'
+        recipe.write_text(recipe.read_text().replace('precision: float32', 'precision: bfloat16'))
+        settings = {**stopped, 'output_dir': str(folder)}
+        with pytest.raises(ConfigError, match=r'was bfloat16, is float32.* with --precision bfloat16 to resume'):
+            pretrain(PretrainConfig(**settings))
+        assert Launch({**settings, 'precision': 'bfloat16'}).wait() == 0
+
+    @pytest.mark.parametrize('damage', ['removed', 'cut', 'garbled', 'foreign'])
+    def test_a_log_beside_a_whole_checkpoint(self, damage: str, stopped: dict, tmp_path: Path):
+        folder = shutil.copytree(stopped['output_dir'], tmp_path / 'run')
+        log = folder / 'log.jsonl'
+        whole = log.read_bytes()
+        if damage == 'removed':
+            log.unlink()
+        else:
+            log.write_bytes({'cut': whole[:len(whole) // 2], 'garbled': whole.replace(b'"loss"', b'\xff\xfe\n"lo', 1),
+                             'foreign': b'[1, 2]\n"text"\n'}[damage])
+        launch = Launch({**stopped, 'output_dir': str(folder)})
+        assert launch.wait() == 0, launch.text()
+        if damage != 'garbled':  # the same number of bytes and more
+            assert 'was removed or cut short' in launch.text()
+        assert weights_of(folder)
+        lines = run.read_log(log)
+        assert [line['event'] for line in lines].count('resume') == 1 and lines[-1]['event'] == 'finish'
 
     def test_other_threads_or_processes(self, stopped: dict):
         torch.set_num_threads(2)

@@ -152,7 +152,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise write_error(path, error) from error
+        raise write_error(Path(getattr(error, 'filename', None) or path), error) from error
 
 
 def previous_of(path: Path) -> Path:

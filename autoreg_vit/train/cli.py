@@ -5,6 +5,7 @@ import importlib
 import sys
 import textwrap
 import traceback
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from .. import __version__
@@ -67,7 +68,13 @@ def main(argv: list[str] | None = None) -> int:
 def _main(arguments: list[str], debug: bool) -> int:
     try:
         return _run(arguments)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
+        if isinstance(error, OSError):
+            from .checkpoint import OUT_OF_SPACE, write_error
+
+            if error.errno not in OUT_OF_SPACE:
+                raise
+            error = write_error(Path(error.filename or '.'), error)
         if debug:
             traceback.print_exc()
         if not getattr(error, 'said_elsewhere', False):

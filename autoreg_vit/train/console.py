@@ -18,9 +18,10 @@ def patient_streams() -> Iterator[None]:
     more (`| head`, a pager that was left, a stream closed before the start) what is written is dropped."""
     with contextlib.ExitStack() as stack:
         for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
-            # Closed before the start it is None, and its number is free: no file of a run must open as 1 or 2.
-            nowhere = stack.enter_context(open(os.devnull, 'w', encoding='utf-8')) if stream is None else None
-            stack.enter_context(redirect(nowhere or _PatientStream(stream)))
+            if stream is None or stream.closed:
+                # The number of one that was closed before the start is free: no file of a run must open as 1 or 2.
+                stream = stack.enter_context(open(os.devnull, 'w', encoding='utf-8'))
+            stack.enter_context(redirect(_PatientStream(stream)))
         try:
             yield
         finally:

@@ -281,8 +281,9 @@ def _report(run: Run) -> None:
     lines, folder = run.log.lines, run.folder
     evaluations = [line for line in lines if line['event'] == 'evaluation']
     losses = [line['loss'] for line in lines if line['event'] == 'step']
-    run.say(f'\nLoss {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end.')
-    if evaluations:
+    if losses:  # a log that was removed beside a whole checkpoint has none
+        run.say(f'\nLoss {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end.')
+    if evaluations and evaluations[0]['images'] == 0:
         before, after = evaluations[0], evaluations[-1]
         run.say('Accuracy of frozen features   untrained   pretrained')
         for metric, name in (('knn', 'kNN'), ('linear', 'linear')):

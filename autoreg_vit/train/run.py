@@ -1,5 +1,6 @@
 """A run's folder: its settings, log and checkpoints, and whether to begin, go on or leave it as finished."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -7,14 +8,16 @@ import math
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checksums import write_synced
 from ..errors import ConfigError
-from .checkpoint import load_checkpoint, previous_of, save_checkpoint, write_error
+from .checkpoint import load_checkpoint, previous_of, save_checkpoint, write_error, writing
 from .config import free_settings, load_recipe, save_config
 from .distributed import Processes
 from .progress import say
@@ -60,8 +63,8 @@ class Run:
                 group.on_main(self._prepare)
             self.log = Log(self.folder / 'log.jsonl', self.state['log_bytes'] if self.state else 0,
                            writes=group.is_main and not self.finished)
-            if group.is_main and not self.finished:
-                self.log.followers = _followers(config, self.folder, self.log)
+            if not self.finished:
+                group.on_main(self._follow)
         except BaseException:
             self.close()
             raise
@@ -99,8 +102,10 @@ class Run:
 
     def _open(self, config: Any, name: str) -> tuple[str, bool, bool]:
         """The folder, whether the run in it is finished, and whether there is a checkpoint to resume from."""
+        self._new = config.output_dir is None or not Path(config.output_dir).exists()
         folder = create_folder(config.output_dir, name)
-        self._lock = FolderLock(folder)
+        with writing(folder / '.lock'):
+            self._lock = FolderLock(folder)
         resumes = any(p.exists() for p in (folder / CHECKPOINT, previous_of(folder / CHECKPOINT)))
         if not (folder / 'config.yaml').exists():
             if resumes or (folder / 'log.jsonl').exists():
@@ -110,11 +115,16 @@ class Run:
         if not resumes and (folder / 'encoder').exists():
             raise ConfigError(f'{folder} already holds a run, but without {CHECKPOINT}, so it cannot be resumed: name '
                               'another --output-dir or remove it.')
-        differences = setting_differences(load_recipe(str(folder / 'config.yaml')), config)
+        before = load_recipe(str(folder / 'config.yaml'))
+        differences = setting_differences(before, config)
         if differences and not config.force_resume:
+            # What 'auto' chose there and would choose otherwise here must be said to be kept.
+            kept = ' '.join(f'--{name} {before[name]}' for name in ('device', 'precision')
+                            if name in before and before[name] != getattr(config, name))
             raise ConfigError(
-                f'{folder} already holds a run with other settings ({"; ".join(differences)}). Repeat its command to '
-                'resume it, name another --output-dir, or accept a mixed run with --force-resume.')
+                f'{folder} already holds a run with other settings ({"; ".join(differences)}). Repeat its command '
+                f'{f"with {kept} " if kept else ""}to resume it, name another --output-dir, or accept a mixed run with '
+                '--force-resume.')
         return str(folder), not differences and _is_finished(folder / 'log.jsonl'), resumes
 
     def _read(self, force: bool) -> dict[str, Any] | None:
@@ -133,11 +143,21 @@ class Run:
 
     def _prepare(self) -> None:
         if self.state is None:
-            save_config(self._config, self.folder / 'config.yaml')
+            with writing(self.folder / 'config.yaml'):
+                save_config(self._config, self.folder / 'config.yaml')
         # What a kill in the middle of an export left.
         for scratch in self.folder.glob('.[a-z]*-*'):
             if scratch.is_dir():
                 shutil.rmtree(scratch, ignore_errors=True)
+
+    def _follow(self) -> None:
+        try:
+            self.log.followers = _followers(self._config, self.folder, self.log, resumed=self.state is not None)
+        except ConfigError:
+            if self._new:  # nothing of a run that did not begin
+                self.close()
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
 
 class Log:
@@ -154,8 +174,14 @@ class Log:
         self.followers: list[Callable[[dict[str, Any]], None]] = []
         if not writes:
             return
-        with path.open('ab') as file:
+        with writing(path), path.open('ab+') as file:
+            if file.tell() < keep:
+                say(f'{path} was removed or cut short: it holds {file.tell():,} of the {keep:,} bytes that it had at '
+                    'the checkpoint. The run goes on; what the missing lines said is left out of figures and cards.')
             file.truncate(min(keep, file.tell()))
+            file.seek(max(file.tell() - 1, 0))
+            if file.read() not in (b'', b'\n'):
+                file.write(b'\n')
         self.lines = read_log(path)
 
     def write(self, **line: Any) -> None:
@@ -175,20 +201,18 @@ class Log:
         """Have all lines on disk; returns the file's size in bytes."""
         if not self.writes:
             return 0
-        with self.path.open('ab') as file:
+        with writing(self.path), self.path.open('ab') as file:
             os.fsync(file.fileno())
             return file.tell()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log.jsonl; a last one that a kill cut short is left out."""
+    """The whole lines of a log.jsonl; one that a kill cut short, or that was damaged, is left out."""
     lines = []
-    for text in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
-        try:
+    for text in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [line for line in lines if isinstance(line, dict) and 'event' in line]
 
 
 def logged(lines: list[dict[str, Any]], name: str) -> str | None:
@@ -223,7 +247,7 @@ def check_tracker(tracker: str | None) -> None:
                           '(log.jsonl and TensorBoard hold the same lines).')
 
 
-def _followers(config: Any, folder: Path, log: Log) -> list[Callable[[dict[str, Any]], None]]:
+def _followers(config: Any, folder: Path, log: Log, resumed: bool) -> list[Callable[[dict[str, Any]], None]]:
     """What log lines go to besides the file: TensorBoard where it is installed, and the tracker."""
     followers = []
     if importlib.util.find_spec('tensorboard') is not None:
@@ -239,15 +263,38 @@ def _followers(config: Any, folder: Path, log: Log) -> list[Callable[[dict[str, 
 
         followers.append(follow)
     if config.tracker == 'wandb':
-        import wandb
-
-        # The same folder is the same run there, also after a resume.
-        identity = folder.resolve().as_posix().replace('/', '-').strip('-')[-64:]
-        tracked = wandb.init(project='autoreg-vit', id=identity, name=folder.name, dir=str(folder), resume='allow',
-                             config=dataclasses.asdict(config))
-        followers.append(lambda line: tracked.log({**numbers(line), 'images': line['images']})
-                         if 'images' in line else None)
+        followers.append(_track(config, folder, resumed))
     return followers
+
+
+def _track(config: Any, folder: Path, resumed: bool) -> Callable[[dict[str, Any]], None]:
+    """Begin or go on with the run at Weights & Biases; gives what takes a log line there.
+
+    Raises:
+        ConfigError: where the tracker does not start.
+    """
+    import wandb
+
+    try:
+        tracked = wandb.init(project='autoreg-vit', id=_tracker_id(folder, resumed), name=folder.name, dir=str(folder),
+                             resume='allow', config=dataclasses.asdict(config))
+    except Exception as error:  # the library's own, those of its HTTP client, OSError: by version and cause
+        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+        raise ConfigError(f'wandb does not start ({reason}): log in (wandb login), set WANDB_MODE=offline, or leave '
+                          '--tracker out.') from error
+    return lambda line: tracked.log({**numbers(line), 'images': line['images']}) if 'images' in line else None
+
+
+def _tracker_id(folder: Path, resumed: bool) -> str:
+    """The id under which a run is tracked, drawn once and kept in its folder."""
+    file = folder / 'wandb-id'
+    if file.exists():
+        return file.read_text(encoding='utf-8').strip()
+    # Up to version 0.1.0 a run had its id from its path.
+    identity = folder.resolve().as_posix().replace('/', '-').strip('-')[-64:] if resumed else uuid.uuid4().hex[:16]
+    with writing(file):
+        write_synced(file, identity + '\n')
+    return identity
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float]:

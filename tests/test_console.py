@@ -1,0 +1,69 @@
+"""stdout and stderr take everything, and nothing that happens to them ends the work."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from autoreg_vit.train.console import patient_streams, printable
+from autoreg_vit.train.progress import progress_bar, say
+
+
+@pytest.mark.parametrize('encoding, shown', [
+    ('ascii', r'caf\xe9 \u65e5 \udcff'), ('latin-1', r'café \u65e5 \udcff'), ('utf-8', r'café 日 \udcff')])
+def test_letters_that_a_stream_lacks_are_escaped(encoding: str, shown: str, monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, 'stdout', out)
+    monkeypatch.setattr(sys, 'stderr', err)
+    with patient_streams():
+        print('café 日 \udcff')
+        print('café 日 \udcff', file=sys.stderr)
+    assert sys.stdout is out and sys.stderr is err
+    for stream in (out, err):
+        assert stream.buffer.getvalue().decode(encoding).strip() == shown
+    assert printable('café 日 \udcff', encoding) == shown
+
+
+def test_streams_that_are_none_or_closed(monkeypatch):
+    closed = io.TextIOWrapper(io.BytesIO())
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, 'stdout', stream)
+        monkeypatch.setattr(sys, 'stderr', stream)
+        say('to nobody')  # also from Python, without a command around it
+        with patient_streams():
+            print('to nobody')
+            say('to nobody')
+            assert list(progress_bar(range(3))) == [0, 1, 2]
+
+
+SCRIPT = '''
+import sys
+from autoreg_vit.train.console import patient_streams
+from autoreg_vit.train.progress import progress_bar, say
+with patient_streams():
+    for number in progress_bar(range(2000)):
+        say(f'line {number} ' + 'x' * 200)
+    open(sys.argv[1], 'w').write('done')
+'''
+
+
+def test_a_reader_who_leaves(tmp_path):
+    both = subprocess.Popen([sys.executable, '-c', SCRIPT, str(tmp_path / 'done')], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+    both.stdout.readline()
+    both.stdout.close()
+    both.stderr.close()
+    assert both.wait(timeout=120) == 0
+    assert (tmp_path / 'done').read_text() == 'done'
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='descriptors are closed before the start by a shell')
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    script = ('import os, sys\nfrom autoreg_vit.train.console import patient_streams\nwith patient_streams():\n'
+              '    file = open(sys.argv[1], "w")\n    file.write(str(file.fileno()))\n    print("lost")\n')
+    command = f'"{sys.executable}" -c \'{script}\' "{tmp_path / "file"}" >&- 2>&-'
+    subprocess.run(['sh', '-c', command], check=True, timeout=120)
+    assert int((tmp_path / 'file').read_text()) > 2
