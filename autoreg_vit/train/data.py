@@ -190,14 +190,6 @@ def check_labels(labels: np.ndarray, num_classes: int | None = None) -> None:
                         f'are not {expected}: number the classes from 0, or correct num_classes.')
 
 
-def sample(dataset: Dataset, most: int, seed: int) -> Dataset:
-    """At most `most` images of a map-style data set, the same ones for the same seed."""
-    if len(dataset) <= most:
-        return dataset
-    generator = torch.Generator().manual_seed(seed)
-    return Subset(dataset, sorted(torch.randperm(len(dataset), generator=generator)[:most].tolist()))
-
-
 def image_name(dataset: Dataset, index: int) -> str:
     """File of an image where its data set knows it, else its number."""
     while isinstance(dataset, Subset):
@@ -247,7 +239,7 @@ def check_images(
             if path.stat().st_size == 0:
                 damages[path] = 'it is empty'
         except OSError as error:
-            damages[path] = f'{error.strerror}, a link to nowhere?' if path.is_symlink() else str(error.strerror)
+            damages[path] = 'a link to nowhere' if path.is_symlink() else str(error.strerror)
 
     def decode(index: int) -> None:
         try:
