@@ -101,7 +101,7 @@ def open_dataset(
     try:
         dataset = create_dataset(
             name, root=data_dir, split=split, transform=transform, download=download, is_training=training,
-            batch_size=batch_size, seed=seed, input_img_mode='RGB' if name.startswith('tfds/') else None)
+            batch_size=batch_size, seed=seed, input_img_mode='RGB' if name.startswith('tfds/') else '')
     except (AssertionError, ImportError, RuntimeError, OSError, TypeError, ValueError) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         known = _timm_names(name.split('/')[0])

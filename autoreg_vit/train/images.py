@@ -37,6 +37,8 @@ def open_image(path: str | Path) -> Image.Image:
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             # PIL only warns up to twice as many, and would decode them.
             raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels, more than PIL holds to be safe')
+        if image.format == 'TIFF':
+            image.filename = ''  # Pillow maps an uncompressed file by the size that it has once turned: no mapping
         image.load()
         return upright(image)
 
