@@ -1,8 +1,6 @@
 """Images for pretraining and evaluation: folders, timm's data sets, and scikit-learn's bundled digits."""
 
 import os
-import struct
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch.utils.data import Dataset, IterableDataset, Subset
-from torchvision.datasets import ImageFolder, VisionDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import VisionDataset
 from torchvision.transforms import Compose
 
 from ..errors import DataError, suggest
-
-SPLIT_NAMES = ('train', 'training', 'val', 'valid', 'validation', 'test')
+from .folders import FlatFolder, open_folder
+from .images import DAMAGE, ToMode, open_image, prepared
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,6 @@ class ImageSpec:
     def nothing(self, batch: int, device: torch.device) -> torch.Tensor:
         """Empty images [batch, channels, height, width]."""
         return torch.zeros(batch, self.channels, *self.size, device=device)
-
-
-class ToMode:
-    """Convert PIL images to grey or RGB; a named class so that loader processes can receive it."""
-
-    def __init__(self, channels: int):
-        self.mode = 'L' if channels == 1 else 'RGB'
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image if image.mode == self.mode else image.convert(self.mode)
 
 
 def training_transform(spec: ImageSpec, crop_scale: tuple[float, float], hflip: float) -> Callable:
@@ -107,21 +94,25 @@ def open_dataset(
     if name == 'digits':
         return Digits(split, transform)
     if name == 'folder':
-        return _open_folder(data_dir, split, transform)
+        return open_folder(data_dir, split, transform)
     if '/' not in name:
         raise DataError(f'Unknown data set {name!r}: it is digits, folder, or a timm name such as torch/cifar10, '
                         f'hfds/NAME or wds/NAME. {suggest(name, ["digits", "folder"])}')
     try:
         dataset = create_dataset(
             name, root=data_dir, split=split, transform=transform, download=download, is_training=training,
-            batch_size=batch_size, seed=seed)
+            batch_size=batch_size, seed=seed, input_img_mode='RGB' if name.startswith('tfds/') else '')
     except (AssertionError, ImportError, RuntimeError, OSError, TypeError, ValueError) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         known = _timm_names(name.split('/')[0])
         hint = f' {suggest(name, known)}' if known and name.lower() not in known else ''
         raise DataError(f'Cannot open data set {name!r}, split {split!r}, under {data_dir!r}: {reason}.{hint}'
                         ) from error
-    dataset.transform = transform  # torchvision data sets behind timm take it here
+    # Torchvision's data sets behind timm take a transform here. The first part decodes, and by it any mode and depth
+    # keeps its picture, where timm and torchvision would convert to RGB themselves and cut 16 bits off at 255.
+    dataset.transform = Compose([prepared, transform])
+    if hasattr(dataset, 'loader'):
+        dataset.loader = open_image
     if hasattr(dataset, '_max_retries'):
         dataset._max_retries = 1  # timm would put the next image in place of a corrupt one, uncounted
     _check_shards(dataset, data_dir)
@@ -174,53 +165,6 @@ class Digits(VisionDataset):
         return self.transform(Image.fromarray(self.images[index])), self.targets[index]
 
 
-class FlatFolder(VisionDataset):
-    """Images of a folder and its subfolders, without labels (-1)."""
-
-    def __init__(self, root: Path, transform: Callable):
-        super().__init__(root, transform=transform)
-        self.samples = sorted(p for p in root.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-        if not self.samples:
-            raise DataError(f'No images in {root}: expected files ending in {", ".join(IMG_EXTENSIONS)}.')
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(open_image(self.samples[index])), -1
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Decode a file; raises one of DAMAGE where it cannot be."""
-    with Image.open(path) as image:
-        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            # PIL only warns up to twice as many, and would decode them.
-            raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels, more than PIL holds to be safe')
-        image.load()
-        return image
-
-
-def _open_folder(data_dir: str | None, split: str, transform: Callable) -> Dataset:
-    if data_dir is None:
-        raise DataError("dataset='folder' needs --data-dir, the folder of the images.")
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise DataError(f'No folder {root}: --data-dir names the folder of the images.')
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    if split in folders:
-        root = root / split
-        folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    elif split != 'train' or set(folders) & set(SPLIT_NAMES):
-        raise DataError(f'{root} has no split {split!r}: it holds {", ".join(folders[:10]) or "no folders"}. '
-                        'Name one with --train-split or --eval-split.')
-    if len(folders) < 2:
-        return FlatFolder(root, transform)
-    try:
-        return ImageFolder(str(root), transform=transform, loader=open_image)
-    except FileNotFoundError as error:
-        raise DataError(f'Class folders without images under {root}: {" ".join(str(error).split())}') from error
-
-
 def labels_of(dataset: Dataset) -> np.ndarray | None:
     """Labels of a map-style data set [images], or None if it has none or only one class."""
     if isinstance(dataset, (IterableDataset, FlatFolder)):
@@ -244,19 +188,6 @@ def check_labels(labels: np.ndarray, num_classes: int | None = None) -> None:
         expected = 'from 0' if num_classes is None else f'between 0 and {num_classes - 1}'
         raise DataError(f'Image {wrong[0]} has the label {labels[wrong[0]]}, and {len(wrong)} of {len(labels)} labels '
                         f'are not {expected}: number the classes from 0, or correct num_classes.')
-
-
-def sample(dataset: Dataset, most: int, seed: int) -> Dataset:
-    """At most `most` images of a map-style data set, the same ones for the same seed."""
-    if len(dataset) <= most:
-        return dataset
-    generator = torch.Generator().manual_seed(seed)
-    return Subset(dataset, sorted(torch.randperm(len(dataset), generator=generator)[:most].tolist()))
-
-
-# What reading and decoding a damaged file raises.
-DAMAGE = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, struct.error, zlib.error,
-          Image.DecompressionBombError)
 
 
 def image_name(dataset: Dataset, index: int) -> str:
@@ -285,7 +216,8 @@ def check_images(
         dataset: Of the folder kind; others are left unchecked.
         most: Images to decode.
         max_corrupt: Part of the images that may be unreadable.
-        say: Takes a message that names the unreadable ones, where they are few enough.
+        say: Takes messages that name what of the folder is left out, and the unreadable images, where they are few
+            enough.
         try_sample: Decodes the sample of an index, raising one of DAMAGE where it cannot be used; by default its image.
 
     Returns:
@@ -294,16 +226,24 @@ def check_images(
     Raises:
         DataError: for more unreadable images, naming them.
     """
+    if (left_out := getattr(dataset, 'left_out', None)) and (text := left_out.describe(Path(dataset.root))):
+        say(text)
     samples = getattr(dataset, 'samples', None)
     if not samples or most < 1:
         return []
     paths = [Path(image_name(dataset, i)) for i in range(len(samples))]
     chosen = sorted(set(np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int).tolist()))
-    damages = {path: 'it is empty' for path in paths if path.stat().st_size == 0}
+    damages = {}
+    for path in paths:
+        try:
+            if path.stat().st_size == 0:
+                damages[path] = 'it is empty'
+        except OSError as error:
+            damages[path] = 'a link to nowhere' if path.is_symlink() else str(error.strerror)
 
     def decode(index: int) -> None:
         try:
-            open_image(paths[index]) if try_sample is None else try_sample(index)
+            prepared(open_image(paths[index])) if try_sample is None else try_sample(index)
         except DAMAGE as error:
             damages.setdefault(paths[index], ' '.join(str(error).split()))
 

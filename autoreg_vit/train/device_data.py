@@ -1,5 +1,6 @@
 """Small images kept whole on the device as uint8, cropped and flipped there a batch at a time."""
 
+import bisect
 import math
 from collections.abc import Iterator
 
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import ConfigError, DataError
-from .data import ImageSpec, ToMode
+from .data import DAMAGE, ImageSpec, ToMode, image_name, refuse_corrupt, some_names
 from .distributed import EpochSampler, Processes
+from .progress import say
 from .seeding import mix_seed
 
 
@@ -25,20 +27,26 @@ class DeviceImages:
         dataset: Map-style, of PIL images that are all of one size: opened without a transform.
         spec: What the model takes.
         device: Where images live.
+        max_corrupt: Part of the images that may be unreadable; the next readable image stands in for each.
 
     Raises:
         ConfigError: for a stream, or images that take more than half of the device's free memory.
-        DataError: for images of several sizes.
+        DataError: for images of several sizes, and for too many unreadable ones.
     """
 
-    def __init__(self, dataset: Dataset, spec: ImageSpec, device: torch.device):
+    def __init__(self, dataset: Dataset, spec: ImageSpec, device: torch.device, max_corrupt: float = 0.001):
         if isinstance(dataset, IterableDataset):
             raise ConfigError('cache_on_device needs a data set that fits on the device, not a stream: leave '
                               '--cache-on-device out.')
         self.spec, self.device = spec, device
-        to_mode, images, size = ToMode(spec.channels), None, None
+        to_mode, images, size, readable, damages = ToMode(spec.channels), None, None, [], []
         for index in range(len(dataset)):
-            image = to_mode(dataset[index][0])
+            try:
+                image = to_mode(dataset[index][0])
+            except DAMAGE as error:
+                damages.append(f'{image_name(dataset, index)} ({" ".join(str(error).split())})')
+                continue
+            readable.append(index)
             if images is None:
                 size = image.size
                 shape = (len(dataset), image.height, image.width, spec.channels)
@@ -49,6 +57,11 @@ class DeviceImages:
                                 f'{image.size[1]} pixels, the first {size[0]} x {size[1]}. Leave --cache-on-device '
                                 'out, or resize them beforehand.')
             images[index] = np.asarray(image).reshape(shape[1:])
+        if damages:
+            refuse_corrupt(len(damages), len(dataset), max_corrupt if readable else 0, damages)
+            say(f'{len(damages)} images cannot be read, and others stand in for them: {some_names(damages)}')
+            for index in set(range(len(dataset))) - set(readable):
+                images[index] = images[readable[bisect.bisect(readable, index) % len(readable)]]
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)  # uint8 [N, C, H, W]
         self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,12 @@ from .data import (
     image_name,
     labels_of,
     open_dataset,
+    some_names,
     training_transform,
 )
 from .distributed import Processes
+from .images import prepared
+from .progress import say
 from .supervised_config import SupervisedConfig
 
 
@@ -92,36 +95,127 @@ def labelled_images(
     augment = augmenting_transform(spec, config.crop_scale, config.hflip, **augmentation)
     crop_pct = config.crop_pct or (1.0 if min(spec.size) <= 64 else 0.875)  # 0.875 of 256 is 224, as is usual
     plain = evaluation_transform(spec, crop_pct)
+    splits = open_splits(config, config.train_images, config.test_images, config.num_classes)
+    train, test = splits.train, splits.test
+    group.on_main(lambda: check_images(train.dataset, config.check_images, config.max_corrupt))
+    if test.dataset is not train.dataset:
+        group.on_main(lambda: check_images(test.dataset, config.check_images, 0.0))
+    group.on_main(lambda: say_untrained(splits))
+    return LabelledImages(Images(train.dataset, train.indices, augment), Images(train.dataset, train.indices, plain),
+                          Images(test.dataset, test.indices, plain), train.labels, splits.classes)
 
-    train, train_labels = _open(config, config.train_split, group, config.max_corrupt)
-    names = getattr(train, 'classes', None)
+
+class Part(NamedTuple):
+    """Images of a data set: which, and their labels, int64 each."""
+    dataset: Dataset
+    indices: np.ndarray
+    labels: np.ndarray
+
+
+class Splits(NamedTuple):
+    """Labelled images to train on and to report on, of data sets that give them without a transform."""
+    train: Part
+    test: Part
+    classes: list[str]
+
+
+class NoLabels(DataError):
+    """Images without labels, or of a single class."""
+
+
+def open_splits(
+        config: Any,
+        train_images: int | None,
+        test_images: int | None,
+        num_classes: int | None = None,
+) -> Splits:
+    """Open the labelled images of a command and check that their labels agree. Without an eval split a fifth of the
+    training split is held out: the same one for the same seed, whatever the command.
+
+    Args:
+        config: Names dataset, data_dir, train_split, eval_split, download and seed.
+        train_images: To train on at most, drawn by the seed; None for all.
+        test_images: To report on at most, drawn by the seed; None for all.
+        num_classes: What they should be, or, where the data do not name their classes, at most are.
+
+    Raises:
+        NoLabels: for data without labels or of a single class.
+        DataError: for data that is not there, labels out of range, or splits of other classes.
+        ConfigError: for a number of classes that is not the data's.
+    """
+    train, train_labels = _open(config, config.train_split)
+    names = class_names(train)
     if config.eval_split:
-        test, test_labels = _open(config, config.eval_split, group, 0.0)
-        if config.dataset == 'folder' and test.classes != names:
-            odd = sorted(set(names) ^ set(test.classes))
-            raise DataError(f'The splits {config.train_split!r} and {config.eval_split!r} have other class folders: '
-                            f'{", ".join(odd[:5])} {"is" if len(odd) == 1 else "are"} in one alone.')
+        test, test_labels = _open(config, config.eval_split)
+        check_same_classes(config, names, class_names(test))
         train_indices, test_indices = np.arange(len(train)), np.arange(len(test))
     else:
         test, test_labels = train, train_labels
         train_indices, test_indices = hold_out(len(train), 0.2, config.seed)
-    train_indices = some_of(train_indices, config.train_images, config.seed)
-    test_indices = some_of(test_indices, config.test_images, config.seed)
+    train_indices = some_of(train_indices, train_images, config.seed)
+    test_indices = some_of(test_indices, test_images, config.seed)
 
     count = len(names) if names else int(train_labels.max()) + 1
-    if config.num_classes is not None and (config.num_classes < count or (names and config.num_classes != count)):
-        raise ConfigError(f'num_classes={config.num_classes} does not fit the data, which has {count} classes: leave '
-                          'it out, or name the right data.')
-    count = config.num_classes or count
+    if num_classes is not None and (num_classes < count or (names and num_classes != count)):
+        raise ConfigError(f'num_classes={num_classes} does not fit the data, which has {count} classes: leave it out, '
+                          'or name the right data.')
+    count = num_classes or count
     for labels in (train_labels, test_labels):
         check_labels(labels, count)
-    return LabelledImages(
-        Images(train, train_indices, augment), Images(train, train_indices, plain), Images(test, test_indices, plain),
-        train_labels[train_indices], list(names) if names and len(names) == count else [str(n) for n in range(count)])
+    return Splits(Part(train, train_indices, train_labels[train_indices]),
+                  Part(test, test_indices, test_labels[test_indices]),
+                  names or [str(n) for n in range(count)])
+
+
+def class_names(dataset: Dataset) -> list[str] | None:
+    """Names of a data set's classes, in the order of the labels, where it knows them."""
+    names = getattr(dataset, 'classes', None)
+    return list(names) if names else None
+
+
+def check_same_classes(config: Any, train: list[str] | None, test: list[str] | None) -> None:
+    """Raise DataError for splits with other classes, or with the same under other labels."""
+    if train is None or test is None or train == test:
+        return
+    splits = f'The splits {config.train_split!r} and {config.eval_split!r} have'
+    odd = sorted(map(str, set(train) ^ set(test)))
+    if not odd:
+        raise DataError(f'{splits} the same classes in another order: their labels would not mean the same.')
+    kind = 'class folders' if config.dataset == 'folder' else 'classes'
+    raise DataError(f'{splits} other {kind}: {", ".join(odd[:5])}{", ..." * (len(odd) > 5)} '
+                    f'{"is" if len(odd) == 1 else "are"} in one alone.')
+
+
+def say_untrained(splits: Splits) -> None:
+    """Name the classes of which there is no image to train on, and how many images to report on are of them."""
+    lacking = sorted(set(range(len(splits.classes))) - set(splits.train.labels.tolist()))
+    if lacking:
+        reported = int(np.isin(splits.test.labels, lacking).sum())
+        say(f'Classes without an image to train on: {some_names([str(splits.classes[n]) for n in lacking])}. '
+            f'{reported} of the {len(splits.test.labels)} images to report on are of them.')
+
+
+def distinct(names: list[str]) -> list[str]:
+    """Names of classes, each its own: the second "screen" becomes "screen (2)"."""
+    found = []
+    for name in names:
+        number, new = 1, name
+        while new in found or (number > 1 and new in names):
+            number += 1
+            new = f'{name} ({number})'
+        found.append(new)
+    return found
 
 
 def hold_out(count: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of `count` images, those kept and those held out, both sorted; the same ones for the same seed."""
+    """Indices of `count` images, those kept and those held out, both sorted; the same ones for the same seed.
+
+    Raises:
+        DataError: for a single image, which cannot be both.
+    """
+    if count < 2:
+        raise DataError(f'Of {count} training image{"s" * (count != 1)} none can be held out to report on: name '
+                        '--eval-split, or add images.')
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
     held = min(max(round(count * part), 1), count - 1)
     return np.sort(order[held:]), np.sort(order[:held])
@@ -184,27 +278,17 @@ def posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
 
 
-def _open(
-        config: SupervisedConfig,
-        split: str,
-        group: Processes,
-        max_corrupt: float,
-) -> tuple[Dataset, np.ndarray]:
-    dataset = open_dataset(config.dataset, config.data_dir, split, _as_it_is, config.download)
+def _open(config: Any, split: str) -> tuple[Dataset, np.ndarray]:
+    dataset = open_dataset(config.dataset, config.data_dir, split, prepared, config.download)
     where = f'{config.dataset!r} {config.data_dir or ""}'.strip()
     if isinstance(dataset, IterableDataset):
-        raise DataError(f'Labels of the stream {where} cannot be checked before training: use folders, or torch/NAME '
-                        'or hfds/NAME.')
+        raise NoLabels(f'Labels of the stream {where} cannot be checked before training: use folders, or torch/NAME '
+                       'or hfds/NAME.')
     labels = labels_of(dataset)
     if labels is None:
-        raise DataError(f'The split {split!r} of {where} has no labels, or a single class: expected one folder of '
-                        'images for each of two classes or more.')
+        raise NoLabels(f'The split {split!r} of {where} has no labels, or a single class: expected one folder of '
+                       'images for each of two classes or more.')
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f'The labels of the split {split!r} of {where} are of type {labels.dtype}, such as '
                         f'{labels.flat[0]!r}: expected whole numbers, the classes.')
-    group.on_main(lambda: check_images(dataset, config.check_images, max_corrupt))
     return dataset, labels.astype(np.int64)
-
-
-def _as_it_is(image: Image.Image) -> Image.Image:
-    return image

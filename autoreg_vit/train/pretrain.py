@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import IterableDataset
 
 from .. import ops
 from ..errors import ConfigError
@@ -17,9 +17,10 @@ from .checkpoint import write_checksum, writing
 from .config import PretrainConfig
 from .device_data import DeviceBatches, DeviceImages
 from .distributed import Processes, check_divisible, processes
-from .evaluate import accuracies
+from .evaluate import Readable, accuracies
 from .figures import pictures, plots
 from .graph import GraphedStep, check_graph
+from .labelled import Images, NoLabels, open_splits, say_untrained
 from .loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from .losses import Losses
 from .parallel import WholeModel, get_state, replicate, set_state, settle_buckets, shard, synchronised
@@ -73,7 +74,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         config.crop_scale = (0.67, 1.0) if config.model.startswith('saim') else (0.2, 1.0)
     check_divisible(config.batch_size, group)
     batches = training_batches(config, spec, group)
-    labelled = _labelled_sets(config, spec)
+    labelled = _labelled_sets(config, spec, group)
 
     # 4. The optimizer.
     options = adam_options(config)
@@ -218,11 +219,11 @@ def draw_figures(
 
 
 def _examples(dataset: torch.utils.data.Dataset, most: int) -> torch.Tensor:
-    """Up to `most` images [B, C, H, W], spread over the data set."""
+    """Up to `most` images [B, C, H, W], spread over the data set, of those that can be read."""
     if isinstance(dataset, IterableDataset):
         return torch.stack([image for (image, _), _ in zip(dataset, range(most))])
-    return torch.stack([dataset[i][0] for i in
-                        torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist()])
+    readable, places = Readable(dataset), torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist()
+    return torch.stack([sample[0] for i in places if (sample := readable[i]) is not None])
 
 
 def training_batches(
@@ -238,7 +239,7 @@ def training_batches(
         return dataset
 
     if config.cache_on_device:
-        images = DeviceImages(load(lambda image: image), spec, group.device)
+        images = DeviceImages(load(lambda image: image), spec, group.device, config.max_corrupt)
         return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
                              config.hflip)
     dataset = load(data.training_transform(spec, config.crop_scale, config.hflip))
@@ -246,27 +247,20 @@ def training_batches(
                    config.max_corrupt)
 
 
-def _labelled_sets(config: PretrainConfig, spec: data.ImageSpec) -> tuple | None:
-    """Data sets to fit and to test classifiers on, or None without labels."""
-    transform = data.evaluation_transform(spec)
-
-    def load(split: str):
-        return data.open_dataset(config.dataset, config.data_dir, split, transform, config.download)
-
-    train = load(config.train_split)
-    labels = data.labels_of(train)
-    if labels is None:
+def _labelled_sets(config: PretrainConfig, spec: data.ImageSpec, group: Processes) -> tuple | None:
+    """Data sets to fit and to test classifiers on, or None without labels. Of a held-out fifth the encoder has seen the
+    images in pretraining, and the classifiers have not seen the labels."""
+    try:
+        splits = open_splits(config, config.eval_images, config.eval_images)
+    except NoLabels as error:
         if config.eval_split:
-            raise ConfigError(f'eval_split={config.eval_split!r} needs labels, and {config.dataset} '
-                              f'{config.data_dir or ""} has none or a single class: leave it out.')
+            raise ConfigError(f'eval_split={config.eval_split!r} needs labels: {error} Or leave it out.') from error
         return None
     if config.eval_split:
-        test = load(config.eval_split)
-    else:
-        # Every fifth image: the encoder has seen it in pretraining, the classifier has not seen its label.
-        indices = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        test, train = Subset(train, indices[::5]), Subset(train, [i for n, i in enumerate(indices) if n % 5])
-    return tuple(data.sample(s, config.eval_images, config.seed) for s in (train, test))
+        group.on_main(lambda: data.check_images(splits.test.dataset, config.check_images, config.max_corrupt))
+    group.on_main(lambda: say_untrained(splits))
+    transform = data.evaluation_transform(spec)
+    return tuple(Images(part.dataset, part.indices, transform) for part in (splits.train, splits.test))
 
 
 def _attention(config: PretrainConfig, model: AutoregressiveViT, device: torch.device) -> str:

@@ -4,17 +4,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import Subset
 
 from .batches import Batches
 from .checkpoint import write_checksum, writing
-from .data import ImageSpec, sample
+from .data import ImageSpec
 from .distributed import Processes, check_divisible, processes
 from .features import cached_features, fit_features, gather_features, knn
-from .labelled import labelled_images
+from .labelled import labelled_images, some_of
 from .loop import create_optimizer, prepare, start
 from .parallel import replicate, settle_buckets
 from .run import Run
@@ -85,7 +87,8 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
             result = train(config, run, batches, Learner(head, trained, optimizer, loss, measure))
             more = {'epochs': config.epochs, 'optimizer': config.opt}
             if config.knn:
-                plain = sample(images.plain, config.knn_images, config.seed)
+                some = some_of(np.arange(len(images.plain)), config.knn_images, config.seed)
+                plain = Subset(images.plain, some)
                 train_set, test = (gather_features(encoder, part, config, group) for part in (plain, images.test))
         if config.knn:
             more['knn'] = knn(config, run, train_set, test)

@@ -17,8 +17,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from ...errors import DataError
-from ..data import DAMAGE, ToMode, check_images, open_image
+from ..data import check_images
 from ..distributed import Processes
+from ..images import DAMAGE, ToMode, open_image, prepared, stored_size
 from ..labelled import hold_out, some_of
 from .config import DetectConfig
 
@@ -86,20 +87,23 @@ class CocoImages(Dataset):
         return transforms.pil_to_tensor(self.mode(image)), target
 
     def open(self, index: int) -> Image.Image:
-        """An image as its file has it.
+        """An image, upright and in 8 bits a channel.
 
         Raises:
             DataError: for one that cannot be read, or of another size than annotated.
         """
         path, (height, width) = self.samples[index], self.records[index]['size']
         try:
-            image = open_image(path)
+            image = prepared(open_image(path))
         except DAMAGE as error:
             raise DataError(f'Cannot read {path}: it is damaged or no image ({" ".join(str(error).split())}). Replace '
                             'or remove it.') from error
         if image.size != (width, height):
+            reason = ('its EXIF orientation turns it, and annotations should be of the upright picture.'
+                      if stored_size(path) == (width, height) else
+                      'the image or the file of annotations is another one.')
             raise DataError(f'{path} has {image.width} x {image.height} pixels, and its annotations are for {width} x '
-                            f'{height}: the image or the file of annotations is another one.')
+                            f'{height}: {reason}')
         return image
 
 

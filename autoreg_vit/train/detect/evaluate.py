@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torchmetrics.detection import MeanAveragePrecision
 
 from ..distributed import Processes
+from ..labelled import distinct
 from ..runtime import autocast
 from ..supervised import own_part
 from ..supervised_config import RunConfig
@@ -87,7 +88,7 @@ def summary(scores: dict[str, torch.Tensor], categories: dict[int, str]) -> dict
     """torchmetrics' scores in percent, under the names that `evaluate` gives; -1 there stands for nothing to find."""
     result = {f'{kind}_{name}': 100 * scores[f'{prefix}_{key}'].item()
               for kind, prefix in KINDS.items() for name, key in SCORES.items() if scores[f'{prefix}_{key}'] >= 0}
-    names, labels = list(categories.values()), scores['classes'].view(-1).tolist()
+    names, labels = distinct(list(categories.values())), scores['classes'].view(-1).tolist()
     result['per_class'] = {names[label - 1]: {} for label in labels}
     for kind, prefix in KINDS.items():
         for label, value in zip(labels, scores[f'{prefix}_map_per_class'].view(-1).tolist()):

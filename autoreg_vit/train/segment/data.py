@@ -1,23 +1,27 @@
 """Images with masks of classes, checked before anything is trained on them."""
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from ...errors import ConfigError, DataError
 from ...models.segmenter import IGNORED
-from ..data import DAMAGE, ImageSpec, ToMode, check_images, open_image
+from ..data import ImageSpec, check_images, some_names
 from ..distributed import Processes
-from ..labelled import hold_out, some_of
+from ..folders import LeftOut, find_split, list_folder, no_files, walk
+from ..images import DAMAGE, ToMode, open_image, stored_size
+from ..labelled import distinct, hold_out, some_of
+from ..progress import say
 from .config import SegmentConfig
 
 #: Files of masks: of formats that keep every value.
@@ -51,10 +55,16 @@ class MaskFormat:
             image = open_image(path)
         except DAMAGE as error:
             raise DataError(f'the mask {path} cannot be read: {" ".join(str(error).split())}') from error
-        if image.mode not in ('L', 'P', 'I', 'I;16', '1'):
-            raise DataError(f'the mask {path} is a colour picture ({image.mode}): expected one channel that holds the '
-                            'index of each pixel\'s class')
-        values = torch.from_numpy(np.array(image).astype(np.int64))
+        if (bands := len(image.getbands())) > 1:
+            kind = 'grey with transparency' if image.mode in ('LA', 'La', 'PA') else 'a colour picture'
+            raise DataError(f'the mask {path} is {kind} ({image.mode}): expected one channel that holds the index of '
+                            f'each pixel\'s class, not {bands}')
+        found = np.array(image)
+        with np.errstate(invalid='ignore'):
+            values = torch.from_numpy(found.astype(np.int64))
+        if image.mode == 'F' and not (found == values.numpy()).all():
+            raise DataError(f'the mask {path} holds floats that are no whole numbers, from {found.min():g} to '
+                            f'{found.max():g}: expected the index of each pixel\'s class')
         ignored = values == self.ignore_index
         if self.reduce_zero_label:
             ignored |= values == 0
@@ -67,6 +77,16 @@ class MaskFormat:
         if ignored.all():
             raise DataError(f'the mask {path} is empty: all its pixels are ignored')
         return values.masked_fill_(ignored, IGNORED)
+
+
+    def explain(self) -> str:
+        """What the values of masks mean, in words."""
+        first, last = int(self.reduce_zero_label), len(self.classes) - 1 + int(self.reduce_zero_label)
+        ignored = f'0 and {self.ignore_index}' if self.reduce_zero_label else str(self.ignore_index)
+        text = f'Masks hold {first} to {last} for the classes, and {ignored} for none.'
+        if first <= self.ignore_index <= last:
+            text += f' So the class {self.classes[self.ignore_index - first]!r} is ignored everywhere.'
+        return text
 
 
 class MaskedImages(Dataset):
@@ -103,7 +123,9 @@ class MaskedImages(Dataset):
         mask = self.masks.read(mask_path)
         if image.shape[1:] != mask.shape:
             sizes = ' and '.join(f'{w} x {h}' for h, w in (mask.shape, image.shape[1:]))
-            raise DataError(f'the mask {mask_path} and its image {path} differ in size: {sizes} pixels')
+            turned = ('. The EXIF orientation of the image turns it: draw masks on the upright picture'
+                      if stored_size(path) == tuple(mask.shape[::-1]) else '')
+            raise DataError(f'the mask {mask_path} and its image {path} differ in size: {sizes} pixels{turned}')
         return image, mask
 
 
@@ -137,9 +159,10 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
     if not root.is_dir():
         raise DataError(f'No folder {root}: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
     masks = _mask_format(config, root)
-    train = find_pairs(root, config.train_split)
+    tell = say if group.is_main else _ignore
+    train = find_pairs(root, config.train_split, tell)
     if config.eval_split:
-        test = find_pairs(root, config.eval_split)
+        test = find_pairs(root, config.eval_split, tell)
     else:
         kept, held = hold_out(len(train), 0.2, config.seed)
         train, test = [train[i] for i in kept], [train[i] for i in held]
@@ -147,10 +170,76 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
                    for pairs, most in ((train, config.train_images), (test, config.test_images)))
     data = SegmentationData(MaskedImages(train, masks, spec.channels, Augment(config, spec)),
                             MaskedImages(test, masks, spec.channels, Plain(config, spec)), masks.classes)
-    for images, max_corrupt in ((data.train, config.max_corrupt), (data.test, 0.0)):
-        group.on_main(lambda images=images, most=max_corrupt: check_images(
-            images, config.check_images, most, try_sample=images.read))
+    group.on_main(lambda: check_masks(config, data.train, config.max_corrupt, 'train on'))
+    group.on_main(lambda: check_masks(config, data.test, 0.0, 'report on'))
     return data
+
+
+def check_masks(config: SegmentConfig, images: MaskedImages, max_corrupt: float, purpose: str) -> None:
+    """Look at images and masks, up to `check_images` of them, and say what may be wrong with the classes.
+
+    Args:
+        config: Settings.
+        images: What to look at.
+        max_corrupt: Part of the images that may be unreadable.
+        purpose: What the images are for, in words.
+
+    Raises:
+        DataError: for more unreadable images, and for masks of a single class to train on.
+    """
+    counts = PixelCounts(images.masks)
+    check_images(images, config.check_images, max_corrupt, try_sample=lambda i: counts.add(images.read(i)[1]))
+    for text in counts.doubts(purpose):
+        say(text)
+    present = np.flatnonzero(counts.pixels)
+    if purpose == 'train on' and counts.masks == len(images) and len(present) == 1 < len(images.masks.classes):
+        raise DataError(
+            f'The {counts.masks} masks to train on hold the class {images.masks.classes[present[0]]!r} alone, and '
+            f'{counts.ignored_part:.0%} of their pixels are ignored: nothing is to be learned from them. '
+            f'{images.masks.explain()} Where {images.masks.ignore_index} stands for a class, number the classes '
+            'without gaps in the masks, or name another --ignore-index.')
+
+
+class PixelCounts:
+    """How many pixels of masks each class has; may be told from several threads.
+
+    Attributes:
+        pixels: Of each class, int64 [classes].
+        ignored: Pixels without a class.
+        masks: How many were counted.
+    """
+
+    def __init__(self, form: MaskFormat):
+        self.form, self.lock = form, threading.Lock()
+        self.pixels, self.ignored, self.masks = np.zeros(len(form.classes), np.int64), 0, 0
+
+    def add(self, mask: torch.Tensor) -> None:
+        """Count a mask as `MaskFormat.read` gives it."""
+        counts = torch.bincount(mask[mask != IGNORED], minlength=len(self.pixels)).numpy()
+        with self.lock:
+            self.pixels += counts
+            self.ignored += mask.numel() - int(counts.sum())
+            self.masks += 1
+
+    @property
+    def ignored_part(self) -> float:
+        return self.ignored / max(self.ignored + int(self.pixels.sum()), 1)
+
+    def doubts(self, purpose: str) -> list[str]:
+        """What may be wrong, in words: classes that no mask has, and a value to ignore that covers most of the
+        masks."""
+        texts, absent = [], [name for name, count in zip(self.form.classes, self.pixels) if not count]
+        if self.masks and absent:
+            texts.append(f'No mask of the {self.masks} to {purpose} that were looked at has a pixel of the class'
+                         f'{"es" if len(absent) > 1 else ""} {some_names(absent)}. {self.form.explain()}')
+        if self.ignored_part > 0.5:
+            texts.append(f'{self.ignored_part:.0%} of the pixels of the masks to {purpose} are ignored. '
+                         f'{self.form.explain()}')
+        return texts
+
+
+def _ignore(text: str) -> None:
+    pass
 
 
 def _mask_format(config: SegmentConfig, root: Path) -> MaskFormat:
@@ -159,8 +248,10 @@ def _mask_format(config: SegmentConfig, root: Path) -> MaskFormat:
     if path.is_file():
         try:
             info = json.loads(path.read_text(encoding='utf-8'))
-            classes, ignored = [str(name) for name in info.get('classes', ())], int(info.get('ignore_index', 255))
-        except (ValueError, TypeError, AttributeError) as error:
+            classes, ignored = _names(info.get('classes', [])), info.get('ignore_index', 255)
+            if type(ignored) is not int:
+                raise ValueError(f'ignore_index is {ignored!r}, no whole number')
+        except (ValueError, AttributeError) as error:
             raise DataError(f'{path} is damaged: expected {{"classes": [NAME, ...], "ignore_index": 255}} '
                             f'({" ".join(str(error).split())}).') from error
     else:
@@ -170,30 +261,33 @@ def _mask_format(config: SegmentConfig, root: Path) -> MaskFormat:
                           '{"classes": [NAME, ...]}.')
     if config.num_classes is not None and classes and config.num_classes != len(classes):
         raise ConfigError(f'num_classes={config.num_classes} does not fit {path}, which names {len(classes)} classes.')
-    names = classes or [str(n) for n in range(config.num_classes)]
+    names = distinct(classes) or [str(n) for n in range(config.num_classes)]
     return MaskFormat(tuple(names), ignored if config.ignore_index is None else config.ignore_index,
                       config.reduce_zero_label)
 
 
-def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
+def _names(classes: Any) -> list[str]:
+    """Names of classes from a list, or from a mapping of 0, 1, ... to names as transformers' id2label is."""
+    if isinstance(classes, dict):
+        numbers = [int(key) for key in classes]
+        if sorted(numbers) != list(range(len(numbers))):
+            raise ValueError('the keys of classes are not 0, 1, ... without gaps')
+        classes = [name for _, name in sorted(zip(numbers, classes.values()))]
+    if not isinstance(classes, list) or not all(isinstance(name, str | int) for name in classes):
+        raise ValueError(f'classes is {str(classes)[:40]!r}, no list of names')
+    return [str(name) for name in classes]
+
+
+def find_pairs(root: Path, split: str, say: Callable[[str], None] = _ignore) -> list[tuple[Path, Path]]:
     """Images under images/SPLIT and the masks of the same names, but for the ending, under annotations/SPLIT.
+    `say` takes what is left out, in words.
 
     Raises:
-        DataError: for a folder that is not there or is empty, and for files without a counterpart, naming them.
+        DataError: for a folder that is not there or is empty, for files without a counterpart, and for two of the same
+            name but for the ending, naming them.
     """
-    found = []
-    for kind, extensions in (('images', IMG_EXTENSIONS), ('annotations', MASK_EXTENSIONS)):
-        folder = root / kind / split
-        if not folder.is_dir():
-            there = sorted(p.name for p in (root / kind).iterdir() if p.is_dir()) if (root / kind).is_dir() else []
-            raise DataError(f'No folder {folder}: ' + (
-                f'{root / kind} has the splits {", ".join(there)}; name one with --train-split or --eval-split.'
-                if there else f'--data-dir {root} should hold images/SPLIT and annotations/SPLIT.'))
-        files = [p for p in sorted(folder.rglob('*')) if p.suffix.lower() in extensions and p.is_file()]
-        if not files:
-            raise DataError(f'No {kind} in {folder}: expected files ending in {", ".join(extensions)}.')
-        found.append({p.relative_to(folder).with_suffix('').as_posix(): p for p in files})
-    images, masks = found
+    images, masks = (_files_by_name(root / kind, split, extensions, say)
+                     for kind, extensions in (('images', None), ('annotations', MASK_EXTENSIONS)))
     for some, others, text in ((images, masks, 'images without a mask'), (masks, images, 'masks without an image')):
         alone = sorted(some.keys() - others.keys())
         if alone:
@@ -201,6 +295,34 @@ def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
             raise DataError(f'{len(alone)} {text} of the same name in the split {split!r}: {names}'
                             f'{", ..." if len(alone) > 3 else ""}.')
     return [(images[name], masks[name]) for name in sorted(images)]
+
+
+def _files_by_name(
+        parent: Path,
+        split: str,
+        extensions: tuple[str, ...] | None,
+        say: Callable[[str], None],
+) -> dict[str, Path]:
+    """Files of a split by their names without the ending, from the folder of all splits."""
+    splits = list_folder(parent).folders if parent.is_dir() else []
+    name = find_split(parent, splits, split)
+    if name is None:
+        raise DataError(f'No folder {parent / split}: ' + (
+            f'{parent} has the splits {", ".join(splits)}; name one with --train-split or --eval-split.'
+            if splits else f'--data-dir {parent.parent} should hold images/SPLIT and annotations/SPLIT.'))
+    folder, left_out, found = parent / name, LeftOut(), {}
+    for path in sorted(map(Path, walk(folder, extensions, left_out))):
+        key = path.relative_to(folder).with_suffix('').as_posix()
+        if key in found:
+            raise DataError(f'{found[key]} and {path} have one name but for the ending, so that it is open which '
+                            'belongs to which image or mask: rename or remove one.')
+        found[key] = path
+    if not found:
+        raise no_files(parent.name, folder, ', '.join(extensions or ('.jpg', '.png', '.tif or what else Pillow reads')),
+                       left_out)
+    if text := left_out.describe(folder):
+        say(text)
+    return found
 
 
 class Resize:
