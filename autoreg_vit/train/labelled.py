@@ -21,7 +21,7 @@ from .data import (
     evaluation_transform,
     image_name,
     labels_of,
-    open_dataset,
+    open_split,
     training_transform,
 )
 from .distributed import Processes
@@ -97,9 +97,9 @@ def labelled_images(
     names = getattr(train, 'classes', None)
     if config.eval_split:
         test, test_labels = _open(config, config.eval_split, group, 0.0)
-        if config.dataset == 'folder' and test.classes != names:
+        if names is not None and test.classes != names:
             odd = sorted(set(names) ^ set(test.classes))
-            raise DataError(f'The splits {config.train_split!r} and {config.eval_split!r} have other class folders: '
+            raise DataError(f'The splits {config.train_split!r} and {config.eval_split!r} have other classes: '
                             f'{", ".join(odd[:5])} {"is" if len(odd) == 1 else "are"} in one alone.')
         train_indices, test_indices = np.arange(len(train)), np.arange(len(test))
     else:
@@ -190,15 +190,15 @@ def _open(
         group: Processes,
         max_corrupt: float,
 ) -> tuple[Dataset, np.ndarray]:
-    dataset = open_dataset(config.dataset, config.data_dir, split, _as_it_is, config.download)
+    dataset = open_split(config, split, _as_it_is)
     where = f'{config.dataset!r} {config.data_dir or ""}'.strip()
     if isinstance(dataset, IterableDataset):
         raise DataError(f'Labels of the stream {where} cannot be checked before training: use folders, or torch/NAME '
                         'or hfds/NAME.')
     labels = labels_of(dataset)
     if labels is None:
-        raise DataError(f'The split {split!r} of {where} has no labels, or a single class: expected one folder of '
-                        'images for each of two classes or more.')
+        reason = getattr(dataset, 'unlabelled', None) or 'expected one folder of images for each of two classes or more'
+        raise DataError(f'The split {split!r} of {where} has no labels, or a single class: {reason}.')
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f'The labels of the split {split!r} of {where} are of type {labels.dtype}, such as '
                         f'{labels.flat[0]!r}: expected whole numbers, the classes.')

@@ -23,6 +23,7 @@ from .graph import GraphedStep, check_graph
 from .loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from .losses import Losses
 from .parallel import WholeModel, get_state, replicate, set_state, settle_buckets, shard, synchronised
+from .progress import say
 from .run import Log, Run
 from .runtime import autocast
 from .seeding import mix_seed
@@ -73,7 +74,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         config.crop_scale = (0.67, 1.0) if config.model.startswith('saim') else (0.2, 1.0)
     check_divisible(config.batch_size, group)
     batches = training_batches(config, spec, group)
-    labelled = _labelled_sets(config, spec)
+    labelled = _labelled_sets(config, spec, group)
 
     # 4. The optimizer.
     options = adam_options(config)
@@ -189,8 +190,8 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         whole_model = whole.gather()
         if group.is_main:
             torch.manual_seed(mix_seed(config.seed, 'figures'))
-            examples_from = labelled[1] if labelled else data.open_dataset(
-                config.dataset, config.data_dir, config.train_split, data.evaluation_transform(spec), config.download)
+            examples_from = labelled[1] if labelled else data.open_split(
+                config, config.train_split, data.evaluation_transform(spec))
             with writing(folder):
                 draw_figures(whole_model, log, examples_from, spec, folder / 'figures')
             _report(run)
@@ -231,11 +232,13 @@ def training_batches(
         group: Processes,
 ) -> Batches | DeviceBatches:
     def load(transform: Callable) -> torch.utils.data.Dataset:
-        dataset = data.open_dataset(
-            config.dataset, config.data_dir, config.train_split, transform, config.download, training=True,
-            batch_size=config.batch_size // group.world_size, seed=config.seed)
+        dataset = data.open_split(
+            config, config.train_split, transform, training=True, batch_size=config.batch_size // group.world_size,
+            seed=config.seed, images=config.train_images)
         group.on_main(lambda: data.check_images(dataset, config.check_images, config.max_corrupt))
-        return dataset
+        if config.train_images is None or isinstance(dataset, IterableDataset):
+            return dataset
+        return data.sample(dataset, config.train_images, config.seed)
 
     if config.cache_on_device:
         images = DeviceImages(load(lambda image: image), spec, group.device)
@@ -246,19 +249,22 @@ def training_batches(
                    config.max_corrupt)
 
 
-def _labelled_sets(config: PretrainConfig, spec: data.ImageSpec) -> tuple | None:
+def _labelled_sets(config: PretrainConfig, spec: data.ImageSpec, group: Processes) -> tuple | None:
     """Data sets to fit and to test classifiers on, or None without labels."""
     transform = data.evaluation_transform(spec)
 
     def load(split: str):
-        return data.open_dataset(config.dataset, config.data_dir, split, transform, config.download)
+        return data.open_split(config, split, transform)
 
     train = load(config.train_split)
     labels = data.labels_of(train)
     if labels is None:
+        reason = getattr(train, 'unlabelled', None) or f'the split {config.train_split!r} has none or a single class'
         if config.eval_split:
             raise ConfigError(f'eval_split={config.eval_split!r} needs labels, and {config.dataset} '
-                              f'{config.data_dir or ""} has none or a single class: leave it out.')
+                              f'{config.data_dir or ""} gives none: {reason}. Leave it out.')
+        if group.is_main:
+            say(f'No accuracies will be reported, for want of labels: {reason}.')
         return None
     if config.eval_split:
         test = load(config.eval_split)
