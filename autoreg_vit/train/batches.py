@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, UsageError
 from .data import DAMAGE, image_name, refuse_corrupt, some_names
 from .distributed import EpochSampler, Processes, check_divisible
 from .progress import say
 from .seeding import kept_random_state, mix_seed, seed_cpu
+from .streams import Stream
 
 
 class SeededSamples(Dataset):
@@ -56,7 +57,8 @@ class SeededSamples(Dataset):
 
 
 class SeededStream(IterableDataset):
-    """A streamed data set whose order and augmentation are functions of (seed, pass, loader process, position).
+    """A streamed data set whose order and augmentation are functions of (seed, pass, loader process, position). Gives
+    samples, each with the images that could not be read since the one before: {name: reason}.
 
     Resuming is exact with as many loader processes as before. `number` names the pass, and is set before it; loader
     processes learn it when they start.
@@ -70,10 +72,9 @@ class SeededStream(IterableDataset):
         place = (*self.number, self.rank, worker.id if worker else 0)
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(mix_seed(self.seed, 'order', *self.number) % 2 ** 31)
-        reader = getattr(self.dataset, 'reader', None)
-        if hasattr(reader, 'worker_seed'):
-            # timm's WebDataset reader goes on with the last pass's generator unless it is made anew.
-            reader.ds, reader.worker_seed = None, mix_seed(self.seed, 'shuffle', *place)
+        damages = getattr(self.dataset, 'damages', {})
+        if isinstance(self.dataset, Stream):
+            self.dataset.shuffle_seed = worker.seed if worker else mix_seed(self.seed, 'shuffle', *place)
         samples, position = iter(self.dataset), 0
         while True:
             with kept_random_state():
@@ -82,8 +83,21 @@ class SeededStream(IterableDataset):
                     sample = next(samples)
                 except StopIteration:
                     return
-            yield sample
+            yield sample, dict(damages)
+            damages.clear()
             position += 1
+
+
+class CollateStream:
+    """Makes a batch of the samples that `SeededStream` gives, and one dictionary of the images that could not be read;
+    a named class so that loader processes can receive it."""
+
+    def __init__(self, collate: Callable[[list], Any] | None):
+        self.collate = collate or default_collate
+
+    def __call__(self, samples: list[tuple[Any, dict[str, str]]]) -> tuple[Any, dict[str, str]]:
+        batch, damages = zip(*samples)
+        return self.collate(list(batch)), {name: reason for some in damages for name, reason in some.items()}
 
 
 class Batches:
@@ -97,7 +111,7 @@ class Batches:
         group: The processes of the run.
         workers: Processes that load images.
         multiple_of: Makes the batches of an epoch a multiple of this, for accumulation.
-        max_corrupt: Part of a map-style data set's images that may be unreadable.
+        max_corrupt: Part of the images that may be unreadable. A process counts those that it has come upon itself.
         collate: Makes a batch of a list of samples; by default tensors are stacked.
 
     Attributes:
@@ -121,28 +135,29 @@ class Batches:
             collate: Callable[[list], Any] | None = None,
     ):
         check_divisible(batch_size, group)
-        self.max_corrupt, self._counted = max_corrupt, 0
+        self.max_corrupt, self._counted, self._damages = max_corrupt, 0, {}
         self.is_stream = isinstance(dataset, IterableDataset)
         images = stream_length(dataset, workers) * group.world_size if self.is_stream else len(dataset)
         if images < batch_size:
             raise DataError(f'{images} training images are fewer than a batch of {batch_size}: use --batch-size '
                             f'{images} or less.')
+        self._images = images
         self.per_epoch = images // batch_size // multiple_of * multiple_of
         if self.per_epoch == 0:
             raise ConfigError(
                 f'accumulate={multiple_of} asks for more batches than the {images // batch_size} of an epoch.')
-        shared = dict(num_workers=workers, pin_memory=group.device.type == 'cuda', collate_fn=collate)
+        shared = dict(num_workers=workers, pin_memory=group.device.type == 'cuda')
         if self.is_stream:
             self.sampler = None
             self.dataset = SeededStream(dataset, seed, group.rank)
             # New processes for every pass, since they learn its number when they start.
             self.loader = DataLoader(self.dataset, batch_size // group.world_size, drop_last=True,
-                                     generator=torch.Generator(), **shared)
+                                     generator=torch.Generator(), collate_fn=CollateStream(collate), **shared)
         else:
             self.dataset = SeededSamples(dataset, seed)
             self.sampler = EpochSampler(images, batch_size, seed, group, self.per_epoch)
             self.loader = DataLoader(
-                self.dataset, batch_sampler=self.sampler, persistent_workers=workers > 0, **shared)
+                self.dataset, batch_sampler=self.sampler, persistent_workers=workers > 0, collate_fn=collate, **shared)
 
     def start_at(self, batch: int) -> Iterator:
         """Batches from number `batch` of the whole run on, as `collate` makes them."""
@@ -152,7 +167,7 @@ class Batches:
                 yield from self._stream(epoch, offset)
             else:
                 self.sampler.start_at(epoch, offset)
-                for batch in self.loader:
+                for batch in plainly(self.loader):
                     self._check_corrupt()
                     yield batch
             epoch, offset = epoch + 1, 0
@@ -161,19 +176,28 @@ class Batches:
         """Name images that turned out to be unreadable since the last batch; too many are a DataError."""
         if self._counted != (count := int(self.dataset.count)):
             self._counted = count
-            names = [image_name(self.dataset.dataset, i) for i in self.dataset.corrupt.nonzero().flatten().tolist()]
-            refuse_corrupt(len(names), len(self.dataset), self.max_corrupt, names)
-            say(f'{len(names)} images cannot be read, and others stand in for them: {some_names(names)}')
+            self._tolerate([image_name(self.dataset.dataset, i)
+                            for i in self.dataset.corrupt.nonzero().flatten().tolist()], len(self.dataset))
+
+    def _tolerate(self, names: list[str], images: int) -> None:
+        refuse_corrupt(len(names), images, self.max_corrupt, names)
+        say(f'{len(names)} images cannot be read, and others stand in for them: {some_names(names)}')
 
     def _stream(self, epoch: int, offset: int) -> Iterator:
         """The batches of an epoch after the first `offset`; a stream that ends early begins again."""
         given, again = 0, 0
         while given < self.per_epoch:
             self.dataset.number = (epoch, again)
-            # timm's readers take what they shuffle by from the seeds of loader processes.
+            # Loader processes shuffle by the seeds that they take from here.
             self.loader.generator.manual_seed(mix_seed(self.dataset.seed, 'processes', epoch, again))
             before = given
-            for batch in self.loader:
+            for batch, damages in plainly(self.loader):
+                if damages.keys() - self._damages.keys():
+                    self._damages.update(damages)
+                    source = self.dataset.dataset.source
+                    # Where nothing says how many images there are, each epoch may have had other ones.
+                    self._tolerate([f'{name} ({reason})' for name, reason in self._damages.items()],
+                                   source.images or self._images * (epoch + 1))
                 given += 1
                 if given > offset:
                     yield batch
@@ -183,6 +207,15 @@ class Batches:
                 raise DataError('The stream gave no whole batch: its shards are empty or damaged, or there are fewer '
                                 'of them than processes and loader processes (--workers).')
             again += 1
+
+
+def plainly(loader: DataLoader) -> Iterator:
+    """The batches of a loader, whose processes pack the traceback into the message of an error of use: unpack it."""
+    try:
+        yield from loader
+    except UsageError as error:
+        kind = type(error)
+        raise kind(str(error).rpartition(f'{kind.__module__}.{kind.__name__}: ')[2].strip()) from error
 
 
 def stream_length(dataset: IterableDataset, workers: int) -> int:

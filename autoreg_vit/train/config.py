@@ -71,7 +71,12 @@ class PretrainConfig:
         None, 'digits, folder (the default with --data-dir), or a timm data set name: torch/NAME, hfds/NAME, wds/NAME')
     data_dir: str | None = option(
         None, 'folder of images, flat or one folder a class, with or without splits', free=True)
+    image_column: str | None = option(
+        None, 'column of the images (hfds, hfids), or ending (wds); by default the one there is')
+    label_column: str | None = option(None, 'column of the labels (hfds); by default the one there is')
     train_split: str = option('train', 'split to train on')
+    train_images: int | None = option(
+        None, 'training images to use at most, drawn by the seed; of a stream, the images of an epoch')
     eval_split: str | None = option(
         None, 'split to report accuracies on; without one, a fifth of the labelled training images')
     eval_images: int = option(10000, 'images used for accuracies at most, of either split', free=True)
@@ -115,8 +120,8 @@ class PretrainConfig:
 
     def __post_init__(self):
         convert_fields(self)
-        for name in ('epochs', 'batch_size', 'accumulate', 'eval_images', 'log_every'):
-            if getattr(self, name) < 1:
+        for name in ('epochs', 'batch_size', 'accumulate', 'eval_images', 'log_every', 'train_images'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f'{name} must be at least 1, got {getattr(self, name)}.')
         for name in ('lr', 'weight_decay', 'warmup_epochs', 'eval_every', 'checkpoint_every_steps',
                      'checkpoint_every_minutes', 'check_images'):

@@ -15,9 +15,12 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import Compose
 
-from ..errors import DataError, suggest
+from ..errors import ConfigError, DataError, suggest
 from .folders import FlatFolder, open_folder
 from .images import DAMAGE, ToMode, open_image, prepared
+
+#: What timm's names of data sets begin with.
+KINDS = ('torch', 'hfds', 'hfids', 'wds', 'tfds')
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ def open_dataset(
         training: bool = False,
         batch_size: int = 1,
         seed: int = 0,
+        images: int | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
 ) -> Dataset:
     """A data set of (image, label).
 
@@ -87,21 +93,50 @@ def open_dataset(
         training: Shuffle data sets that are streams (wds, hfids, tfds).
         batch_size: Of the loader; streams share out whole batches to its processes.
         seed: Of the shuffling of streams.
+        images: Of an epoch of a stream; by default as many as it says it has.
+        image_column: Column of the images (hfds, hfids), or ending (wds); by default the one there is.
+        label_column: Column of the labels (hfds); by default the one there is.
 
     Raises:
+        ConfigError: for a column of data that have none.
         DataError: for data that is not there, is empty or has no such split.
     """
-    if name == 'digits':
-        return Digits(split, transform)
-    if name == 'folder':
-        return open_folder(data_dir, split, transform)
-    if '/' not in name:
+    from . import huggingface, streams  # which read images as this module does
+
+    kind, _, rest = name.partition('/')
+    kind = kind.lower()
+    if name not in ('digits', 'folder') and not (rest and kind in KINDS):  # timm would take another for a folder
         raise DataError(f'Unknown data set {name!r}: it is digits, folder, or a timm name such as torch/cifar10, '
-                        f'hfds/NAME or wds/NAME. {suggest(name, ["digits", "folder"])}')
+                        f'hfds/NAME or wds/NAME. {suggest(kind, ["digits", "folder", *KINDS])}')
+    for flag, column, kinds in (('image', image_column, ('hfds', 'hfids', 'wds')), ('label', label_column, ('hfds',))):
+        if column is not None and kind not in kinds:
+            raise ConfigError(f'--{flag}-column {column} is for the data sets {", ".join(f"{k}/NAME" for k in kinds)}, '
+                              f'and this one is {name!r}: leave it out.')
+    if kind == 'digits':
+        return Digits(split, transform)
+    if kind == 'folder':
+        return open_folder(data_dir, split, transform)
+    if kind == 'hfds':
+        return huggingface.HubImages(rest, data_dir, split, transform, image_column, label_column)
+    if kind == 'tfds' or kind == 'torch':
+        options = dict(is_training=training, batch_size=batch_size, num_samples=images, seed=seed, input_img_mode='RGB')
+        return _open_with_timm(name, data_dir, split, transform, download, **(options if kind == 'tfds' else {}))
+    source = (streams.Shards(name, data_dir, split, image_column) if kind == 'wds' else
+              streams.HubStream(rest, data_dir, split, image_column, download))
+    return streams.Stream(source, transform, images, training, batch_size, seed)
+
+
+def _open_with_timm(
+        name: str,
+        data_dir: str | None,
+        split: str,
+        transform: Callable,
+        download: bool,
+        **options: Any,
+) -> Dataset:
     try:
         dataset = create_dataset(
-            name, root=data_dir, split=split, transform=transform, download=download, is_training=training,
-            batch_size=batch_size, seed=seed, input_img_mode='RGB' if name.startswith('tfds/') else '')
+            name, root=data_dir, split=split, transform=transform, download=download, **options)
     except (AssertionError, ImportError, RuntimeError, OSError, TypeError, ValueError) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         known = _timm_names(name.split('/')[0])
@@ -113,10 +148,13 @@ def open_dataset(
     dataset.transform = Compose([prepared, transform])
     if hasattr(dataset, 'loader'):
         dataset.loader = open_image
-    if hasattr(dataset, '_max_retries'):
-        dataset._max_retries = 1  # timm would put the next image in place of a corrupt one, uncounted
-    _check_shards(dataset, data_dir)
     return dataset
+
+
+def open_split(config: Any, split: str, transform: Callable, **more: Any) -> Dataset:
+    """`open_dataset` of a split of the data that the settings of a command name."""
+    return open_dataset(config.dataset, config.data_dir, split, transform, config.download,
+                        image_column=config.image_column, label_column=config.label_column, **more)
 
 
 def _timm_names(prefix: str) -> list[str]:
@@ -125,23 +163,6 @@ def _timm_names(prefix: str) -> list[str]:
 
     known = {**getattr(dataset_factory, '_TORCH_BASIC_DS', {}), **getattr(dataset_factory, '_EMNIST', {})}
     return [f'torch/{name}' for name in known] if prefix == 'torch' else []
-
-
-def _check_shards(dataset: Dataset, data_dir: str | None) -> None:
-    """Raise DataError for local WebDataset shards that are missing or cut short, which the reader would pass over."""
-    info = getattr(getattr(dataset, 'reader', None), 'split_info', None)
-    for name in getattr(info, 'filenames', ()):
-        shard = Path(data_dir or '', name)
-        if '://' in name or name.startswith('pipe:') or shard.suffix != '.tar':
-            continue
-        if not shard.is_file():
-            raise DataError(f'The shard {shard} is missing: _info.json names it. Fetch it, or correct _info.json.')
-        with shard.open('rb') as file:
-            size = file.seek(0, 2)
-            file.seek(max(size - 1024, 0))
-            if size % 512 or file.read() != bytes(1024):  # a tar file is whole blocks, and two of zeros end it
-                raise DataError(f'The shard {shard} is cut short at {size} bytes: it does not end as a tar file does. '
-                                'Fetch it again.')
 
 
 class Digits(VisionDataset):
@@ -170,8 +191,6 @@ def labels_of(dataset: Dataset) -> np.ndarray | None:
     if isinstance(dataset, (IterableDataset, FlatFolder)):
         return None
     labels = getattr(dataset, 'targets', None)
-    if labels is None and hasattr(dataset, 'reader'):
-        labels = [dataset.reader[i][1] for i in range(len(dataset))]
     if labels is None:
         return None
     labels = np.asarray(labels)

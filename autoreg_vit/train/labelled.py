@@ -21,7 +21,7 @@ from .data import (
     evaluation_transform,
     image_name,
     labels_of,
-    open_dataset,
+    open_split,
     some_names,
     training_transform,
 )
@@ -279,15 +279,15 @@ def posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
 
 
 def _open(config: Any, split: str) -> tuple[Dataset, np.ndarray]:
-    dataset = open_dataset(config.dataset, config.data_dir, split, prepared, config.download)
+    dataset = open_split(config, split, prepared)
     where = f'{config.dataset!r} {config.data_dir or ""}'.strip()
     if isinstance(dataset, IterableDataset):
         raise NoLabels(f'Labels of the stream {where} cannot be checked before training: use folders, or torch/NAME '
                        'or hfds/NAME.')
     labels = labels_of(dataset)
     if labels is None:
-        raise NoLabels(f'The split {split!r} of {where} has no labels, or a single class: expected one folder of '
-                       'images for each of two classes or more.')
+        reason = getattr(dataset, 'unlabelled', None) or 'expected one folder of images for each of two classes or more'
+        raise NoLabels(f'The split {split!r} of {where} has no labels, or a single class: {reason}.')
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f'The labels of the split {split!r} of {where} are of type {labels.dtype}, such as '
                         f'{labels.flat[0]!r}: expected whole numbers, the classes.')

@@ -24,6 +24,7 @@ from .labelled import Images, NoLabels, open_splits, say_untrained
 from .loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from .losses import Losses
 from .parallel import WholeModel, get_state, replicate, set_state, settle_buckets, shard, synchronised
+from .progress import say
 from .run import Log, Run
 from .runtime import autocast
 from .seeding import mix_seed
@@ -190,8 +191,8 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         whole_model = whole.gather()
         if group.is_main:
             torch.manual_seed(mix_seed(config.seed, 'figures'))
-            examples_from = labelled[1] if labelled else data.open_dataset(
-                config.dataset, config.data_dir, config.train_split, data.evaluation_transform(spec), config.download)
+            examples_from = labelled[1] if labelled else data.open_split(
+                config, config.train_split, data.evaluation_transform(spec))
             with writing(folder):
                 draw_figures(whole_model, log, examples_from, spec, folder / 'figures')
             _report(run)
@@ -232,11 +233,13 @@ def training_batches(
         group: Processes,
 ) -> Batches | DeviceBatches:
     def load(transform: Callable) -> torch.utils.data.Dataset:
-        dataset = data.open_dataset(
-            config.dataset, config.data_dir, config.train_split, transform, config.download, training=True,
-            batch_size=config.batch_size // group.world_size, seed=config.seed)
+        dataset = data.open_split(
+            config, config.train_split, transform, training=True, batch_size=config.batch_size // group.world_size,
+            seed=config.seed, images=config.train_images)
         group.on_main(lambda: data.check_images(dataset, config.check_images, config.max_corrupt))
-        return dataset
+        if config.train_images is None or isinstance(dataset, IterableDataset):
+            return dataset
+        return data.sample(dataset, config.train_images, config.seed)
 
     if config.cache_on_device:
         images = DeviceImages(load(lambda image: image), spec, group.device, config.max_corrupt)
@@ -255,6 +258,8 @@ def _labelled_sets(config: PretrainConfig, spec: data.ImageSpec, group: Processe
     except NoLabels as error:
         if config.eval_split:
             raise ConfigError(f'eval_split={config.eval_split!r} needs labels: {error} Or leave it out.') from error
+        if group.is_main:
+            say(f'No accuracies will be reported, for want of labels: {error}')
         return None
     if config.eval_split:
         group.on_main(lambda: data.check_images(splits.test.dataset, config.check_images, config.max_corrupt))

@@ -17,7 +17,7 @@ class RunConfig:
         None, 'encoder to load: a folder that pretraining wrote, a run\'s folder, or a timm name')
     pretrained: bool = option(True, 'load the weights; --no-pretrained starts from initialisation, to compare with')
 
-    data_dir: str | None = option(None, 'folder of the data')
+    data_dir: str | None = option(None, 'folder of the data', free=True)
     train_split: str = option('train', 'split to train on')
     eval_split: str | None = option(None, 'split to report on; without one, a fifth of the training images')
     train_images: int | None = option(None, 'training images to use at most, drawn by the seed; all by default')
@@ -85,9 +85,11 @@ class SupervisedConfig(RunConfig):
 
     dataset: str | None = option(
         None, 'digits, folder (the default with --data-dir), or a timm data set name: torch/NAME, hfds/NAME')
-    data_dir: str | None = option(None, 'folder with one folder of images a class, with or without splits')
+    data_dir: str | None = option(None, 'folder with one folder of images a class, with or without splits', free=True)
+    image_column: str | None = option(None, 'column of the images (hfds); by default the one there is')
+    label_column: str | None = option(None, 'column of the labels (hfds); by default the one there is')
     num_classes: int | None = option(None, 'number of classes; by default those of the data')
-    download: bool = option(False, 'let torch/... data sets download themselves')
+    download: bool = option(False, 'let torch/... data sets download themselves', free=True)
     crop_scale: tuple[float, ...] = option((0.08, 1.0), 'area of random crops')
     crop_pct: float | None = option(
         None, 'part of the image\'s shorter side that evaluation keeps; by default 0.875, and 1 up to 64 pixels')

@@ -14,7 +14,7 @@ class DetectConfig(DenseConfig):
     Learning with Vision Transformers") for ViT-B on COCO."""
 
     data_dir: str | None = option(
-        None, 'folder in COCO\'s layout: a folder of images a split, and annotations/instances_SPLIT.json')
+        None, 'folder in COCO\'s layout: a folder of images a split, and annotations/instances_SPLIT.json', free=True)
     train_split: str = option('train2017', 'split to train on')
     train_annotations: str | None = option(None, 'JSON file of the training split, where it is another one')
     eval_annotations: str | None = option(None, 'JSON file of the split to report on, where it is another one')

@@ -11,7 +11,8 @@ from ..supervised_config import DenseConfig
 class SegmentConfig(DenseConfig):
     """Settings of `autoreg-vit segment`; the defaults are RandSAC's and SAIM's, which is BEiT's, for ViT-Base."""
 
-    data_dir: str | None = option(None, 'folder with images/SPLIT and annotations/SPLIT, masks named as their images')
+    data_dir: str | None = option(
+        None, 'folder with images/SPLIT and annotations/SPLIT, masks named as their images', free=True)
     num_classes: int | None = option(None, 'number of classes; by default those that the data\'s info.json names')
     ignore_index: int | None = option(
         None, 'value of mask pixels without a class; by default what info.json says, else 255')
