@@ -23,7 +23,6 @@ def export_encoder(
         folder: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
-        pickle: bool = True,
         **pretrained_cfg,
 ) -> None:
     """Write an encoder as a stock timm ViT, which loads where this package is not installed.
@@ -32,7 +31,6 @@ def export_encoder(
         encoder: Stand-alone, or `model.encoder` of a pretraining model.
         folder: Replaced if it exists.
         dtype: What weights are stored in; they load as float32.
-        pickle: Write pytorch_model.bin too, without which timm before 1.0.26 loads nothing from a folder.
         **pretrained_cfg: Entries of timm's configuration to set, such as mean and std.
     """
     # For a width of no stock model any of them serves as a base: every size is written out in the arguments.
@@ -42,7 +40,7 @@ def export_encoder(
     args.pop('num_classes', None)
     _write(folder, encoder.state_dict(), architecture, args, {
         'first_conv': 'patch_embed.proj', 'classifier': 'head', **pretrained_cfg,
-    }, encoder, dtype, pickle)
+    }, encoder, dtype)
 
 
 def export_pretraining(
@@ -50,7 +48,6 @@ def export_pretraining(
         folder: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
-        pickle: bool = True,
         **pretrained_cfg,
 ) -> None:
     """Write a whole pretraining model, encoder and decoder; this package must be imported where it is loaded. Arguments
@@ -62,7 +59,7 @@ def export_pretraining(
         args['blur'] = False  # timm drops None, and the model's default may be a blur
     _write(folder, model.state_dict(), model.pretrained_cfg['architecture'], args, {
         'first_conv': 'encoder.patch_embed.proj', 'classifier': None, **pretrained_cfg,
-    }, model.encoder, dtype, pickle)
+    }, model.encoder, dtype)
 
 
 def _current_size(encoder: VisionTransformer) -> dict[str, Any]:
@@ -79,7 +76,6 @@ def _write(
         pretrained_cfg: dict[str, Any],
         encoder: VisionTransformer,
         dtype: torch.dtype,
-        pickle: bool,
 ) -> None:
     channels = encoder.patch_embed.proj.in_channels
     if channels not in (1, 3):
@@ -110,8 +106,6 @@ def _write(
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
         save_file(tensors, new / 'model.safetensors')
         os.chmod(new / 'model.safetensors', 0o644)
-        if pickle:
-            torch.save(tensors, new / 'pytorch_model.bin')
         (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 
