@@ -385,9 +385,8 @@ def test_stock_models_run_our_weights(name):
 def test_local_dir_round_trip(name, classes, tmp_path):
     model = build(name, depth=3, img_size=(32, 48), num_classes=classes)
     folder = tmp_path / 'model'
-    # both kinds of file: timm before 1.0.26 cannot read safetensors from a folder
-    save_for_hf(model, folder, model_args={'depth': 3, 'img_size': (32, 48)}, safe_serialization='both')
-    assert {p.name for p in folder.iterdir()} == {'config.json', 'model.safetensors', 'pytorch_model.bin'}
+    save_for_hf(model, folder, model_args={'depth': 3, 'img_size': (32, 48)}, safe_serialization=True)
+    assert {p.name for p in folder.iterdir()} == {'config.json', 'model.safetensors'}
     assert json.loads((folder / 'config.json').read_text())['architecture'] == name
 
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()

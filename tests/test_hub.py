@@ -180,7 +180,6 @@ class TestClone:
 
 
 class TestOutside:
-    @pytest.mark.skipif(numbers(timm.__version__) < (1, 0, 26), reason='timm before 1.0.26 reads pickles alone there')
     def test_timm_alone(self, outside: dict, golden: dict):
         torch.testing.assert_close(torch.tensor(outside['alone']), golden['features'], rtol=1e-4, atol=1e-4)
         assert outside['dtype'] == 'torch.float32' and outside['kind'] == 'timm.models.vision_transformer'

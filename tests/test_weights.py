@@ -1,9 +1,11 @@
 """Weights that come with the package: every folder of weights/ is whole, says what is true, and gives what was
 recorded; damage is an error that names the file and the remedy."""
 
+import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,14 @@ pytest.importorskip('sklearn')
 import yaml
 from exporting import ENCODER, MODEL, write_weights
 from safetensors import safe_open
+from timm.models import DefaultCfg
 from torch import nn
 
-from autoreg_vit.checksums import SUMS, sha256_of, verify_checksum
+from autoreg_vit.checksums import SUMS, sha256_of, verify_checksum, write_sums
 from autoreg_vit.errors import CheckpointError, ModelError
 from autoreg_vit.models import pretrained
 from autoreg_vit.models.golden import deviation, golden_images, record
+from autoreg_vit.train.cli import main
 from autoreg_vit.train.run import read_log
 
 SHIPPED = pretrained.shipped_weights()
@@ -191,6 +195,70 @@ def test_damage_does_not_keep_the_package_from_importing(
     cfgs = pretrained.register_weights({ENCODER: {'num_classes': 0}})[ENCODER]
     assert list(cfgs.tags) == ['test', 'untrained']
     assert cfgs.default.file == str(folder / 'model.safetensors')
+
+
+class TestDefaultTag:
+    """Of several tags, the bare name means the one that declares itself, not the one that sorts first."""
+
+    @pytest.fixture
+    def root(self, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """weights/ with the tags a, b and c of one encoder; b's mean is 0.25."""
+        monkeypatch.setattr(pretrained, 'ROOTS', (tmp_path / 'weights',))
+        for tag in 'abc':
+            shutil.copytree(folders[0], tmp_path / 'weights' / f'{ENCODER}.{tag}')
+        self.edit(tmp_path / 'weights' / f'{ENCODER}.b', lambda c: c['pretrained_cfg'].update(mean=[0.25] * 3))
+        return tmp_path / 'weights'
+
+    def edit(self, folder: Path, change: Callable[[dict], object]) -> None:
+        content = json.loads((folder / 'config.json').read_text())
+        change(content)
+        (folder / 'config.json').write_text(json.dumps(content))
+        write_sums(folder)
+
+    def declare(self, root: Path, *tags: str) -> None:
+        for tag in tags:
+            self.edit(root / f'{ENCODER}.{tag}', lambda c: c.update(default_tag=True))
+
+    def register(self) -> DefaultCfg:
+        return pretrained.register_weights({ENCODER: {'num_classes': 0, 'mean': (0.5,) * 3}})[ENCODER]
+
+    def options(self, cfgs: DefaultCfg, monkeypatch: pytest.MonkeyPatch, **options) -> dict:
+        monkeypatch.setattr(pretrained, 'resolve_pretrained_cfg', lambda name, source, overlay: dataclasses.replace(
+            cfgs.cfgs[source or cfgs.tags[0]], tag=source or cfgs.tags[0]))
+        return pretrained.weights_options(ENCODER, cfgs, True, options)
+
+    def test_declared(self, root: Path, monkeypatch: pytest.MonkeyPatch):
+        self.declare(root, 'b')
+        cfgs = self.register()
+        assert pretrained.default_tags(ENCODER) == ['b'] and cfgs.tags[0] == 'b'
+        assert cfgs.default.mean == (0.25,) * 3 and sorted(cfgs.tags) == ['a', 'b', 'c', 'untrained']
+        assert self.options(cfgs, monkeypatch)['embed_dim'] == 32
+
+    @pytest.mark.parametrize(('declared', 'message'), [
+        ('', "has the weights a, b, c, and none of them is its default: name one, as in '{0}.a'"),
+        ('ac', "and weights/{0}.a and weights/{0}.c all declare themselves its default: name one, as in '{0}.a'")])
+    def test_none_or_several_are_an_error(
+            self, root: Path, monkeypatch: pytest.MonkeyPatch, declared: str, message: str):
+        self.declare(root, *declared)
+        cfgs = self.register()
+        assert cfgs.tags[0] == 'untrained' and cfgs.default.mean == (0.5,) * 3
+        with pytest.raises(ModelError, match=re.escape(message.format(ENCODER))):
+            self.options(cfgs, monkeypatch)
+        assert self.options(cfgs, monkeypatch, pretrained_cfg='b')['embed_dim'] == 32
+
+    def test_of_one_tag_is_that(self, root: Path):
+        for tag in 'ac':
+            shutil.rmtree(root / f'{ENCODER}.{tag}')
+        assert self.register().tags[0] == 'b'
+
+    def test_export_declares_it(self, folders: tuple[Path, Path], tmp_path: Path):
+        run = folders[0].parent / 'run'
+        assert main(['export', str(run), str(tmp_path), '--tag', 'a', '--default-tag']) == 0
+        for name, other in zip((ENCODER, MODEL), folders):
+            assert json.loads((tmp_path / f'{name}.a' / 'config.json').read_text())['default_tag'] is True
+            assert 'default_tag' not in json.loads((other / 'config.json').read_text())
+            check_sums(tmp_path / f'{name}.a')
+            check_card(tmp_path / f'{name}.a')
 
 
 @pytest.mark.parametrize('name', [ENCODER, MODEL])

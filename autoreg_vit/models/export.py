@@ -23,7 +23,6 @@ def export_encoder(
         folder: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
-        pickle: bool = True,
         **pretrained_cfg,
 ) -> None:
     """Write an encoder as a stock timm ViT, which loads where this package is not installed.
@@ -32,7 +31,6 @@ def export_encoder(
         encoder: Stand-alone, or `model.encoder` of a pretraining model.
         folder: Replaced if it exists.
         dtype: What weights are stored in; they load as float32.
-        pickle: Write pytorch_model.bin too, without which timm before 1.0.26 loads nothing from a folder.
         **pretrained_cfg: Entries of timm's configuration to set, such as mean and std.
     """
     # For a width of no stock model any of them serves as a base: every size is written out in the arguments.
@@ -42,7 +40,7 @@ def export_encoder(
     args.pop('num_classes', None)
     _write(folder, encoder.state_dict(), architecture, args, {
         'first_conv': 'patch_embed.proj', 'classifier': 'head', **pretrained_cfg,
-    }, encoder, dtype, pickle)
+    }, encoder, dtype)
 
 
 def export_pretraining(
@@ -50,7 +48,6 @@ def export_pretraining(
         folder: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
-        pickle: bool = True,
         **pretrained_cfg,
 ) -> None:
     """Write a whole pretraining model, encoder and decoder; this package must be imported where it is loaded. Arguments
@@ -62,7 +59,23 @@ def export_pretraining(
         args['blur'] = False  # timm drops None, and the model's default may be a blur
     _write(folder, model.state_dict(), model.pretrained_cfg['architecture'], args, {
         'first_conv': 'encoder.patch_embed.proj', 'classifier': None, **pretrained_cfg,
-    }, model.encoder, dtype, pickle)
+    }, model.encoder, dtype)
+
+
+def _plain(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as JSON holds them, without those of a place to run at, and without None, which timm drops.
+
+    Raises:
+        ModelError: for an argument that is a class or function.
+    """
+    plain = {k: v for k, v in model_args.items() if v is not None and k not in ('device', 'dtype')}
+    for name, value in plain.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ModelError(f'{name}={value!r} cannot be written to config.json: create the model with a name or a '
+                             "number there, such as norm_layer='layernorm'.") from error
+    return plain
 
 
 def _current_size(encoder: VisionTransformer) -> dict[str, Any]:
@@ -79,7 +92,6 @@ def _write(
         pretrained_cfg: dict[str, Any],
         encoder: VisionTransformer,
         dtype: torch.dtype,
-        pickle: bool,
 ) -> None:
     channels = encoder.patch_embed.proj.in_channels
     if channels not in (1, 3):
@@ -91,7 +103,7 @@ def _write(
         'num_features': encoder.num_features,
         'global_pool': encoder.global_pool,
         'torch_dtype': 'float32',  # else transformers computes in the dtype that weights are stored in
-        'model_args': {k: v for k, v in model_args.items() if v is not None},
+        'model_args': _plain(model_args),
         'pretrained_cfg': {
             'input_size': [channels, *encoder.patch_embed.img_size],
             'fixed_input_size': True,
@@ -110,8 +122,6 @@ def _write(
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
         save_file(tensors, new / 'model.safetensors')
         os.chmod(new / 'model.safetensors', 0o644)
-        if pickle:
-            torch.save(tensors, new / 'pytorch_model.bin')
         (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 

@@ -16,6 +16,8 @@ PACKAGE = Path(__file__).parents[1]
 #: In an installed package, and in a clone.
 ROOTS = (PACKAGE / 'weights', PACKAGE.parent / 'weights')
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
+#: The entry of config.json by which a tag declares itself the one that its model's bare name means.
+DEFAULT = 'default_tag'
 
 
 def shipped_weights() -> dict[str, Path]:
@@ -26,21 +28,34 @@ def shipped_weights() -> dict[str, Path]:
 
 
 def register_weights(untrained: dict[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
-    """timm's `default_cfgs` of architectures, with a tag for each of their weights; the first by name is the default.
+    """timm's `default_cfgs` of architectures, with a tag for each of their weights. An architecture without one default
+    (`default_tags`) is untrained by its bare name, and asking for its weights is an error of `weights_options`.
 
     Args:
         untrained: timm's configuration of each architecture, without weights.
     """
-    cfgs = {f'{architecture}.untrained': cfg for architecture, cfg in untrained.items()}
+    cfgs = {}
     known = {f.name for f in dataclasses.fields(PretrainedCfg)}
     for name, folder in shipped_weights().items():
         cfg = untrained.get(name.partition('.')[0])
         if cfg is not None:
             # A damaged file is an error where the weights are asked for, not here, where everything is registered.
-            saved = _read(folder / CONFIG, 'pretrained_cfg')
+            saved = _mapping(_read(folder / CONFIG).get('pretrained_cfg'))
             saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
             cfgs[name] = {**cfg, **saved, 'file': str(folder / WEIGHTS)}
-    return generate_default_cfgs(cfgs)
+    cfgs.update({f'{architecture}.untrained': cfg for architecture, cfg in untrained.items()})
+    defaults = {architecture: default_tags(architecture) for architecture in untrained}
+    marked = {f'{architecture}.{tags[0] if len(tags) == 1 else "untrained"}' for architecture, tags in defaults.items()}
+    return generate_default_cfgs({f'{name}*' if name in marked else name: cfg for name, cfg in cfgs.items()})
+
+
+def default_tags(architecture: str) -> list[str]:
+    """The tags that declare themselves an architecture's default in their config.json, or its only tag where none does.
+    One is as it should be; with several, or none among several, the bare name means none of them."""
+    tags = {tag: folder for name, folder in shipped_weights().items()
+            for base, _, tag in [name.partition('.')] if base == architecture}
+    declared = [tag for tag, folder in tags.items() if _read(folder / CONFIG).get(DEFAULT) is True]
+    return declared or (list(tags) if len(tags) == 1 else [])
 
 
 def weights_options(
@@ -59,7 +74,7 @@ def weights_options(
         options: Arguments of `timm.create_model`; 'pretrained_cfg' and 'pretrained_cfg_overlay' are read.
 
     Raises:
-        ModelError: for a tag that the architecture does not have.
+        ModelError: for a tag that the architecture does not have, or none where it has several and no default.
         CheckpointError: for files that are missing, or that do not match the checksums beside them.
     """
     source, overlay = options.get('pretrained_cfg'), options.get('pretrained_cfg_overlay')
@@ -68,6 +83,8 @@ def weights_options(
     elif not pretrained:
         return {}
     cfg = resolve_pretrained_cfg(architecture, source, overlay)
+    if source is None and registered.is_pretrained and not (cfg.has_weights or cfg.state_dict):
+        raise ModelError(_ambiguous(architecture, [tag for tag in registered.tags if tag != cfg.tag]))
     if not cfg.file:
         return {}
     path = Path(cfg.file)
@@ -75,25 +92,33 @@ def weights_options(
         check_files(path)
     if path.parent != shipped_weights().get(f'{architecture}.{cfg.tag}'):
         return {}
-    return _read(path.parent / CONFIG, 'model_args')
+    return _mapping(_read(path.parent / CONFIG).get('model_args'))
 
 
 def load_folder(folder: Path, **options: Any) -> nn.Module:
-    """The model of a folder of safetensors with its weights: the door `local-dir:`, for every timm. Before 1.0.26 that
-    door itself takes every file for a pickle.
+    """The model of a folder with its weights, by timm's door `local-dir:`.
 
     Args:
         folder: With config.json and model.safetensors.
         **options: Arguments of `timm.create_model`.
     """
-    return timm.create_model(f'local-dir:{folder}', pretrained=True, pretrained_cfg_overlay={
-        'source': None, 'file': str(folder / WEIGHTS)}, **options)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **options)
 
 
 def check_tag(architecture: str, tag: str, registered: DefaultCfg) -> None:
     """Raise ModelError for a tag that an architecture does not have."""
     if tag not in registered.cfgs:
         raise ModelError(f'{architecture!r} has no tag {tag!r}. {suggest(tag, list(registered.cfgs))}')
+
+
+def _ambiguous(architecture: str, tags: list[str]) -> str:
+    """What to say where an architecture's bare name means none of its tags."""
+    declared = default_tags(architecture)
+    names = ' and '.join(f'weights/{architecture}.{tag}' for tag in declared)
+    reason = f'{names} all declare themselves its default' if declared else 'none of them is its default'
+    example = f'{architecture}.{(declared or tags)[0]}'
+    return (f'{architecture!r} has the weights {", ".join(sorted(tags))}, and {reason}: name one, as in {example!r}, '
+            f'or have one config.json, and no other, say "{DEFAULT}": true.')
 
 
 def check_files(path: Path) -> None:
@@ -112,10 +137,13 @@ def check_files(path: Path) -> None:
         verify_checksum(file, remedy)
 
 
-def _read(path: Path, entry: str) -> dict[str, Any]:
-    """An entry of a JSON file that is a mapping; an empty one where it or the file is missing or damaged."""
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; an empty one where the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))[entry]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _mapping(json.loads(path.read_text(encoding='utf-8')))
+    except (OSError, ValueError):
         return {}
+
+
+def _mapping(content: Any) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..models.encoders import SinCosVisionTransformer
 from ..models.export import export_encoder
+from ..models.pretrained import WEIGHTS
 from .batches import Batches
 from .checkpoint import write_checksum, writing
 from .data import ImageSpec
@@ -27,7 +28,7 @@ from .runtime import autocast
 from .seeding import mix_seed, seed_cpu
 from .supervised import Learner, evaluate, finished, leave_results, scores, train
 from .supervised_config import FinetuneConfig
-from .weights import WEIGHT_FILES, load_encoder, short_name, source_config
+from .weights import load_encoder, short_name, source_config
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -163,14 +164,12 @@ def export_classifier(
     else:
         source = source_config(config.weights)
         args = {**source.get('model_args', {}), **config.model_options(), 'in_chans': spec.channels}
-        # timm before 1.0.26 reads no safetensors from a folder.
-        save_for_hf(model, str(folder), model_args=args, safe_serialization='both')
+        save_for_hf(model, str(folder), model_args=args, safe_serialization=True)
     path = folder / 'config.json'
     content = json.loads(path.read_text(encoding='utf-8'))
     # transformers passes num_classes itself and fails on a second one; drop path belongs to this training.
     for name in ('num_classes', 'drop_path_rate'):
         content.get('model_args', {}).pop(name, None)
     path.write_text(json.dumps({**content, 'label_names': classes}, indent=2) + '\n', encoding='utf-8')
-    for weights in (folder / name for name in WEIGHT_FILES):
-        weights.chmod(0o644)  # safetensors leaves 0600
-        write_checksum(weights)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors leaves 0600
+    write_checksum(folder / WEIGHTS)

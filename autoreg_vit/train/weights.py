@@ -12,7 +12,7 @@ from ..checksums import verify_checksum
 from ..errors import CheckpointError, ModelError, UsageError, suggest
 from ..models.designs import pretraining_models
 from ..models.encoders import check_sizes
-from ..models.pretrained import WEIGHTS, load_folder
+from ..models.pretrained import WEIGHTS
 
 #: Names under which timm looks for the weights in a folder.
 WEIGHT_FILES = (WEIGHTS, 'pytorch_model.bin')
@@ -52,11 +52,7 @@ def load_model(weights: str, pretrained: bool = True) -> nn.Module:
 def _create(name: str, weights: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """The model of timm's `name`; `weights` is what the caller called it."""
     try:
-        folder = Path(name.removeprefix('local-dir:'))
-        if pretrained and name.startswith('local-dir:') and (folder / WEIGHTS).is_file():
-            model = load_folder(folder, **options)
-        else:
-            model = timm.create_model(name, pretrained=pretrained, **options)
+        model = timm.create_model(name, pretrained=pretrained, **options)
     except UsageError:
         raise
     except TypeError as error:

@@ -14,7 +14,7 @@ from ...checksums import SUMS, sha256_of, write_sums
 from ...errors import CheckpointError, ConfigError, UsageError
 from ...models.export import export_encoder, export_pretraining, replaced
 from ...models.golden import deviation, record
-from ...models.pretrained import CONFIG, WEIGHTS, check_files, load_folder
+from ...models.pretrained import CONFIG, DEFAULT, WEIGHTS, check_files, load_folder
 from ...models.pretraining import AutoregressiveViT
 from ..checkpoint import load_checkpoint, load_into, writing
 from ..config import PretrainConfig, load_recipe, make_config, save_config
@@ -61,7 +61,7 @@ def export(config: ExportConfig) -> list[Path]:
 
     with writing(root), replaced(*targets.values()) as folders:
         for folder, (kind, target) in zip(folders, targets.items()):
-            write_folder(model, folder, kind, target, source, config.half, hub.repositories[kind] if hub else None)
+            write_folder(model, folder, kind, target, source, config, hub.repositories[kind] if hub else None)
     for kind, target in targets.items():
         say(f'{target}')
         if hub:
@@ -108,7 +108,7 @@ def write_folder(
         kind: str,
         target: Path,
         source: Source,
-        half: bool | None,
+        config: ExportConfig,
         repository: str | None,
 ) -> None:
     """Write one folder of weights.
@@ -119,13 +119,13 @@ def write_folder(
         kind: 'encoder' or 'pretrain'.
         target: Where the folder will lie.
         source: What the card says of the run.
-        half: Store float16; None, where outputs stay within HALF_LIMIT.
+        config: Settings; with `half` None, float16 is for outputs that stay within HALF_LIMIT.
         repository: On the Hub, or None.
     """
     write, part = (export_encoder, model.encoder) if kind == 'encoder' else (export_pretraining, model)
     cfg, trained = model.pretrained_cfg, record(part)
-    for dtype in {None: (torch.float16, torch.float32), True: (torch.float16,), False: (torch.float32,)}[half]:
-        write(part, folder, dtype=dtype, pickle=False, mean=cfg['mean'], std=cfg['std'], license='apache-2.0')
+    for dtype in {None: (torch.float16, torch.float32), True: (torch.float16,), False: (torch.float32,)}[config.half]:
+        write(part, folder, dtype=dtype, mean=cfg['mean'], std=cfg['std'], license='apache-2.0')
         golden = record(load_folder(folder))
         change = deviation(golden, trained)
         if change <= HALF_LIMIT:
@@ -138,10 +138,13 @@ def write_folder(
     # Of the machine it ran on, a run's settings keep no folder.
     save_config(dataclasses.replace(source.config, data_dir=None, output_dir=None), folder / 'config.yaml')
     (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in source.lines), encoding='utf-8')
+    model_config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+    if config.default_tag:
+        model_config[DEFAULT] = True
+        (folder / CONFIG).write_text(json.dumps(model_config, indent=2) + '\n', encoding='utf-8')
     sums = {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)}
     weights = Weights(target.name, kind, target, sum(p.numel() for p in part.parameters()),
                       str(dtype).removeprefix('torch.'), change, repository, sums)
-    model_config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     (folder / 'README.md').write_text(card(weights, source, model_config), encoding='utf-8')
     write_sums(folder)
 
