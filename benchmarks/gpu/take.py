@@ -2,7 +2,7 @@
 
     gpu.json                     -> benchmarks/results/gpu-CARD.json: facts, equality, tests, goals, the run's figures;
                                     at toy size runs/toy/
-      attention, steps           -> benchmarks/results/attention-CARD.json with its plot, train_step-CARD.json
+      attention, steps           -> benchmarks/results/attention-CARD.json with its plot, steps-CARD.json
       launches                   -> autoreg_vit/ops/triton/launches.json, in place of the rows that they replace
     run.tar.xz.0, .1, ...        -> runs/NAME, to export
 
@@ -118,7 +118,7 @@ def split(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if parts.get('attention', {}).get('result'):
         files['attention'] = parts['attention']['result']
     if parts.get('steps', {}).get('rows'):
-        files['train_step'] = {**facts, 'rows': parts['steps']['rows']}
+        files['steps'] = {**facts, 'rows': parts['steps']['rows']}
     if parts.get('launches', {}).get('result'):
         files['launches'] = {**facts, 'result': parts['launches']['result']}
     return files
