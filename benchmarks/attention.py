@@ -319,6 +319,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=None, help='images; by default as many as make 50,176 tokens')
     parser.add_argument('--seconds', type=float, default=0.3, help='of timing, each result')
     parser.add_argument('--output', type=Path, default=None)
+    parser.add_argument('--resume', action='store_true', help='time only what the output, of the same commit, lacks')
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     output = args.output or RESULTS / f'attention-{device_name(device)}.json'
@@ -326,6 +327,12 @@ def main() -> None:
     result = {**provenance(), 'dtype': args.dtype, 'bandwidth_tb_s': round(bandwidth / 1e12, 3),
               'product_tflop_s': round(rate / 1e12, 2), 'rows': []}
     settings = [(c, n, d) for c in args.cases for n in args.tokens for d in args.head_dims]
+    if args.resume and output.exists():
+        before = json.loads(output.read_text())
+        if all(before[key] == result[key] for key in ('commit', 'device', 'torch', 'dtype')):
+            result = before
+            there = {(r['case'], r['tokens'] - (r['case'] == 'saim'), r['head_dim']) for r in result['rows']}
+            settings = [s for s in settings if s not in there]
     for name, tokens, head_dim in tqdm(settings, desc='attention'):
         torch.compiler.reset()
         case = make_case(name, tokens, head_dim, args.batch or max(1, 50176 // tokens), args.heads, dtype, device)

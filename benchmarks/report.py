@@ -25,9 +25,19 @@ def provenance() -> dict[str, Any]:
         'cores': os.cpu_count(),
         'python': platform.python_version(),
         'torch': torch.__version__,
+        'triton': triton_version(),
         'timm': timm.__version__,
         'autoreg_vit': autoreg_vit.__version__,
     }
+
+
+def triton_version() -> str | None:
+    """Triton's version, or None where it is not installed."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
 
 def device_name(device: torch.device) -> str:

@@ -8,9 +8,8 @@ a fresh process that has the machine to itself; ratios are taken within a round.
 five measurements (of one step on a CPU, of ten on a GPU), a product of matrices before each: the turn's time is their
 median, its ceiling the fastest product.
 
-- package: the step as `autoreg-vit pretrain` runs it at its best: on a GPU with --compile, at 32 x 32 with --cuda-graph
-  too;
-- plain: on a GPU, the same without either;
+- package: on a CPU, the step of `autoreg-vit pretrain`;
+- captured, compiled, plain: on a GPU, that step with --compile and --cuda-graph, with --compile, and with neither;
 - eager, sdpa: the plain step with that implementation of segment attention;
 - default_malloc: on a CPU, the package's step where freed memory goes back to the kernel;
 - dense: the way SAIM's published code works: float masks [B, 1, N, N] of 0 and -inf built once a step and added to
@@ -24,12 +23,14 @@ import argparse
 import json
 import multiprocessing
 import statistics
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import timm
 import torch
 
 from autoreg_vit import ops
+from autoreg_vit.models import AutoregressiveViT
 from autoreg_vit.serialization import Layout
 from autoreg_vit.train.config import PretrainConfig
 from autoreg_vit.train.graph import GraphedStep
@@ -45,7 +46,8 @@ MODELS = {
     'cuda': {'randsac_vit_tiny_patch4_32': 1024, 'randsac_vit_small_patch4_32': 1024, 'randsac_vit_base': 256,
              'saim_vit_base': 256},
 }
-VARIANTS = {'cpu': ('package', 'eager', 'default_malloc', 'dense'), 'cuda': ('package', 'plain', 'sdpa', 'dense')}
+VARIANTS = {'cpu': ('package', 'eager', 'default_malloc', 'dense'),
+            'cuda': ('captured', 'compiled', 'plain', 'sdpa', 'dense')}
 
 
 class DenseAttention:
@@ -67,6 +69,49 @@ class DenseAttention:
         return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
+def training_step(
+        model: AutoregressiveViT,
+        precision: str,
+        generator: torch.Generator,
+        *,
+        compiled: Callable | None = None,
+        graphed: bool = False,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One step of pretraining, from images [B, C, H, W] on the model's device to the loss there: ranks, forward,
+    backward and AdamW.
+
+    Args:
+        model: To be trained.
+        precision: As `resolve_precision` gives it.
+        generator: Ranks are drawn from it, on the model's device.
+        compiled: Called in the model's place, what torch.compile made of it.
+        graphed: Replay the step as a CUDA graph after its first calls.
+    """
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, capturable=graphed)
+    device, forward = generator.device, model if compiled is None else compiled
+
+    def step(batches: Iterator) -> torch.Tensor:
+        images = next(batches)[0]
+        ranks = model.draw_ranks(len(images), generator=generator, device=device)
+        with autocast(precision, device):
+            loss = forward(images, ranks).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    take_step = GraphedStep(step, optimizer, [generator]) if graphed else step
+    return lambda images: take_step(iter([(images,)]))
+
+
+def product_rate(precision: str, device: torch.device, side: int | None = None) -> Callable[[], float]:
+    """A function that multiplies two matrices and gives the FLOP/s."""
+    side = side or (8192 if device.type == 'cuda' else 2048)
+    dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
+    matrices = torch.randn(2, side, side, device=device).to(dtype)
+    return lambda: 2 * side ** 3 / seconds(lambda: torch.mm(*matrices), device)
+
+
 def turn(pipe, device_name: str, model_name: str, variant: str, batch_size: int) -> None:
     """Send the seconds of a step, the FLOP/s of the fastest product of matrices, and the peak memory in MiB."""
     torch.manual_seed(0)
@@ -75,14 +120,7 @@ def turn(pipe, device_name: str, model_name: str, variant: str, batch_size: int)
         keep_freed_memory()
     precision = resolve_precision('auto', device)
     model = timm.create_model(model_name).to(device)
-    size = model.encoder.patch_embed.img_size
-    whole = device.type == 'cuda' and variant == 'package'
-    graphed = whole and size[0] == 32
-    if whole:
-        model.compile()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, capturable=graphed)
-    images = torch.randn(batch_size, 3, *size, device=device)
-    generator = torch.Generator(device)
+    images = torch.randn(batch_size, 3, *model.encoder.patch_embed.img_size, device=device)
     dense = DenseAttention()
     if variant in ('eager', 'sdpa'):
         ops.set_implementation(variant)
@@ -91,34 +129,25 @@ def turn(pipe, device_name: str, model_name: str, variant: str, batch_size: int)
             ops, 'segment_attention_qkvpacked', lambda qkv, limits: dense(*qkv.unbind(2), limits)).start()
         mock.patch.object(
             ops, 'segment_attention_kvpacked', lambda q, kv, limits: dense(q, *kv.unbind(2), limits)).start()
-
-    def train_step(batches) -> torch.Tensor:
-        dense.masks.clear()
-        ranks = model.draw_ranks(batch_size, generator=generator, device=device)
-        with autocast(precision, device):
-            loss = model(next(batches)[0], ranks).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    take_step = GraphedStep(train_step, optimizer, [generator]) if graphed else train_step
+    take_step = training_step(
+        model, precision, torch.Generator(device), graphed=variant == 'captured',
+        compiled=torch.compile(model) if variant in ('captured', 'compiled') else None)
+    count = 10 if device.type == 'cuda' else 1
 
     def steps() -> None:
-        for _ in range(10 if device.type == 'cuda' else 1):
-            take_step(iter([(images,)]))
+        for _ in range(count):
+            dense.masks.clear()
+            take_step(images)
 
-    side = 8192 if device.type == 'cuda' else 2048
-    dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
-    matrices = torch.randn(2, side, side, device=device).to(dtype)
+    product = product_rate(precision, device)
     steps()
     steps()
-    products, times = [], []
+    rates, times = [], []
     for _ in range(5):
-        products.append(seconds(lambda: torch.mm(*matrices), device))
+        rates.append(product())
         times.append(seconds(steps, device))
     memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == 'cuda' else None
-    pipe.send((statistics.median(times) / (10 if device.type == 'cuda' else 1), 2 * side ** 3 / min(products), memory))
+    pipe.send((statistics.median(times) / count, max(rates), memory))
 
 
 def serialization_seconds(model_name: str, batch_size: int, device: torch.device) -> float:

@@ -18,6 +18,14 @@ import autoreg_vit  # noqa: F401  registers the models with timm
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test draws the same numbers, whichever tests ran before it."""

@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).parents[1]
+#: Written where the package is packed to travel without its clone (`benchmarks/gpu/pack.py`): what `source_commit` says
+#: there.
+SOURCE_COMMIT = 'SOURCE_COMMIT'
 
 
 def source_commit() -> str | None:
-    """The commit that this package runs from, '-dirty' added where tracked files differ from it; None outside a
-    clone."""
+    """The commit that this package runs from, '-dirty' added where tracked files differ from it; outside a clone what
+    the file SOURCE_COMMIT in the package says, None without one."""
     def git(*arguments: str) -> str | None:
         try:
             run = subprocess.run(['git', *arguments], cwd=PACKAGE, capture_output=True, text=True, timeout=10)
@@ -21,7 +24,8 @@ def source_commit() -> str | None:
 
     # Installed in an environment that lies in some other project's clone, it is in that clone but not of it.
     if git('ls-files', '--error-unmatch', '__init__.py') is None:
-        return None
+        packed = PACKAGE / SOURCE_COMMIT
+        return (packed.read_text(encoding='utf-8').strip() or None) if packed.is_file() else None
     commit, changed = git('rev-parse', '--short=12', 'HEAD'), git('status', '--porcelain', '-uno')
     return commit and commit + ('-dirty' if changed else '')
 

@@ -1,0 +1,83 @@
+"""Whether steps replayed as a CUDA graph equal plain ones: losses and weights of twelve steps from one state, with the
+same draws and images, to the bit.
+
+    python -m benchmarks.gpu.equality --device cuda --output FILE
+
+A row a design, written as it comes: the largest difference of losses and of weights, captured against plain, and plain
+against plain, without which the first would say nothing. A CPU has no CUDA graphs and gives the second alone.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from autoreg_vit.train.runtime import resolve_precision
+from autoreg_vit.train.seeding import mix_seed
+
+from ..train_step import training_step
+
+STEPS = 12
+MODELS = ('randsac_vit_tiny_patch4_32', 'saim_vit_tiny_patch4_32')
+DEPTH = 4
+
+
+def trained(
+        model_name: str,
+        batch_size: int,
+        device: torch.device,
+        graphed: bool,
+        **options: Any,
+) -> list[torch.Tensor]:
+    """Losses [STEPS], then every weight after the steps."""
+    torch.manual_seed(0)
+    model = timm.create_model(model_name, **options).to(device)
+    generator = torch.Generator(device)
+    step = training_step(model, resolve_precision('auto', device), generator, graphed=graphed)
+    losses = []
+    for number in range(STEPS):
+        images = torch.randn(batch_size, 3, *model.encoder.patch_embed.img_size,
+                             generator=torch.Generator().manual_seed(number)).to(device)
+        generator.manual_seed(mix_seed(0, 'ranks', number))
+        losses.append(step(images))
+    return [torch.stack(losses), *(p.detach() for p in model.parameters())]
+
+
+def differences(one: list[torch.Tensor], other: list[torch.Tensor]) -> dict[str, float]:
+    """The largest, of losses and of weights."""
+    largest = [(a.double() - b.double()).abs().max().item() for a, b in zip(one, other)]
+    return {'losses': largest[0], 'weights': max(largest[1:])}
+
+
+def compare(model_name: str, batch_size: int, device: torch.device, **options: Any) -> dict[str, Any]:
+    """A row; `equal` says whether nothing differs, None where nothing could be captured."""
+    plain = trained(model_name, batch_size, device, False, **options)
+    row = {'model': model_name, 'batch_size': batch_size, 'steps': STEPS, **options,
+           'first_loss': plain[0][0].item(), 'last_loss': plain[0][-1].item(),
+           'plain_again': differences(plain, trained(model_name, batch_size, device, False, **options))}
+    if device.type != 'cuda':
+        return {**row, 'equal': None, 'refused': 'a CUDA graph needs a GPU'}
+    row['captured'] = differences(plain, trained(model_name, batch_size, device, True, **options))
+    return {**row, 'equal': not any(row['captured'].values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', default='cuda')
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--depth', type=int, default=DEPTH)
+    parser.add_argument('--embed-dim', type=int, default=192)
+    parser.add_argument('--output', type=Path, required=True, help='rows are added to it, a JSON object a line')
+    args = parser.parse_args()
+    for name in MODELS:
+        row = compare(name, args.batch_size, torch.device(args.device), depth=args.depth, embed_dim=args.embed_dim,
+                      num_heads=args.embed_dim // 64 or 1)
+        with args.output.open('a', encoding='utf-8') as file:
+            file.write(json.dumps(row) + '\n')
+
+
+if __name__ == '__main__':
+    main()

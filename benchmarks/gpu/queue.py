@@ -1,0 +1,148 @@
+"""A call of the queue, from beginning to end."""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoreg_vit.errors import ConfigError
+
+from ..report import provenance
+from . import cards, parts, plan, pretraining
+from .sitting import FULL, ORDER, TOY, Sitting, unpacked
+from .state import State, misfits
+
+
+def go(args: argparse.Namespace, began: float) -> int:
+    """Do what fits into the minutes, and what earlier calls have left; the exit status, 1 where a part failed."""
+    if not args.toy and not torch.cuda.is_available():
+        raise ConfigError('The queue needs a CUDA GPU, and PyTorch sees none here: --plan says what it would do, --toy '
+                          'tries all of it on a CPU.')
+    sitting = open_sitting(args, began)
+    state, shares = sitting.state, sitting.shares
+    print(plan.describe(args.minutes, [p for p in args.parts if p != 'run' or sitting.data], state.done), flush=True)
+    if 'run' in args.parts and sitting.data is None:
+        print('run: left out, since no images came: give --data-dir FOLDER, or pack with --data ARCHIVE.', flush=True)
+    memory = 0.0 if args.toy else torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+    pace = Pace(sitting) if 'run' in shares and 'pace' not in state.part('run') else None
+    workers = parts.Workers(sitting, [name for name in shares if name in ('attention', 'steps')], memory)
+
+    def beside() -> None:
+        workers.begin()
+        if pace:
+            pace.look()
+
+    sitting.beside = beside
+    try:
+        for name in ORDER:
+            if name == 'launches':
+                workers.settle(parts.READY_WITHIN)
+            if name not in shares:
+                continue
+            if sitting.limit(name) < 5:
+                continue
+            if name == 'steps':
+                parts.steps(sitting, workers)
+            elif name == 'run':
+                if pace:
+                    pace.wait()
+                if 'pace' in state.part('run'):
+                    pretraining.run(sitting, sitting.limit('run'))
+            else:
+                getattr(parts, name)(sitting)
+    finally:
+        workers.stop()
+        if pace:
+            pace.job.stop()
+        state.content['goals'] = cards.judge(state.content)
+        state.save()
+    return report(sitting)
+
+
+def open_sitting(args: argparse.Namespace, began: float) -> Sitting:
+    """Folders, state and shares of a call.
+
+    Raises:
+        ConfigError: for a folder of another sitting, one that could not travel back, or no images where they should be.
+    """
+    out, work = args.out.resolve(), args.work_dir.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    if fault := misfits(out):
+        raise ConfigError(fault)
+    if args.data_dir and not (args.data_dir / 'train').is_dir():
+        raise ConfigError(f'--data-dir {args.data_dir} has no folder train/: expected class folders under it.')
+    facts: dict[str, Any] = {**provenance(), 'toy': args.toy, 'data': args.data_name}
+    state = State(out, facts)
+    _same_sitting(work, state)
+    data = args.data_dir.resolve() if args.data_dir else unpacked(Path(__file__).parents[2] / 'data', work)
+    wanted = [name for name in args.parts if name != 'run' or data]
+    seconds = args.minutes * 60
+    return Sitting(out, work, state, TOY if args.toy else FULL, plan.shares(seconds, wanted, state.done),
+                   began + seconds, data)
+
+
+def _same_sitting(work: Path, state: State) -> None:
+    """Have the work folder begin anew where what it holds is of another commit, card or version."""
+    facts = {key: state.content.get(key) for key in State.MUST_AGREE}
+    stamp = work / 'sitting.txt'
+    if stamp.exists() and stamp.read_text() != str(facts):
+        for path in work.iterdir():
+            if path.name not in ('data', 'data.whole'):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stamp.write_text(str(facts))
+
+
+class Pace:
+    """A short run of the recipe beside the first parts, which times its steps and fills the cache of compiled code."""
+
+    def __init__(self, sitting: Sitting):
+        folder = sitting.work / 'pace'
+        shutil.rmtree(folder, ignore_errors=True)
+        self.sitting, self.job = sitting, pretraining.start(sitting, 'pace', pretraining.PACE_EPOCHS)
+
+    def look(self) -> bool:
+        """Whether it has ended; its pace is then in the state."""
+        status = self.job.process.poll()
+        if status is None:
+            return False
+        state = self.sitting.state
+        if status == 0 and 'pace' not in state.part('run'):
+            seconds = time.monotonic() - self.job.began
+            state.update('run', pace=pretraining.pace_of(self.sitting.work / 'pace', seconds))
+        elif status and state.part('run')['status'] != 'failed':
+            why = parts.ending(self.job, status)
+            self.sitting.finish('run', self.job.began, f'its steps could not be timed: {why}')
+        return True
+
+    def wait(self) -> None:
+        """Wait until it has ended, for as long as the run may take."""
+        stop = time.monotonic() + self.sitting.limit('run')
+        while not self.look() and time.monotonic() < stop:
+            time.sleep(0.1)
+        if not self.look():
+            self.job.stop()
+            self.sitting.finish('run', self.job.began, 'its steps could not be timed in time', complete=False)
+
+
+def report(sitting: Sitting) -> int:
+    """Say what was reached and what is left; the exit status."""
+    content, state = sitting.state.content, sitting.state
+    for row in content['parts'].get('steps', {}).get('rows', []):
+        print('{model}, batch {batch_size}, {variant}: '.format(**row) + (
+            row.get('refused') or '{images_per_second} images/s. {profile}'.format(**row)))
+    print('Goals:\n' + cards.in_words(content['goals']))
+    if doubt := cards.suspicion(content):
+        print(f'Beware: {doubt}')
+    archive = state.part('run').get('archive', {})
+    if archive.get('left_at'):
+        print(f'The run is too large to travel ({archive["mib"]} MiB): copy {archive["left_at"]} by hand.')
+    left = [name for name in plan.NAMES if name not in state.done]
+    if left:
+        print(f'Left, for another call with the same --out: {", ".join(left)}.')
+    if fault := misfits(sitting.out):
+        print(f'Beware: {fault}')
+    return int(any(part['status'] == 'failed' for part in content['parts'].values()))
