@@ -1,15 +1,17 @@
 """Batches of images for training: which come when, and with which augmentation, are functions of the seed, so that a
 run can go on from any place."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ..errors import ConfigError, DataError, UsageError
+from ..errors import ConfigError, DataError
 from .data import DAMAGE, image_name, refuse_corrupt, some_names
 from .distributed import EpochSampler, Processes, check_divisible
+from .loading import all_or_none, fitting
 from .progress import say
 from .seeding import kept_random_state, mix_seed, seed_cpu
 from .streams import Stream
@@ -156,8 +158,9 @@ class Batches:
         else:
             self.dataset = SeededSamples(dataset, seed)
             self.sampler = EpochSampler(images, batch_size, seed, group, self.per_epoch)
-            self.loader = DataLoader(
-                self.dataset, batch_sampler=self.sampler, persistent_workers=workers > 0, collate_fn=collate, **shared)
+            self._make_loader = lambda workers: DataLoader(self.dataset, batch_sampler=self.sampler, **{
+                **shared, 'num_workers': workers, 'persistent_workers': workers > 0, 'collate_fn': collate})
+            self.loader = self._make_loader(workers)
 
     def start_at(self, batch: int) -> Iterator:
         """Batches from number `batch` of the whole run on, as `collate` makes them."""
@@ -166,11 +169,18 @@ class Batches:
             if self.is_stream:
                 yield from self._stream(epoch, offset)
             else:
-                self.sampler.start_at(epoch, offset)
-                for batch in plainly(self.loader):
+                load = functools.partial(self._load, epoch, offset)
+                for batch in fitting(load, self.loader.num_workers):
                     self._check_corrupt()
                     yield batch
             epoch, offset = epoch + 1, 0
+
+    def _load(self, epoch: int, offset: int, first: int, workers: int) -> DataLoader:
+        """The loader of a map-style data set, about to give an epoch's batches from `offset` + `first` on."""
+        if workers != self.loader.num_workers:
+            self.loader = self._make_loader(workers)
+        self.sampler.start_at(epoch, offset + first)
+        return self.loader
 
     def _check_corrupt(self) -> None:
         """Name images that turned out to be unreadable since the last batch; too many are a DataError."""
@@ -191,7 +201,7 @@ class Batches:
             # Loader processes shuffle by the seeds that they take from here.
             self.loader.generator.manual_seed(mix_seed(self.dataset.seed, 'processes', epoch, again))
             before = given
-            for batch, damages in plainly(self.loader):
+            for batch, damages in all_or_none(self.loader):
                 if damages.keys() - self._damages.keys():
                     self._damages.update(damages)
                     source = self.dataset.dataset.source
@@ -207,15 +217,6 @@ class Batches:
                 raise DataError('The stream gave no whole batch: its shards are empty or damaged, or there are fewer '
                                 'of them than processes and loader processes (--workers).')
             again += 1
-
-
-def plainly(loader: DataLoader) -> Iterator:
-    """The batches of a loader, whose processes pack the traceback into the message of an error of use: unpack it."""
-    try:
-        yield from loader
-    except UsageError as error:
-        kind = type(error)
-        raise kind(str(error).rpartition(f'{kind.__module__}.{kind.__name__}: ')[2].strip()) from error
 
 
 def stream_length(dataset: IterableDataset, workers: int) -> int:

@@ -6,10 +6,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from ..errors import DataError
 from .images import DAMAGE
+from .loading import InOrder
 from .progress import say, with_progress
 from .runtime import autocast
 
@@ -49,7 +50,7 @@ def extract_features(
     was_training = encoder.training
     encoder.eval()
     features, labels = [], []
-    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate_readable)
+    loader = InOrder(dataset, batch_size, workers, _collate_readable)
     for batch in with_progress(loader, 'features', shown):
         if batch is None:
             continue

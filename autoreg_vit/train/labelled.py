@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose
 
 from ..errors import ConfigError, DataError
+from .console import printable
 from .data import (
     DAMAGE,
     ImageSpec,
@@ -164,7 +165,7 @@ def open_splits(
         check_labels(labels, count)
     return Splits(Part(train, train_indices, train_labels[train_indices]),
                   Part(test, test_indices, test_labels[test_indices]),
-                  names or [str(n) for n in range(count)])
+                  [printable(name) for name in names or map(str, range(count))])
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
@@ -282,8 +283,9 @@ def _open(config: Any, split: str) -> tuple[Dataset, np.ndarray]:
     dataset = open_split(config, split, prepared)
     where = f'{config.dataset!r} {config.data_dir or ""}'.strip()
     if isinstance(dataset, IterableDataset):
-        raise NoLabels(f'Labels of the stream {where} cannot be checked before training: use folders, or torch/NAME '
-                       'or hfds/NAME.')
+        reason = getattr(dataset, 'unlabelled', 'labels of a stream cannot be checked before training')
+        raise NoLabels(f'The stream {where} is without labels here ({reason}): use folders, or torch/NAME or '
+                       'hfds/NAME.')
     labels = labels_of(dataset)
     if labels is None:
         reason = getattr(dataset, 'unlabelled', None) or 'expected one folder of images for each of two classes or more'

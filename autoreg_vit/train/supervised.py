@@ -12,12 +12,13 @@ import torch.distributed as dist
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from .batches import Batches
 from .checkpoint import load_into, writing
 from .distributed import Processes
 from .figures import plots
+from .loading import InOrder
 from .loop import create_schedule, length_of, run_steps
 from .losses import Losses
 from .parallel import get_state, set_state, synchronised
@@ -97,8 +98,7 @@ def own_part(
     part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
     if not len(part):
         return iter(())
-    loader = DataLoader(part, batch_size, num_workers=config.workers, collate_fn=collate)
-    return iter(with_progress(loader, 'evaluating', group.is_main))
+    return iter(with_progress(InOrder(part, batch_size, config.workers, collate), 'evaluating', group.is_main))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

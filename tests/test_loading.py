@@ -1,0 +1,91 @@
+"""Loader processes with too little shared memory: fewer of them go on, and no batch is lost or doubled."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from autoreg_vit.errors import DataError
+from autoreg_vit.train.batches import Batches
+from autoreg_vit.train.distributed import Processes
+from autoreg_vit.train.loading import InOrder, all_or_none, fitting, lacks_shared_memory
+
+FULL = RuntimeError('unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)')
+DATA = TensorDataset(torch.arange(40), torch.zeros(40))
+ONE = Processes(torch.device('cpu'))
+
+
+@pytest.mark.parametrize('fits', [0, 1, 2, 4])
+def test_half_as_many_go_on_where_the_others_stopped(fits: int, capsys):
+    tried = []
+
+    def load(first: int, workers: int):
+        tried.append(workers)
+        for number in range(first, 10):
+            if workers > fits and number == 3 + len(tried):
+                raise FULL
+            yield number
+
+    assert list(fitting(load, 4)) == list(range(10))
+    assert tried == [n for n in (4, 2, 1, 0) if n >= fits]
+    assert capsys.readouterr().out.count('--shm-size') == len(tried) - 1
+
+
+def test_other_errors_are_not_taken_for_it():
+    def load(first: int, workers: int):
+        raise OSError(28, 'No space left on device', 'images/a.png')
+
+    with pytest.raises(OSError, match=r'images/a\.png'):
+        list(fitting(load, 2))
+    assert lacks_shared_memory(RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible '
+                                            "that dataloader's workers are out of shared memory."))
+    assert not lacks_shared_memory(RuntimeError('CUDA out of memory'))
+
+
+def test_streams_say_it():
+    class Loader:
+        num_workers = 2
+
+        def __iter__(self):
+            raise FULL
+            yield
+
+    with pytest.raises(DataError, match=r'too small for 2 loader processes.*--shm-size.*--workers'):
+        list(all_or_none(Loader()))
+
+
+def test_in_order():
+    batches = InOrder(DATA, 16, 0)
+    assert len(batches) == 3 and torch.cat([images for images, _ in batches]).tolist() == list(range(40))
+
+
+SCRIPT = '''
+import torch
+from torch.utils.data import TensorDataset
+from autoreg_vit.train.batches import Batches
+from autoreg_vit.train.distributed import Processes
+from autoreg_vit.train.loading import InOrder
+data = TensorDataset(torch.arange(64.0)[:, None].expand(64, 4096).clone(), torch.zeros(64))
+stream = Batches(data, 16, 0, Processes(torch.device("cpu")), workers=2).start_at(0)
+print("training", [int(x) for _ in range(5) for x in next(stream)[0][:, 0]])
+print("evaluation", [int(x) for images, _ in InOrder(data, 16, 2) for x in images[:, 0]])
+'''
+
+
+@pytest.mark.skipif(not shutil.which('unshare') or subprocess.run(
+    ['unshare', '-rm', 'sh', '-c', 'mount -t tmpfs -o size=200k tmpfs /dev/shm'], capture_output=True).returncode != 0,
+    reason='needs a mount of its own, which is not allowed here')
+def test_a_small_shared_memory():
+    done = subprocess.run(
+        ['unshare', '-rm', 'sh', '-c',
+         f"mount -t tmpfs -o size=200k tmpfs /dev/shm && exec {sys.executable} -c '{SCRIPT}'"],
+        capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(' ', 1) for line in done.stdout.splitlines() if line[0] in 'te')
+    straight = Batches(TensorDataset(torch.arange(64), torch.zeros(64)), 16, 0, ONE).start_at(0)
+    assert lines['training'] == str([int(x) for _ in range(5) for x in next(straight)[0]])
+    assert lines['evaluation'] == str(list(range(64)))
+    assert 'too small for 2 loader processes' in done.stdout
