@@ -1,5 +1,11 @@
 """Bundled recipes: each is built and stepped once at reduced size, and says what its paper's table says."""
 
+import dataclasses
+import importlib
+import pathlib
+import typing
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -8,7 +14,7 @@ from timm.optim import create_optimizer_v2
 pytest.importorskip('sklearn')
 
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.train.cli import main
+from autoreg_vit.train.cli import COMMANDS, main
 from autoreg_vit.train.config import RECIPES, PretrainConfig, bundled_recipes, load_recipe, make_config
 from autoreg_vit.train.supervised_config import FinetuneConfig, ProbeConfig
 
@@ -123,3 +129,39 @@ def test_help_lists_them(command: str, capsys):
         main([command, '--help'])
     text = ' '.join(capsys.readouterr().out.split())
     assert all(name in text for name in bundled_recipes(command)) and bundled_recipes(command)
+
+
+CONFIGS = [getattr(importlib.import_module(f'autoreg_vit.train.{c.config_module}'), c.config_class)
+           for c in COMMANDS.values()]
+
+
+#: What a command does not do without.
+NEEDED = {'weights': 'vit_tiny', 'data_dir': 'x', 'num_classes': 2, 'run': 'r', 'folder': 'f', 'source': 's'}
+
+
+@pytest.mark.parametrize('kind', CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_path_of_every_command_is_expanded(kind: type, monkeypatch):
+    """No setting of text keeps a tilde, so that no folder of that name is made."""
+    monkeypatch.setenv('HOME', '/home/someone')
+    kept = typing.get_type_hints(kind)
+    texts = [f.name for f in dataclasses.fields(kind) if kept[f.name] in (str, str | None)
+             and f.name not in ('precision', 'schedule', 'auto_augment', 'global_pool')]
+    needed = {name: value for name, value in NEEDED.items() if name in kept}
+    for name in texts:
+        for path in ('~/runs/x', pathlib.Path('~/runs/x')):
+            assert getattr(kind(**{**needed, name: path}), name) == '/home/someone/runs/x'
+
+
+def test_recipes_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'mine.yaml').write_text('output_dir: ~/runs/mine')
+    assert make_config(PretrainConfig, load_recipe('~/mine.yaml'), {}).output_dir == str(tmp_path / 'runs' / 'mine')
+
+
+def test_numbers_of_numpy():
+    config = PretrainConfig(depth=np.int64(3), lr=np.float32(0.5), segments=(np.int32(7), np.int64(3)),
+                            shuffle=np.True_, epochs=np.int16(2), warmup_epochs=np.int64(1))
+    assert (config.depth, config.lr, config.segments, config.shuffle, config.epochs, config.warmup_epochs) == (
+        3, 0.5, (7, 3), True, 2, 1.0)
+    assert {type(v) for v in (config.depth, config.lr, config.segments[0], config.shuffle, config.warmup_epochs)} == {
+        int, float, bool}

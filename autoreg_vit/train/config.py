@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from ..errors import ConfigError, suggest
@@ -172,7 +173,7 @@ def load_recipe(name: str, command: str = 'pretrain') -> dict[str, Any]:
     """
     path = _recipes_of(command) / f'{name}.yaml'
     if not path.is_file():
-        path = Path(name)
+        path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(f'No recipe {name!r}: it is neither a file nor bundled. '
                           f'{suggest(name, bundled_recipes(command))}')
@@ -255,6 +256,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     if several:
         values = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(name, v, kind) for v in values)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if kind is str and isinstance(value, (str, os.PathLike)):
+        return os.path.expanduser(value)  # no setting but a path begins with a tilde
     if kind is float and isinstance(value, str):
         try:  # YAML reads 1e-3 as text
             return float(value)

@@ -186,12 +186,12 @@ def open_data(config: DetectConfig, channels: int, group: Processes) -> tuple[Pa
         DataError: for data that is not there, is damaged, or has no objects, and for splits with other categories.
     """
     def open_split(split: str, file: str | None) -> CocoImages:
-        root = Path(config.data_dir).expanduser()
+        root = Path(config.data_dir)
         folder = root / split
         if not folder.is_dir():
             raise DataError(f'No folder {folder}: --data-dir names a folder in COCO\'s layout, with the images of each '
                             'split in a folder, and --train-split and --eval-split name the splits.')
-        return CocoImages(folder, Path(file).expanduser() if file else root / 'annotations' / f'instances_{split}.json',
+        return CocoImages(folder, Path(file) if file else root / 'annotations' / f'instances_{split}.json',
                           channels)
 
     train_set = open_split(config.train_split, config.train_annotations)

@@ -155,7 +155,7 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
         DataError: for a folder that is not there, files without a counterpart, and images or masks that do not do.
         ConfigError: where the number of classes is not known or not the data's.
     """
-    root = Path(config.data_dir).expanduser()
+    root = Path(config.data_dir)
     if not root.is_dir():
         raise DataError(f'No folder {root}: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
     masks = _mask_format(config, root)
