@@ -24,14 +24,19 @@ class SeededSamples(Dataset):
     it gives the next that can, and counts it.
 
     Attributes:
-        corrupt: A mark for every image that could not be read, uint8 [images], shared with loader processes.
-        count: How many there may be, a lower bound, int64 [1], shared with loader processes.
+        corrupt: A mark for every image that could not be read, uint8 [images]; `share` lets loader processes see it.
+        count: How many there may be, a lower bound, int64 [1], shared likewise.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
-        self.corrupt = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
-        self.count = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.corrupt = torch.zeros(len(dataset), dtype=torch.uint8)
+        self.count = torch.zeros(1, dtype=torch.int64)
+
+    def share(self) -> None:
+        """Let loader processes that start from here on mark images too."""
+        self.corrupt.share_memory_()
+        self.count.share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -157,6 +162,8 @@ class Batches:
                                      generator=torch.Generator(), collate_fn=CollateStream(collate), **shared)
         else:
             self.dataset = SeededSamples(dataset, seed)
+            if workers:
+                self.dataset.share()
             self.sampler = EpochSampler(images, batch_size, seed, group, self.per_epoch)
             self._make_loader = lambda workers: DataLoader(self.dataset, batch_sampler=self.sampler, **{
                 **shared, 'num_workers': workers, 'persistent_workers': workers > 0, 'collate_fn': collate})

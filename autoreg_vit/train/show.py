@@ -9,8 +9,10 @@ from torch import nn
 
 from ..errors import DataError, ModelError
 from ..models import AutoregressiveViT
+from .checkpoint import writing
 from .data import DAMAGE, Digits, FlatFolder, ImageSpec, evaluation_transform, open_image
 from .figures import attention_maps, pictures, plots
+from .progress import say
 from .runtime import create_folder
 from .seeding import mix_seed
 from .show_config import FIGURES, MOST_IMAGES, ShowConfig
@@ -40,26 +42,27 @@ def show(config: ShowConfig) -> Path:
         name = name if architecture in name else f'{architecture}, {name}'
         torch.manual_seed(mix_seed(config.seed, 'reconstruction'))
         done = pictures.reconstruct(model, images)
-    for figure in wanted:
-        torch.manual_seed(mix_seed(config.seed, figure))
-        files = [folder / f'{figure}.png']
-        if figure == 'order':
-            pictures.serialization_figure(model, images, spec, files[0], name)
-        elif figure == 'reconstruction':
-            files.append(folder / 'reconstruction.gif')
-            pictures.reconstruction_figure(model, images, spec, files[0], name, done)
-            pictures.reconstruction_film(model, images, spec, files[1], name, done)
-        elif figure == 'comparison':
-            pictures.comparison_figure(model, images, spec, files[0], name, done)
-        elif figure == 'attention':
-            encoders = [('pretrained' if config.pretrained else 'untrained', _encoder(model))]
-            if config.pretrained:
-                encoders.insert(0, ('untrained', _encoder(load_model(config.weights, pretrained=False))))
-            attention_maps.attention_figure(encoders, images, spec, files[0], name)
-        elif figure == 'mix':
-            plots.mix_figure(model.decoder.mix.detach().cpu().numpy(), files[0], name)
-        for file in files:
-            print(f'{FIGURES[figure]}: {file}')
+    with writing(folder):
+        for figure in wanted:
+            torch.manual_seed(mix_seed(config.seed, figure))
+            files = [folder / f'{figure}.png']
+            if figure == 'order':
+                pictures.serialization_figure(model, images, spec, files[0], name)
+            elif figure == 'reconstruction':
+                files.append(folder / 'reconstruction.gif')
+                pictures.reconstruction_figure(model, images, spec, files[0], name, done)
+                pictures.reconstruction_film(model, images, spec, files[1], name, done)
+            elif figure == 'comparison':
+                pictures.comparison_figure(model, images, spec, files[0], name, done)
+            elif figure == 'attention':
+                encoders = [('pretrained' if config.pretrained else 'untrained', _encoder(model))]
+                if config.pretrained:
+                    encoders.insert(0, ('untrained', _encoder(load_model(config.weights, pretrained=False))))
+                attention_maps.attention_figure(encoders, images, spec, files[0], name)
+            elif figure == 'mix':
+                plots.mix_figure(model.decoder.mix.detach().cpu().numpy(), files[0], name)
+            for file in files:
+                say(f'{FIGURES[figure]}: {file}')
     return folder
 
 
@@ -148,5 +151,5 @@ def _possible(model: nn.Module, config: ShowConfig) -> list[str]:
     if not possible:
         raise ModelError(f'Nothing to draw of {config.weights}: {reasons["attention"]}.')
     for reason in dict.fromkeys(reasons.values()):
-        print(f'Left out {", ".join(name for name in reasons if reasons[name] == reason)}: {reason}.')
+        say(f'Left out {", ".join(name for name in reasons if reasons[name] == reason)}: {reason}.')
     return possible
