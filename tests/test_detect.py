@@ -23,6 +23,7 @@ pytest.importorskip('torchmetrics')
 
 from coco import CATEGORIES, runs_of, write_annotations, write_coco
 from launching import flags, launch_together
+from pictures import write_turned
 from supervising import log_of, results_of, stop_after
 
 from autoreg_vit.errors import CheckpointError, ConfigError, DataError, ModelError, ShapeError
@@ -35,7 +36,7 @@ from autoreg_vit.train.config import load_recipe, make_config
 from autoreg_vit.train.detect.command import _detect, detect
 from autoreg_vit.train.detect.config import DetectConfig
 from autoreg_vit.train.detect.data import CocoImages, LargeScaleJitter, Part, collate, open_data
-from autoreg_vit.train.detect.evaluate import KINDS, SCORES, coco_results, encode_masks, evaluate
+from autoreg_vit.train.detect.evaluate import KINDS, SCORES, coco_results, encode_masks, evaluate, summary
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.loop import create_optimizer, scaled_lr
 from autoreg_vit.train.runtime import Stopped
@@ -235,6 +236,31 @@ class TestData:
         with pytest.raises(DataError, match=r'Cannot read .*val2017/103.png'):
             test[1]
 
+    def test_one_image_cannot_be_trained_and_reported_on(self, tmp_path: Path):
+        write_coco(tmp_path, 'train2017', 2)
+        content = json.loads((tmp_path / 'annotations' / 'instances_train2017.json').read_text())
+        identity = content['images'].pop()['id']
+        content['annotations'] = [a for a in content['annotations'] if a['image_id'] != identity]
+        write_annotations(tmp_path, 'train2017', content)
+        with pytest.raises(DataError, match=r'Of 1 training image none can be held out.*name --eval-split'):
+            open_data(config_for(tmp_path, eval_split=None), 3, CPU)
+        write_coco(tmp_path, 'val2017', 2)  # as advised
+        assert [len(part) for part in open_data(config_for(tmp_path), 3, CPU)] == [1, 2]
+
+    def test_images_are_upright_and_of_any_depth(self, tmp_path: Path):
+        content = write_coco(tmp_path, 'train2017', 3)
+        first, second = (tmp_path / 'train2017' / image['file_name'] for image in content['images'][:2])
+        upright = Image.open(first).convert('RGB')
+        write_turned(first, upright, 6)
+        deep = np.asarray(Image.open(second).convert('L')).astype(np.uint16) * 257
+        Image.fromarray(deep).save(second)
+        found = images_of(tmp_path, 'train2017')
+        assert np.array_equal(found[0][0].permute(1, 2, 0), np.asarray(upright))
+        assert np.array_equal(found[1][0][0], deep // 257)
+        write_turned(first, upright.transpose(Image.Transpose.ROTATE_90), 6)
+        with pytest.raises(DataError, match='its EXIF orientation turns it'):
+            found[0]
+
     def test_compressed_run_lengths(self, coco: Path, tmp_path: Path):
         content = write_coco(tmp_path, 'train2017', 4)
         data = images_of(tmp_path, 'train2017')
@@ -396,6 +422,14 @@ class TestEvaluation:
         for name, value in expected.items():
             assert result.get(name, -100) == pytest.approx(value, abs=1e-4), name
         assert set(result['per_class']) == {c['name'] for c in CATEGORIES}
+
+    def test_two_categories_of_one_name(self):
+        scores = {f'{p}_{k}': torch.tensor(0.5) for p in KINDS.values() for k in SCORES.values()}
+        scores.update({'classes': torch.tensor([1, 2]), 'bbox_map_per_class': torch.tensor([0.2, 0.9]),
+                       'segm_map_per_class': torch.tensor([0.1, -1.0])})
+        assert {name: {k: round(v) for k, v in found.items()} for name, found in summary(
+            scores, {3: 'dog', 7: 'dog'})['per_class'].items()} == {
+                'dog': {'box_ap': 20, 'mask_ap': 10}, 'dog (2)': {'box_ap': 90}}
 
     def test_nothing_found(self, coco: Path):
         data = everything(images_of(coco, 'val2017'))

@@ -105,6 +105,21 @@ def test_run_on_the_device(tmp_path: Path):
     assert weights_of(folders[0]) != weights_of(folders[1])
 
 
+def test_unreadable_images_are_stood_in_for(capsys):
+    class Damaged(Pictures):
+        def __getitem__(self, index: int):
+            if index in (2, 3, 7):
+                raise OSError('damaged')
+            return super().__getitem__(index)
+
+    with pytest.raises(DataError, match=r'3 of 8 images cannot be read.*image 2 \(damaged\); image 3'):
+        DeviceImages(Damaged(), SPEC, CPU)
+    found = DeviceImages(Damaged(), SPEC, CPU, max_corrupt=0.5).images
+    pixels = torch.from_numpy(Pictures().pixels).permute(0, 3, 1, 2)
+    assert torch.equal(found, pixels[[0, 1, 4, 4, 4, 5, 6, 0]])
+    assert '3 images cannot be read, and others stand in' in capsys.readouterr().out
+
+
 def test_errors(tmp_path: Path):
     mixed = Pictures(3)
     mixed.pixels = [mixed.pixels[0], mixed.pixels[1], mixed.pixels[2][:8]]

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image
 from pictures import GREY_KINDS, write_grey, write_turned
+from PIL import Image
 from timm.data import ImageDataset
 
 pytest.importorskip('sklearn')
@@ -46,8 +46,8 @@ def test_modes_and_depths_keep_the_picture(kind: str, values: np.ndarray, channe
     assert abs(found - expected.astype(int)).max() <= (1 if 'PGM' in kind else 0)  # Pillow rounds twice there
 
 
-@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'RGBa', 'CMYK', 'YCbCr', 'HSV',
-                                  'LAB', 'I;16', 'I;16L', 'I;16B', 'I;16N', 'F', 'I'])
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'RGBa', 'CMYK', 'YCbCr',
+                                  'HSV', 'LAB', 'I;16', 'I;16L', 'I;16B', 'I;16N', 'F', 'I'])
 @pytest.mark.parametrize('channels', [1, 3])
 def test_every_mode_of_pillow_is_taken_or_named(mode: str, channels: int):
     image = Image.new(mode, (5, 3))

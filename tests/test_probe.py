@@ -1,5 +1,6 @@
 """`autoreg-vit probe`: LARS as in RandSAC's Table 16, the fast mode on cached features, and nearest neighbours."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ pytest.importorskip('sklearn')
 from launching import launch_together
 from supervising import log_of, results_of, stop_after, write_encoder
 
-from autoreg_vit.errors import CheckpointError, UsageError
+from autoreg_vit.errors import CheckpointError, DataError, UsageError
 from autoreg_vit.train import features, labelled, loop, supervised
 from autoreg_vit.train.cli import main
+from autoreg_vit.train.config import PretrainConfig
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.features import Bank, Features
+from autoreg_vit.train.pretrain import _labelled_sets
 from autoreg_vit.train.probe import LinearHead, frozen_features, lars_groups, optimizer_options, probe
 from autoreg_vit.train.runtime import Stopped
 from autoreg_vit.train.supervised_config import ProbeConfig
@@ -302,6 +305,67 @@ class TestLabels:
         damage('test')
         with pytest.raises(UsageError, match=r'1 of 12 images cannot be read.*test/b/3\.png'):
             probe(ProbeConfig(**settings, max_corrupt=0.1))
+
+    def test_every_command_holds_out_the_same_images(self, encoder: str, tmp_path: Path):
+        """Those of one seed: pretraining, probing, and what segments and detects by `hold_out`."""
+        for n, name in enumerate('ab' * 15):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new('L', (8, 8), 8 * n).save(tmp_path / name / f'{n}.png')
+        spec = labelled.ImageSpec((8, 8), 1, (0.0,), (1.0,))
+        shared = {'data_dir': str(tmp_path), 'dataset': 'folder', 'seed': 5}
+        train, test = _labelled_sets(PretrainConfig(**shared), spec, CPU)
+        images = labelled.labelled_images(ProbeConfig(weights=encoder, **shared), spec, CPU)
+        held = labelled.hold_out(30, 0.2, 5)[1]
+        assert test.indices.tolist() == images.test.indices.tolist() == held.tolist()
+        assert train.indices.tolist() == images.plain.indices.tolist()
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(test, images.test))
+
+    @pytest.mark.parametrize('val, words', [
+        (['a', 'c'], 'other class folders: b is in one alone'), (['a', 'b', 'c', 'd'], 'd is in one alone'),
+        (['a', 'b', 'd'], 'c, d are in one alone'), (['a'], "The split 'val' .*no labels, or a single class")])
+    @pytest.mark.parametrize('command', ['pretrain', 'probe', 'finetune'])
+    def test_every_command_checks_splits_alike(self, command: str, val: list[str], words: str, encoder: str,
+                                               tmp_path: Path, capsys):
+        """A class that is missing in one split would shift the labels of those after it."""
+        for split, names in (('train', 'abc'), ('val', val)):
+            for name in names:
+                (tmp_path / 'data' / split / name).mkdir(parents=True)
+                for number in range(2):
+                    Image.new('L', (8, 8)).save(tmp_path / 'data' / split / name / f'{number}.png')
+        model = ['--img-size=8', '--patch-size=4', '--in-chans=1', '--segments=2', '--embed-dim=16', '--depth=1',
+                 '--num-heads=1', '--decoder-depth=1'] if command == 'pretrain' else ['--weights', encoder]
+        assert main([command, *model, '--data-dir', str(tmp_path / 'data'), '--eval-split=val', '--batch-size=2',
+                     f'--output-dir={tmp_path / "run"}']) == 2
+        error = capsys.readouterr().err
+        assert re.search(words, error) and error.count('\n') == 1 and not (tmp_path / 'run').exists()
+
+    def test_classes_in_another_order(self):
+        """As data sets that name their classes in the order of the labels may have them."""
+        config = ProbeConfig(weights='x', dataset='torch/x', eval_split='test')
+        labelled.check_same_classes(config, ['a', 'b'], ['a', 'b'])
+        labelled.check_same_classes(config, None, ['a', 'b'])
+        with pytest.raises(DataError, match='the same classes in another order'):
+            labelled.check_same_classes(config, ['a', 'b'], ['b', 'a'])
+
+    def test_classes_without_an_image_to_train_on_are_named(self, encoder: str, tmp_path: Path, capsys):
+        for name, count in (('many', 9), ('one', 1)):
+            (tmp_path / name).mkdir()
+            for n in range(count):
+                Image.new('L', (8, 8)).save(tmp_path / name / f'{n}.png')
+        config = ProbeConfig(weights=encoder, data_dir=str(tmp_path))
+        config.seed = next(seed for seed in range(99) if 9 in labelled.hold_out(10, 0.2, seed)[1])
+        labelled.labelled_images(config, labelled.ImageSpec((8, 8), 1, (0.5,), (0.5,)), CPU)
+        text = capsys.readouterr().out
+        assert 'without an image to train on: one. 1 of the 2 images to report on are of them' in text
+
+    def test_names_given_twice_are_told_apart(self):
+        assert labelled.distinct(['a', 'b', 'a', 'a']) == ['a', 'b', 'a (2)', 'a (3)']
+        assert labelled.distinct(['a', 'a', 'a (2)']) == ['a', 'a (3)', 'a (2)']
+
+    def test_a_single_image_cannot_be_held_out(self):
+        assert [i.tolist() for i in labelled.hold_out(2, 0.2, 0)] in ([[0], [1]], [[1], [0]])
+        with pytest.raises(DataError, match=r'Of 1 training image none can be held out.*--eval-split'):
+            labelled.hold_out(1, 0.2, 0)
 
     def test_held_out_images_are_apart_and_the_same(self):
         kept, held = labelled.hold_out(50, 0.2, seed=3)

@@ -19,6 +19,7 @@ from autoreg_vit.train import data, evaluate, runtime
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import PretrainConfig, load_recipe, make_config
 from autoreg_vit.train.figures import plots
+from autoreg_vit.train.labelled import hold_out
 from autoreg_vit.train.losses import NonFiniteLoss
 from autoreg_vit.train.pretrain import pretrain
 
@@ -166,6 +167,45 @@ class TestAccuracies:
         assert evaluate.knn_accuracy(train, test) == evaluate.linear_accuracy(train, test) == 100
         chance = (features[:200], generator.permutation(labels[:200]))
         assert evaluate.knn_accuracy(chance, test) < 60
+
+    def test_of_a_single_class_that_class_is_the_answer(self):
+        train, test = (np.random.default_rng(0).normal(size=(4, 3)), np.full(4, 2)), (np.zeros((4, 3)), np.arange(4))
+        assert evaluate.linear_accuracy(train, test) == evaluate.knn_accuracy(train, test) == 25
+
+    def test_images_that_cannot_be_read_are_left_out(self, capsys):
+        class Damaged(torch.utils.data.Dataset):
+            def __len__(self):
+                return 7
+
+            def __getitem__(self, index: int):
+                if index in self.damaged:
+                    raise OSError('damaged')
+                return torch.full((3, 32, 32), float(index % 2)), index % 2
+
+        encoder = timm.create_model('vit_tiny_patch4_32_randsac', depth=1)
+        train, test = Damaged(), Damaged()
+        train.damaged, test.damaged = {0, 5}, {6}
+        assert evaluate.accuracies(encoder, train, test, torch.device('cpu')) == {'knn': 100, 'linear': 100}
+        assert '3 of 14 images cannot be read, and are left out of the accuracies' in capsys.readouterr().out
+        found = evaluate.extract_features(encoder, evaluate.Readable(train), torch.device('cpu'), batch_size=1)
+        assert found[1].tolist() == [1, 0, 1, 0, 0]
+        test.damaged = set(range(7))
+        with pytest.raises(DataError, match=r'None of the 7 images .* can be read, of which image 0 is the first'):
+            evaluate.accuracies(encoder, train, test, torch.device('cpu'))
+
+    def test_a_run_survives_a_class_of_one_image_and_a_damaged_one(self, tmp_path: Path, capsys):
+        """The only image of a class is held out, so that the classifiers know a single class; one cannot be read."""
+        draw_images(tmp_path / 'data' / 'many', 11)
+        draw_images(tmp_path / 'data' / 'one', 1)
+        (tmp_path / 'data' / 'many' / '10.png').write_bytes(b'no image')
+        seed = next(seed for seed in range(99) if 11 in hold_out(12, 0.2, seed)[1])
+        folder = pretrain(PretrainConfig(**FOLDER, seed=seed, data_dir=str(tmp_path / 'data'), max_corrupt=0.2,
+                                         precision='float32', output_dir=str(tmp_path / 'run')))
+        found = [line for line in log_of(folder) if line['event'] == 'evaluation']
+        assert len(found) == 2 and all(line['knn'] == line['linear'] == 50 for line in found)
+        assert log_of(folder)[-1]['event'] == 'finish'
+        text = capsys.readouterr().out
+        assert 'without an image to train on: one. 1 of the 2' in text and 'left out of the accuracies' in text
 
     def test_features_are_the_encoders(self):
         encoder = timm.create_model('vit_tiny_patch4_32_randsac', depth=1).train()

@@ -9,6 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Dataset, default_collate
 
 from ..errors import DataError
+from .data import image_name
 from .images import DAMAGE
 from .loading import InOrder
 from .progress import say, with_progress
@@ -29,6 +30,10 @@ class Readable(Dataset):
             return self.dataset[index]
         except DAMAGE:
             return None
+
+    def filename(self, index: int) -> str:
+        """File of an image where its data set knows it."""
+        return image_name(self.dataset, index)
 
 
 @torch.no_grad()
@@ -61,7 +66,8 @@ def extract_features(
         labels.append(targets)
     encoder.train(was_training)
     if not labels:
-        raise DataError(f'None of the {len(dataset)} images to compute features of can be read.')
+        raise DataError(f'None of the {len(dataset)} images to compute features of can be read, of which '
+                        f'{image_name(dataset, 0)} is the first: mend or remove them.')
     return torch.cat(features).numpy(), torch.cat(labels).numpy()
 
 

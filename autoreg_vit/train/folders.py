@@ -82,7 +82,8 @@ class ClassFolders(VisionDataset):
     def __init__(self, root: Path, classes: list[str], transform: Callable, left_out: LeftOut | None = None):
         super().__init__(root, transform=transform)
         self.classes, self.left_out = sorted(classes), left_out or LeftOut()
-        files = [sorted(walk(root / name, left_out=self.left_out), key=os.path.split) for name in self.classes]
+        files = [sorted(walk(root / name, left_out=self.left_out, chain=(os.path.realpath(root),)), key=os.path.split)
+                 for name in self.classes]
         empty = [name for name, found in zip(self.classes, files) if not found]
         if empty:
             raise DataError(f'Class folders without images under {root}: {", ".join(empty[:10])}'
@@ -212,18 +213,24 @@ def list_folder(
     return found
 
 
-def walk(root: str | Path, extensions: Collection[str] | None = None, left_out: LeftOut | None = None) -> Iterator[str]:
+def walk(
+        root: str | Path,
+        extensions: Collection[str] | None = None,
+        left_out: LeftOut | None = None,
+        chain: tuple[str, ...] = (),
+) -> Iterator[str]:
     """Files of a folder and its subfolders, in no order.
 
     Args:
         root: The folder.
         extensions: As `list_folder` takes them.
         left_out: Is told what is left out.
+        chain: Real paths of folders that it lies in, which links are not to lead back to.
 
     Raises:
         DataError: for a folder that cannot be listed.
     """
-    extensions, stack = extensions or image_extensions(), [(os.fspath(root), (os.path.realpath(root),))]
+    extensions, stack = extensions or image_extensions(), [(os.fspath(root), (*chain, os.path.realpath(root)))]
     while stack:
         folder, chain = stack.pop()
         found = list_folder(folder, extensions, chain)
