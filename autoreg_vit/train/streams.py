@@ -6,6 +6,7 @@ import io
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -147,7 +148,7 @@ class Stream(IterableDataset):
                 try:
                     image = self.transform(open_image(content()))
                 except DAMAGE as error:
-                    self.damages[name] = ' '.join(str(error).split())
+                    self.damages[name] = re.sub(r' <_io\S+ object at \w+>', '', ' '.join(str(error).split()))
                     continue
                 given += 1
                 yield image, -1
@@ -192,6 +193,8 @@ class Shards:
                 f'{" ".join(str(error).split())}). Describe the split in _info.json beside them, or name the shards '
                 "with --train-split 'train-{000..099}.tar' and their images with --train-images.") from error
         self.urls, self.images = [os.path.join(data_dir or '', file) for file in info.filenames], info.num_samples
+        lengths = info.shard_lengths if len(info.shard_lengths) == len(self.urls) else [0] * len(self.urls)
+        self.lengths = dict(zip(self.urls, lengths))
         self.column = image_column and image_column.lower().lstrip('.')
         for url in self.urls:
             _check_shard(url)
@@ -209,17 +212,22 @@ class Shards:
         for sample in samples:
             yield f'{sample["__key__"]} of {sample["__url__"]}', lambda sample=sample: self._content(sample)
 
-    @staticmethod
-    def _samples(urls: list[str]) -> Iterator[dict[str, Any]]:
+    def _samples(self, urls: list[str]) -> Iterator[dict[str, Any]]:
         from webdataset import reraise_exception
         from webdataset.tariterators import tarfile_samples
 
         for url in urls:
+            count = 0
             try:
-                yield from tarfile_samples([{'url': url}], handler=reraise_exception)
+                for sample in tarfile_samples([{'url': url}], handler=reraise_exception):
+                    count += 1
+                    yield sample
             except Exception as error:  # OSError, tarfile's, ValueError, those of a network: by the cause
                 raise DataError(f'The shard {url} cannot be read to its end ({type(error).__name__}: '
                                 f'{" ".join(str(error).split())[:200]}). Fetch or write it again.') from error
+            if count < self.lengths[url]:  # tarfile takes a damaged header for the end
+                raise DataError(f'The shard {url} ends after {count} of {self.lengths[url]} samples that its '
+                                'description gives: fetch or write it again, or correct shard_lengths in _info.json.')
 
     def _content(self, sample: dict[str, Any]) -> io.BytesIO:
         members = [name for name in sample if not name.startswith('__')]
