@@ -504,6 +504,8 @@ class TestRun:
         before = (run / 'last.pt').stat().st_mtime_ns
         assert main(['detect', '--config', str(run / 'config.yaml')]) == 0
         assert 'is finished' in capsys.readouterr().out and (run / 'last.pt').stat().st_mtime_ns == before
+        assert main(['detect', '--config', str(run / 'config.yaml'), '--steps', '20', '--force-resume']) == 2
+        assert 'has taken 50 steps, and with these settings it ends after 20' in capsys.readouterr().err
 
     def test_resumes_exactly(self, encoder: str, coco: Path, tmp_path: Path, monkeypatch):
         """With jitter, flips, drawn regions, stochastic depth, accumulation, and recomputed blocks."""

@@ -263,6 +263,7 @@ class TestHub:
         ([None] * 12, 'int64', "12 of 12 labels in the column 'label' are missing"),
         (['x', None] * 6, 'string', "6 of 12 labels in the column 'label' are missing"),
         ([-1] * 12, 'names', "12 of 12 labels in the column 'label' are missing"),
+        ([0, -1, 1] * 4, 'int64', "4 of 12 labels in the column 'label' are missing"),
         ([0.5, 1.5] * 6, 'float64', 'no column is known to hold labels, of image, label'),
     ])
     def test_without_labels(self, values, kind, reason, save, images, open_hub, datasets, tmp_path):
