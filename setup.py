@@ -10,7 +10,7 @@ version = re.search(r"__version__ = '(.+)'", (here / 'autoreg_vit' / 'version.py
 
 train = ['matplotlib>=3.8', 'pyyaml>=6.0', 'scikit-learn>=1.4', 'tqdm>=4.66']
 dense = [*train, 'faster-coco-eval>=1.8', 'segmentation-models-pytorch>=0.6', 'torchmetrics>=1.5']
-dev = [*dense, 'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'pycocotools>=2.0.8', 'ruff>=0.12',
+dev = [*dense, 'datasets>=4', 'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'pycocotools>=2.0.8', 'ruff>=0.12',
        'setuptools>=77', 'transformers>=4.49', 'webdataset>=0.2']
 # The trained weights lie beside the package in a clone, and inside it where it is installed.
 weights = ['autoreg_vit.weights'] if (here / 'weights').is_dir() else []
@@ -21,7 +21,9 @@ setup(
     description='Autoregressive self-supervised pretraining of Vision Transformers for timm: RandSAC, SAIM and between',
     long_description=(here / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    license='Apache-2.0',
+    keywords=['autoregressive', 'computer vision', 'image', 'pretraining', 'PyTorch', 'RandSAC', 'SAIM',
+              'self-supervised learning', 'timm', 'vision transformer'],
+    license_expression='Apache-2.0',
     license_files=['LICENSE'],
     python_requires='>=3.10',
     packages=[*find_packages(include=['autoreg_vit', 'autoreg_vit.*']), *weights],
@@ -34,7 +36,7 @@ setup(
     install_requires=[
         'torch>=2.11',
         'torchvision',
-        'timm>=1.0.23',
+        'timm>=1.0.26',
         'safetensors',
         'huggingface-hub',
         'triton>=3.6; platform_system == "Linux"',
@@ -44,6 +46,7 @@ setup(
     classifiers=[
         'Intended Audience :: Science/Research',
         'Programming Language :: Python :: 3',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
 )

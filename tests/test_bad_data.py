@@ -1,6 +1,5 @@
 """Data that cannot be trained on is named in one error, before training where it can be known."""
 
-import json
 import os
 import shutil
 import sys
@@ -114,7 +113,7 @@ def test_unknown_names_list_the_known():
         data.open_dataset('torch/cifar11', '.', 'train', TRANSFORM)
     with pytest.raises(DataError, match='digits, folder, or a timm name'):
         data.open_dataset('cifar', None, 'train', TRANSFORM)
-    with pytest.raises(DataError, match="'wsd/images'.*'wds'"):  # timm would open the folder
+    with pytest.raises(DataError, match=r"'wsd/images'.*'wds'"):  # timm would open the folder
         data.open_dataset('wsd/images', '.', 'train', TRANSFORM)
 
 

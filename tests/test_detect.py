@@ -39,6 +39,7 @@ from autoreg_vit.train.detect.data import CocoImages, LargeScaleJitter, Part, co
 from autoreg_vit.train.detect.evaluate import KINDS, SCORES, coco_results, encode_masks, evaluate, summary
 from autoreg_vit.train.distributed import Processes
 from autoreg_vit.train.loop import create_optimizer, scaled_lr
+from autoreg_vit.train.metrics import METRICS
 from autoreg_vit.train.runtime import Stopped
 
 CPU = Processes(torch.device('cpu'))
@@ -500,7 +501,9 @@ class TestRun:
         assert set(results['per_class']) == {'box', 'disc'} and results['eval_split'] == 'train2017'
         evaluations = [line for line in log if line['event'] == 'evaluation']
         assert [line['images'] for line in evaluations] == [160, 200]
-        assert evaluations[-1]['box_ap'] == results['box_ap'] and log[-1]['event'] == 'finish'
+        scores = {f'{kind}_{name}' for kind in KINDS for name in SCORES}
+        assert scores <= METRICS.keys() and len(scores & results.keys()) > 8 and log[-1]['event'] == 'finish'
+        assert all(evaluations[-1][name] == results[name] for name in scores & results.keys())
         assert all((run / 'figures' / name).stat().st_size > 10_000 for name in ('detections.png', 'learning.png'))
 
     def test_detections_score_the_same_in_pycocotools(self, run: Path, coco: Path):
@@ -535,6 +538,8 @@ class TestRun:
         before = (run / 'last.pt').stat().st_mtime_ns
         assert main(['detect', '--config', str(run / 'config.yaml')]) == 0
         assert 'is finished' in capsys.readouterr().out and (run / 'last.pt').stat().st_mtime_ns == before
+        assert main(['detect', '--config', str(run / 'config.yaml'), '--steps', '20', '--force-resume']) == 2
+        assert 'has taken 50 steps, and with these settings it ends after 20' in capsys.readouterr().err
 
     def test_resumes_exactly(self, encoder: str, coco: Path, tmp_path: Path, monkeypatch):
         """With jitter, flips, drawn regions, stochastic depth, accumulation, and recomputed blocks."""

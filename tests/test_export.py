@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ class TestFolders:
         assert 'somewhere' not in body + (tmp_path / 'out' / f'{ENCODER}.cifar10-4ep' / 'config.yaml').read_text()
         assert "create_model('local-dir:FOLDER', pretrained=True)" in body
         assert 'import autoreg_vit  # registers' in card_of(tmp_path / 'out' / f'{MODEL}.cifar10-4ep')[1]
+
+    def test_a_card_keeps_every_score_of_detection_and_segmentation(self, run: Path, tmp_path: Path):
+        names = product(('box', 'mask'), ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large'))
+        measured = {f'{kind}_{name}': 10 + number / 4 for number, (kind, name) in enumerate(names)}
+        paths = []
+        for name, result in (('detect', {'num_classes': 80, **measured}), ('segment', {'miou': 40.5})):
+            paths.append(tmp_path / f'{name}.json')
+            paths[-1].write_text(json.dumps({**result, 'test_images': 7}))
+        assert export(run, tmp_path / 'out', '--results', *paths) == 0
+        body = card_of(tmp_path / 'out' / f'{ENCODER}.cifar10-4ep')[1]
+        assert '| mIoU | box AP | box AP50 | box AP75 | box AP small |' in body
+        numbers = ' | '.join(f'{value:.2f}' for value in measured.values())
+        assert f'| detection, 80 classes |  | 7 |  | {numbers} |' in body
+        assert '| segmentation |  | 7 | 40.50 |' in body
 
     def test_a_card_names_all_that_a_resumed_run_was_trained_with(self, tmp_path: Path):
         resumed = {**LINES[0], 'event': 'resume', 'commit': 'ba9876543210', 'hardware': 'Another, amx_bf16'}

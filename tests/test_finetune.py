@@ -105,6 +105,8 @@ class TestRun:
     def test_other_settings_do_not_resume(self, run: Path, encoder: str, capsys):
         assert main(['finetune', '--config', str(run / 'config.yaml'), '--lr', '1e-3']) == 2
         assert 'lr: was 0.04, is 0.001' in capsys.readouterr().err
+        assert main(['finetune', '--config', str(run / 'config.yaml'), '--epochs', '2', '--force-resume']) == 2
+        assert 'has taken 176 steps, and with these settings it ends after 88' in capsys.readouterr().err
 
     def test_two_processes_equal_one(self, encoder: str, tmp_path: Path):
         """Without what each process draws for itself."""

@@ -77,6 +77,19 @@ class TestLars:
         assert main(test_arguments) == 0
         assert 'is finished' in capsys.readouterr().out and (run / 'results.json').stat().st_mtime_ns == before
 
+    def test_its_data_may_move(self, run: Path, encoder: str, tmp_path: Path, capsys):
+        """The digits need no folder, so that any will do."""
+        assert main(['probe', '--weights', encoder, '--config', str(run / 'config.yaml'), '--data-dir', str(tmp_path),
+                     '--download']) == 0
+        assert 'is finished' in capsys.readouterr().out
+
+    def test_fewer_epochs_than_were_trained_are_no_success(self, run: Path, encoder: str, capsys):
+        log = (run / 'log.jsonl').read_bytes()
+        assert main(['probe', '--weights', encoder, '--config', str(run / 'config.yaml'), '--epochs', '2',
+                     '--force-resume']) == 2
+        assert 'has taken 44 steps, and with these settings it ends after 22' in capsys.readouterr().err
+        assert (run / 'log.jsonl').read_bytes() == log
+
     def test_the_encoder_stays_as_it_is(self, encoder: str, tmp_path: Path):
         before = (Path(encoder) / 'model.safetensors').read_bytes()
         probe(ProbeConfig(**SHORT, weights=encoder, knn=0, output_dir=str(tmp_path / 'run')))

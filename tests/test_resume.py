@@ -343,6 +343,25 @@ class TestResumedRuns:
         with pytest.raises(ConfigError, match='train_images: was 1437, is 1400'):
             pretrain(PretrainConfig(**stopped))
 
+    def test_a_run_with_no_steps_left_is_no_success(self, reference: tuple[Path, float], tmp_path: Path):
+        """Of two epochs that are done, one cannot be asked for, nor the same two with another learning rate."""
+        folder = tmp_path / 'run'
+        shutil.copytree(reference[0], folder)
+        before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+        settings = {**SETTINGS, 'output_dir': str(folder), 'force_resume': True}
+        for change, steps in (({'epochs': 1}, 22), ({'lr': 1e-4}, 44)):
+            with pytest.raises(ConfigError, match=f'has taken 44 steps, and .* ends after {steps}: nothing is left'):
+                pretrain(PretrainConfig(**{**settings, **change}))
+        assert all(path.read_bytes() == content for path, content in before.items() if path.name != '.lock')
+        assert Launch({**settings, 'epochs': 3}).wait() == 0
+        assert [line['step'] for line in log_of(folder) if line['event'] == 'step'][-1] == 66
+
+    def test_moved_data(self, stopped: dict, tmp_path: Path):
+        """The digits need no folder, so that any will do."""
+        settings = {**stopped, 'data_dir': str(tmp_path), 'download': True, 'output_dir': str(tmp_path / 'run')}
+        shutil.copytree(stopped['output_dir'], tmp_path / 'run')
+        assert Launch(settings).wait() == 0
+
     def test_two_runs_in_one_folder(self, stopped: dict):
         lock = FolderLock(Path(stopped['output_dir']))
         with pytest.raises(ConfigError, match=f'Another run is writing to .*process {os.getpid()}'):

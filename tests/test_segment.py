@@ -103,6 +103,10 @@ def run(encoder: str, data: str, tmp_path_factory) -> Path:
 
 
 class TestRun:
+    def test_fewer_steps_than_were_taken_are_no_success(self, run: Path, capsys):
+        assert main(['segment', '--config', str(run / 'config.yaml'), '--steps', '30', '--force-resume']) == 2
+        assert 'has taken 60 steps, and with these settings it ends after 30' in capsys.readouterr().err
+
     def test_learns_shapes(self, run: Path):
         log, results = log_of(run), results_of(run)
         losses = [line['loss'] for line in log if line['event'] == 'step']

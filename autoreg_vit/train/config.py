@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import types
 import typing
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -125,8 +127,8 @@ class PretrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f'{name} must be at least 1, got {getattr(self, name)}.')
         for name in ('lr', 'weight_decay', 'warmup_epochs', 'eval_every', 'checkpoint_every_steps',
-                     'checkpoint_every_minutes', 'check_images'):
-            if getattr(self, name) < 0:
+                     'checkpoint_every_minutes', 'check_images', 'workers'):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ConfigError(f'{name} cannot be negative, got {getattr(self, name)}.')
         if not 0 <= self.max_corrupt <= 1:
             raise ConfigError(f'max_corrupt is a part between 0 and 1, got {self.max_corrupt}.')
@@ -158,11 +160,13 @@ def convert_fields(config: Any) -> None:
     """Give every field of a config the type that it declares, since YAML has no tuples and reads 1e-3 as text.
 
     Raises:
-        ConfigError: for a value of another type.
+        ConfigError: for a value of another type, a number that is not finite, or a seed out of range.
     """
     hints = typing.get_type_hints(type(config))
     for item in fields(config):
         setattr(config, item.name, _convert(item.name, getattr(config, item.name), hints[item.name]))
+    if not 0 <= getattr(config, 'seed', 0) < 2 ** 32:  # what NumPy takes
+        raise ConfigError(f'seed is a whole number from 0 to {2 ** 32 - 1}, got {config.seed}.')
 
 
 def load_recipe(name: str, command: str = 'pretrain') -> dict[str, Any]:
@@ -260,15 +264,13 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         value = value.item()
     if kind is str and isinstance(value, (str, os.PathLike)):
         return os.path.expanduser(value)  # no setting but a path begins with a tilde
-    if kind is float and isinstance(value, str):
-        try:  # YAML reads 1e-3 as text
-            return float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is float and isinstance(value, (str, int)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            value = float(value)  # YAML reads 1e-3 as text
     if type(value) is not kind:
         raise ConfigError(f'{name} must be of type {kind.__name__}, got {value!r} of type {type(value).__name__}.')
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f'{name} must be a finite number, got {value}.')
     return value
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 
 from ..errors import ConfigError
-from .supervised import SCORES
+from .metrics import METRICS
 from .supervised_config import DenseConfig
 from .weights import load_encoder, source_config
 
@@ -52,7 +52,8 @@ def learning_figure(runs: dict[str, Sequence[dict]], path: Path) -> None:
         path: File to write.
     """
     several = len(runs) > 1
-    scores = [key for key in SCORES if any(key in line for lines in runs.values() for line in lines)]
+    scores = [key for key, metric in METRICS.items()
+              if metric.headline and any(key in line for lines in runs.values() for line in lines)]
     figure = Figure(figsize=(10, 3.8), layout='constrained')
     losses, right = figure.subplots(1, 2)
     for number, (name, lines) in enumerate(runs.items()):
@@ -64,7 +65,7 @@ def learning_figure(runs: dict[str, Sequence[dict]], path: Path) -> None:
             points = [(line['images'], line[key]) for line in evaluations if key in line]
             if not points:
                 continue
-            label = f'{name}, {SCORES[key]}' if several else SCORES[key]
+            label = f'{name}, {METRICS[key].label}' if several else METRICS[key].label
             right.plot(*zip(*points), marker=marker, linestyle=('-', '--', ':', '-.')[style],
                        color=f'C{number if several else style}', label=f'{label}: {points[-1][1]:.1f}')
     losses.set(xlabel='images seen', ylabel='loss', title='Training loss', ylim=(0, None))

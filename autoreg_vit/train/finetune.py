@@ -21,7 +21,7 @@ from .checkpoint import write_checksum, writing
 from .data import ImageSpec
 from .distributed import Processes, check_divisible, processes
 from .labelled import labelled_images
-from .loop import adam_options, create_optimizer, prepare, start
+from .loop import adam_options, create_optimizer, length_of, prepare, start
 from .parallel import replicate, settle_buckets, share_buffers
 from .run import Run
 from .runtime import autocast
@@ -67,9 +67,11 @@ def _finetune(config: FinetuneConfig, group: Processes) -> Path:
                       config.max_corrupt)
     optimizer = create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
     average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
+    steps = length_of(config, batches.per_epoch // config.accumulate).steps
 
     # 2. The run.
-    with Run(config, f'finetune-{short_name(config.weights)}', group, {'train_images': len(images.train)}) as run:
+    facts = {'train_images': len(images.train)}
+    with Run(config, f'finetune-{short_name(config.weights)}', group, facts, steps) as run:
         if finished(run):
             return run.folder
         start(run, config, train_images=len(images.train), classes=classes,

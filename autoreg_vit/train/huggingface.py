@@ -56,7 +56,7 @@ class HubImages(VisionDataset):
             self._read_labels(list(rows[label]), getattr(rows.features[label], 'names', None), label)
 
     def _read_labels(self, values: list, names: list[str] | None, column: str) -> None:
-        missing = sum(v is None or (names is not None and v == -1) for v in values)  # -1 stands for a hidden class
+        missing = sum(value is None or value == -1 for value in values)  # -1 stands for a class that is kept back
         if missing:
             self.unlabelled = f'{missing} of {len(values)} labels in the column {column!r} are missing'
         elif values and isinstance(values[0], (str, bool)):

@@ -80,7 +80,7 @@ def create_optimizer(config: TrainConfig, model_or_groups: Any, **options: Any) 
         return create_optimizer_v2(
             model_or_groups, opt=config.opt, lr=scaled_lr(config, config.lr), weight_decay=config.weight_decay,
             **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # an option that it does not have, or a value that it refuses
         raise ConfigError(f'The optimizer {config.opt!r} does not work with these settings: '
                           f'{" ".join(str(error).split())}') from error
 

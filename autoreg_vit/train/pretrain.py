@@ -89,7 +89,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     # 5. The run: begun, resumed, or found finished.
     facts = {'train_images': batches.sampler.length if batches.sampler else None,
              'workers': None if batches.sampler else config.workers}
-    with Run(config, f'{config.model}-{Path(config.dataset).name}', group, facts) as run:
+    with Run(config, f'{config.model}-{Path(config.dataset).name}', group, facts, steps) as run:
         folder, log = run.folder, run.log
         if run.finished:
             run.say(f'The run in {folder} is finished: its weights are in {folder / "encoder"} and '

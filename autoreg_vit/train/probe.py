@@ -17,7 +17,7 @@ from .data import ImageSpec
 from .distributed import Processes, check_divisible, processes
 from .features import cached_features, fit_features, gather_features, knn
 from .labelled import labelled_images, some_of
-from .loop import create_optimizer, prepare, start
+from .loop import create_optimizer, length_of, prepare, start
 from .parallel import replicate, settle_buckets
 from .run import Run
 from .supervised import Learner, evaluate, finished, images_at_once, leave_results, train
@@ -55,13 +55,15 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
     head = LinearHead(encoder.head_hidden_size, len(images.classes), config.batch_norm, config.seed, group)
     head.to(group.device)
     optimizer = create_optimizer(config, lars_groups(head), **optimizer_options(config))
-    batches = None
+    batches, steps = None, None
     if not config.fast:
         batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate,
                           config.max_corrupt)
+        steps = length_of(config, batches.per_epoch // config.accumulate).steps
 
     # 2. The run.
-    with Run(config, f'probe-{short_name(config.weights)}', group, {'train_images': len(images.train)}) as run:
+    facts = {'train_images': len(images.train)}
+    with Run(config, f'probe-{short_name(config.weights)}', group, facts, steps) as run:
         if finished(run):
             return run.folder
         start(run, config, train_images=len(images.train), classes=len(images.classes), width=encoder.head_hidden_size)

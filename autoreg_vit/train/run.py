@@ -38,6 +38,7 @@ class Run:
         group: The processes of the run.
         facts: What else must be the same for the same weights, such as the number of images; the number of processes,
             and of threads on a CPU, is added.
+        steps: After how many the run ends; None for one that saves no checkpoints.
 
     Attributes:
         folder: Path of the folder.
@@ -46,13 +47,21 @@ class Run:
         log: The run's Log.
 
     Raises:
-        ConfigError: for a folder that is in use, holds something else, or a run with other settings or facts.
+        ConfigError: for a folder that is in use, holds something else, or a run with other settings or facts, or one
+            that has taken all the steps that are asked for.
         CheckpointError: where no whole checkpoint is left.
     """
 
-    def __init__(self, config: Any, name: str, group: Processes, facts: dict[str, Any] | None = None):
+    def __init__(
+            self,
+            config: Any,
+            name: str,
+            group: Processes,
+            facts: dict[str, Any] | None = None,
+            steps: int | None = None,
+    ):
         check_tracker(config.tracker)
-        self.group, self._lock, self._config = group, None, config
+        self.group, self._lock, self._config, self._steps, self._ended = group, None, config, steps, False
         self.facts = {**(facts or {}), 'processes': group.world_size,
                       'threads': torch.get_num_threads() if group.device.type == 'cpu' else None}
         try:
@@ -125,7 +134,8 @@ class Run:
                 f'{folder} already holds a run with other settings ({"; ".join(differences)}). Repeat its command '
                 f'{f"with {kept} " if kept else ""}to resume it, name another --output-dir, or accept a mixed run with '
                 '--force-resume.')
-        return str(folder), not differences and _is_finished(folder / 'log.jsonl'), resumes
+        self._ended = _is_finished(folder / 'log.jsonl')
+        return str(folder), self._ended and not differences, resumes
 
     def _read(self, force: bool) -> dict[str, Any] | None:
         # The others read once the main process has found the file whole and fitting.
@@ -137,9 +147,18 @@ class Run:
                     f'The run in {self.folder} began in other circumstances ({"; ".join(differences)}), which would '
                     'change its result. Restore them (torchrun --nproc-per-node, OMP_NUM_THREADS, the data), name '
                     'another --output-dir, or accept a mixed run with --force-resume.')
+            if self.state and self._steps is not None:
+                self._check_steps(self.state['step'], self._steps)
 
         self.group.on_main(check)
         return self.state if self.group.is_main else load_checkpoint(self.folder / CHECKPOINT, lambda message: None)
+
+    def _check_steps(self, taken: int, steps: int) -> None:
+        """Before anything in the folder changes: where no step is left, another length was forced on the run."""
+        if taken > steps or (taken == steps and self._ended):
+            raise ConfigError(
+                f'The run in {self.folder} has taken {taken} steps, and with these settings it ends after {steps}: '
+                'nothing is left to train. Ask for a longer run, or name another --output-dir.')
 
     def _prepare(self) -> None:
         if self.state is None:

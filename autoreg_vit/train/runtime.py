@@ -1,18 +1,27 @@
 """The machine a run is on: device, precision, memory, signals, and the folder it writes to."""
 
 import ctypes
-import fcntl
 import os
 import platform
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, suggest
+
+#: Kinds of devices that train, and how many of each there are.
+DEVICES: dict[str, Callable[[], int]] = {
+    'cpu': lambda: 1,
+    'cuda': lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    'mps': lambda: int(torch.backends.mps.is_available()),
+    'xpu': lambda: torch.xpu.device_count() if torch.xpu.is_available() else 0,
+}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -26,13 +35,13 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f'Unknown device {name!r}: use auto, cpu, cuda or cuda:1.') from error
-    if device.type == 'cuda':
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError(f'Device {name!r} is not there: PyTorch sees {count} CUDA devices. Use --device cpu.')
-    elif device.type not in ('cpu', 'mps', 'xpu'):
+        raise ConfigError(f'Unknown device {name!r}: use auto, cpu, cuda or cuda:1. '
+                          f'{suggest(name, ["auto", *DEVICES])}') from error
+    if device.type not in DEVICES:
         raise ConfigError(f'Device {name!r} cannot train here: use auto, cpu or cuda.')
+    if (device.index or 0) >= (count := DEVICES[device.type]()):
+        raise ConfigError(f'Device {name!r} is not there: PyTorch sees {count} of the kind {device.type}. '
+                          'Use --device cpu.')
     return device
 
 
@@ -142,13 +151,13 @@ class FolderLock:
     """Holds a run's folder until `release`, or until the process dies, however it dies.
 
     Raises:
-        ConfigError: where another process holds it.
+        ConfigError: where another process holds it, or the platform has no locks of files.
     """
 
     def __init__(self, folder: Path):
         self.file = (folder / '.lock').open('a+', encoding='utf-8')
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._unlock = lock(self.file)
         except BlockingIOError as error:
             self.file.seek(0)
             holder = self.file.read().strip() or 'another process'
@@ -159,7 +168,44 @@ class FolderLock:
         self.file.write(f'process {os.getpid()} on {socket.gethostname()}')
         self.file.flush()
         # A loader process inherits the file and with it the lock, and may outlive a killed parent by seconds.
-        os.register_at_fork(after_in_child=self.file.close)
+        if hasattr(os, 'register_at_fork'):  # Windows does not fork
+            os.register_at_fork(after_in_child=self.file.close)
 
     def release(self) -> None:
-        self.file.close()
+        if not self.file.closed:
+            self._unlock()
+            self.file.close()
+
+
+def lock(file: TextIO) -> Callable[[], None]:
+    """Keep a file from other processes, by what the platform has; returns what gives it back.
+
+    Raises:
+        BlockingIOError: where another process has it.
+        ConfigError: on a platform that has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return _lock_on_windows(file)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lambda: fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock_on_windows(file: TextIO) -> Callable[[], None]:
+    try:
+        import msvcrt
+    except ImportError as error:
+        raise ConfigError('Training locks the folder of its run, and this Python has neither fcntl (Linux, macOS) nor '
+                          'msvcrt (Windows): use one of those systems.') from error
+
+    def call(mode: int) -> None:
+        # A byte behind the text, since nobody else can read what is locked.
+        os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), mode, 1)
+
+    try:
+        call(msvcrt.LK_NBLCK)
+    except OSError as error:
+        raise BlockingIOError(*error.args) from error
+    return lambda: call(msvcrt.LK_UNLCK)

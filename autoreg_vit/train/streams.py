@@ -6,7 +6,9 @@ import io
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -56,6 +58,17 @@ class Order(NamedTuple):
     draws: random.Random
 
 
+class Entry(NamedTuple):
+    """An image of a source, not looked at yet.
+
+    Args:
+        name: Gives what to call it, the same in every pass.
+        content: Gives its file or path; raises ValueError where there is none.
+    """
+    name: Callable[[], str]
+    content: Callable[[], str | io.BytesIO]
+
+
 class Source(Protocol):
     """Where a stream comes from.
 
@@ -64,8 +77,8 @@ class Source(Protocol):
     """
     images: int | None
 
-    def read(self, share: Share, order: Order | None) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """The images of a share in one pass: what to call each, and what gives its file or path.
+    def read(self, share: Share, order: Order | None) -> Iterator[Entry]:
+        """The images of a share in one pass.
 
         Args:
             share: Which part.
@@ -140,12 +153,12 @@ class Stream(IterableDataset):
         order = Order(self.seed + self.epoch, random.Random(self.shuffle_seed)) if self.training else None
         while given < quota:
             before, read = given, 0
-            for name, content in self.source.read(share, order):
+            for entry in self.source.read(share, order):
                 read += 1
                 try:
-                    image = self.transform(open_image(content()))
+                    image = self.transform(open_image(entry.content()))
                 except DAMAGE as error:
-                    self.damages[name] = ' '.join(str(error).split())
+                    self.damages[entry.name()] = re.sub(r' <_io\S+ object at \w+>', '', ' '.join(str(error).split()))
                     continue
                 given += 1
                 yield image, -1
@@ -190,11 +203,13 @@ class Shards:
                 f'{" ".join(str(error).split())}). Describe the split in _info.json beside them, or name the shards '
                 "with --train-split 'train-{000..099}.tar' and their images with --train-images.") from error
         self.urls, self.images = [os.path.join(data_dir or '', file) for file in info.filenames], info.num_samples
+        lengths = info.shard_lengths if len(info.shard_lengths) == len(self.urls) else [0] * len(self.urls)
+        self.lengths = dict(zip(self.urls, lengths))
         self.column = image_column and image_column.lower().lstrip('.')
         for url in self.urls:
             _check_shard(url)
 
-    def read(self, share: Share, order: Order | None) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def read(self, share: Share, order: Order | None) -> Iterator[Entry]:
         from timm.data.readers.reader_wds import SAMPLE_INITIAL_SIZE, SAMPLE_SHUFFLE_SIZE
         from webdataset import shuffle
 
@@ -205,19 +220,24 @@ class Shards:
         if order:
             samples = shuffle(SAMPLE_SHUFFLE_SIZE, initial=SAMPLE_INITIAL_SIZE, rng=order.draws)(samples)
         for sample in samples:
-            yield f'{sample["__key__"]} of {sample["__url__"]}', lambda sample=sample: self._content(sample)
+            yield Entry(partial('{__key__} of {__url__}'.format_map, sample), partial(self._content, sample))
 
-    @staticmethod
-    def _samples(urls: list[str]) -> Iterator[dict[str, Any]]:
+    def _samples(self, urls: list[str]) -> Iterator[dict[str, Any]]:
         from webdataset import reraise_exception
         from webdataset.tariterators import tarfile_samples
 
         for url in urls:
+            count = 0
             try:
-                yield from tarfile_samples([{'url': url}], handler=reraise_exception)
+                for sample in tarfile_samples([{'url': url}], handler=reraise_exception):
+                    count += 1
+                    yield sample
             except Exception as error:  # OSError, tarfile's, ValueError, those of a network: by the cause
                 raise DataError(f'The shard {url} cannot be read to its end ({type(error).__name__}: '
                                 f'{" ".join(str(error).split())[:200]}). Fetch or write it again.') from error
+            if count < self.lengths[url]:  # tarfile takes a damaged header for the end
+                raise DataError(f'The shard {url} ends after {count} of {self.lengths[url]} samples that its '
+                                'description gives: fetch or write it again, or correct shard_lengths in _info.json.')
 
     def _content(self, sample: dict[str, Any]) -> io.BytesIO:
         members = [name for name in sample if not name.startswith('__')]
@@ -251,7 +271,7 @@ class HubStream:
         described = (self.rows.info.splits or {}).get(split)
         self.images = len(self.rows) if download else getattr(described, 'num_examples', None)
 
-    def read(self, share: Share, order: Order | None) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def read(self, share: Share, order: Order | None) -> Iterator[Entry]:
         from datasets import Dataset
         from datasets.distributed import split_dataset_by_node
         from timm.data.readers.reader_hfids import SHUFFLE_SIZE
@@ -276,7 +296,8 @@ class HubStream:
             except Exception as error:  # of pyarrow, of a network, OSError, ValueError: by the cause
                 raise DataError(f'The stream {self.name} cannot be read to its end ({type(error).__name__}: '
                                 f'{" ".join(str(error).split())[:200]}). Fetch it again, or correct it.') from error
-            yield huggingface.row_name(row, self.column), lambda row=row: huggingface.content_of(row[self.column])
+            yield Entry(partial(huggingface.row_name, row, self.column),
+                        partial(huggingface.content_of, row[self.column]))
 
 
 def _check_shard(url: str) -> None:

@@ -21,15 +21,12 @@ from .figures import plots
 from .loading import InOrder
 from .loop import create_schedule, length_of, run_steps
 from .losses import Losses
+from .metrics import METRICS
 from .parallel import get_state, set_state, synchronised
 from .progress import with_progress
 from .run import Run
 from .runtime import autocast
 from .supervised_config import RunConfig, SupervisedConfig
-
-#: Scores in percent that log lines and results hold, and what a person calls them.
-SCORES = {'top1': 'top-1', 'top5': 'top-5', 'miou': 'mIoU', 'pixel_accuracy': 'pixel accuracy', 'box_ap': 'box AP',
-          'box_ap50': 'box AP50', 'mask_ap': 'mask AP', 'mask_ap50': 'mask AP50'}
 
 
 def images_at_once(device: torch.device) -> int:
@@ -121,7 +118,7 @@ class Learner:
         optimizer: Over its parameters.
         loss: From a batch of this process, as its loader collates it, on its device, and the number of the forward
             pass, to a scalar.
-        evaluate: Gives how many test `images` there were, and the scores that `SCORES` names.
+        evaluate: Gives how many test `images` there were, and the scores that `METRICS` names.
         average: Moving average of the model that every step updates and that is saved too, or None.
     """
 
@@ -220,12 +217,12 @@ def train(config: RunConfig, run: Run, batches: Batches, learner: Learner) -> di
 
 def scores(result: dict[str, Any]) -> dict[str, float]:
     """The numbers of an evaluation that a log line holds."""
-    return {name: round(result[name], 4) for name in (*SCORES, 'loss') if name in result}
+    return {name: round(result[name], 4) for name in (*METRICS, 'loss') if name in result}
 
 
 def describe(result: dict[str, Any]) -> str:
-    return ', '.join(f'{name} {result[key]:.2f} %' for key, name in SCORES.items()
-                     if key in result) + f' of {result["images"]:,} images'
+    return ', '.join(f'{metric.label} {result[key]:.2f} %' for key, metric in METRICS.items()
+                     if metric.headline and key in result) + f' of {result["images"]:,} images'
 
 
 def leave_results(run: Run, config: RunConfig, result: dict[str, Any], classes: list[str], **more: Any) -> None:

@@ -53,7 +53,7 @@ class RunConfig:
             raise ConfigError('Nothing to evaluate: --weights names an encoder, the folder that pretraining wrote '
                               '(runs/NAME/encoder) or a timm name such as vit_base_patch16_224.')
         self._at_least(1, 'batch_size', 'accumulate', 'log_every', 'train_images', 'test_images')
-        self._at_least(0, 'lr', 'weight_decay', 'min_lr', 'clip_grad', 'check_images')
+        self._at_least(0, 'lr', 'weight_decay', 'min_lr', 'clip_grad', 'check_images', 'workers')
         self._between_0_and_1('hflip', 'max_corrupt')
         if self.precision not in ('auto', 'float32', 'bfloat16'):
             raise ConfigError(f"precision is 'auto', 'float32' or 'bfloat16', got {self.precision!r}.")

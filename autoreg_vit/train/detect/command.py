@@ -49,7 +49,7 @@ def detect(config: DetectConfig) -> Path:
 def _detect(config: DetectConfig, group: Processes) -> Path:
     from ...models.detector import ViTMaskRCNN, save_detector
     from .data import collate, open_data
-    from .evaluate import KINDS, SCORES, coco_results, evaluate
+    from .evaluate import coco_results, evaluate
     from .figures import detection_figure
 
     # 1. Settings, data and model, all checked before anything is written.
@@ -72,7 +72,7 @@ def _detect(config: DetectConfig, group: Processes) -> Path:
 
     # 2. The run.
     facts = {'train_images': len(train_part), 'test_images': len(test_part)}
-    with Run(config, f'detect-{short_name(config.weights)}', group, facts) as run:
+    with Run(config, f'detect-{short_name(config.weights)}', group, facts, config.steps) as run:
         if finished(run):
             return run.folder
         start(run, config, **facts, classes=len(categories), parameters=sum(p.numel() for p in model.parameters()))
@@ -99,9 +99,7 @@ def _detect(config: DetectConfig, group: Processes) -> Path:
                 if config.save_detections:
                     (run.folder / 'detections.json').write_text(
                         json.dumps(coco_results(result['detections'], test_part)), encoding='utf-8')
-        names = [f'{kind}_{name}' for kind in KINDS for name in SCORES]
         leave_results(run, config, result, list(categories.values()), **facts, steps=config.steps,
-                      **{name: round(result[name], 4) for name in names if name in result},
                       per_class={name: {k: round(v, 4) for k, v in scores.items()}
                                  for name, scores in result['per_class'].items()})
         return run.folder

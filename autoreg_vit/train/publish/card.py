@@ -11,15 +11,13 @@ import yaml
 from ...errors import ConfigError
 from ...models.pretrained import ROOTS
 from ..config import PretrainConfig
+from ..metrics import METRICS
 from ..run import logged
 
 PAPERS = {
     'randsac': ('RandSAC', 'https://arxiv.org/abs/2203.12054'),
     'saim': ('SAIM', 'https://arxiv.org/abs/2212.01610'),
 }
-#: Entries of a results.json that are measures, and how a table names them.
-MEASURES = {'top1': 'top-1', 'top5': 'top-5', 'knn': 'kNN', 'miou': 'mIoU', 'pixel_accuracy': 'pixel accuracy',
-            'AP': 'AP', 'AP50': 'AP50', 'AP75': 'AP75'}
 
 
 class Weights(NamedTuple):
@@ -80,9 +78,9 @@ def read_results(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise ConfigError(f'Cannot read the results {path}: {error}') from error
-    if not isinstance(content, dict) or not MEASURES.keys() & content.keys():
-        raise ConfigError(f'{path} holds no results: expected the results.json that probe or finetune leaves in a '
-                          f'run\'s folder, with one of {", ".join(MEASURES)}.')
+    if not isinstance(content, dict) or not METRICS.keys() & content.keys():
+        raise ConfigError(f'{path} holds no results: expected the results.json that probe, finetune, segment or '
+                          'detect leaves in a run\'s folder, with a score such as top1, miou or box_ap.')
     return content
 
 
@@ -209,11 +207,11 @@ def _measured(source: Source) -> str:
             'and 20 nearest neighbours, fitted on as many other images. The first row is the untrained encoder.\n\n'
             + '\n'.join(['| images seen | linear | kNN |', '| --- | --- | --- |', *rows]))
     if source.results:
-        names = [name for name in MEASURES if any(name in result for result in source.results)]
-        head = ['protocol', 'training images', 'test images', *(MEASURES[name] for name in names)]
+        names = [name for name in METRICS if any(name in result for result in source.results)]
+        head = ['protocol', 'training images', 'test images', *(METRICS[name].label for name in names)]
         rows = [' | '.join([_protocol(result), _count(result, 'train_images'), _count(result, 'test_images'),
                             *(f'{result[n]:.2f}' if n in result else '' for n in names)]) for result in source.results]
-        parts.append('By the commands `autoreg-vit probe` and `finetune`, one run each, in percent:\n\n' + '\n'.join(
+        parts.append('By the commands of autoreg-vit, one run each, in percent:\n\n' + '\n'.join(
             f'| {row} |' for row in [' | '.join(head), ' | '.join(['---'] * len(head)), *rows]))
     return '\n\n'.join(parts) or 'Nothing.'
 

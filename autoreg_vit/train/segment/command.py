@@ -73,7 +73,7 @@ def _segment(config: SegmentConfig, group: Processes) -> Path:
 
     # 2. The run.
     facts = {'train_images': len(data.train)}
-    with Run(config, f'segment-{short_name(config.weights)}', group, facts) as run:
+    with Run(config, f'segment-{short_name(config.weights)}', group, facts, config.steps) as run:
         if finished(run):
             return run.folder
         start(run, config, **facts, classes=classes, parameters=sum(p.numel() for p in model.parameters()))
