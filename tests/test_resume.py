@@ -1,5 +1,7 @@
 """A run that is stopped, however it is stopped, ends in the weights that it would have ended in."""
 
+import errno
+import fcntl
 import os
 import random
 import resource
@@ -366,6 +368,16 @@ class TestResumedRuns:
         lock = FolderLock(Path(stopped['output_dir']))
         with pytest.raises(ConfigError, match=f'Another run is writing to .*process {os.getpid()}'):
             pretrain(PretrainConfig(**stopped))
+        lock.release()
+
+    @pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+    def test_a_file_system_without_locks(self, number: int, tmp_path: Path, monkeypatch, capsys):
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, 'flock', refuse)
+        lock = FolderLock(tmp_path)
+        assert f'has no locks ({os.strerror(number)})' in capsys.readouterr().out
         lock.release()
 
     def test_full_disk_ends_the_run_in_one_line(self, stopped: dict, tmp_path: Path):

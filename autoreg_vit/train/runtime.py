@@ -14,6 +14,7 @@ from typing import TextIO
 import torch
 
 from ..errors import ConfigError, suggest
+from .progress import say
 
 #: Kinds of devices that train, and how many of each there are.
 DEVICES: dict[str, Callable[[], int]] = {
@@ -164,6 +165,10 @@ class FolderLock:
             self.file.close()
             raise ConfigError(f'Another run is writing to {folder} ({holder}): wait for it, stop it, or name another '
                               '--output-dir.') from error
+        except OSError as error:  # NFS without lockd, Lustre without flock, EFS
+            self._unlock = lambda: None
+            say(f'The file system of {folder} has no locks ({error.strerror}): nothing keeps a second run out of it, '
+                'so give no other command this --output-dir.')
         self.file.truncate(0)
         self.file.write(f'process {os.getpid()} on {socket.gethostname()}')
         self.file.flush()
