@@ -28,6 +28,9 @@ from test_saim_checkpoint import published_checkpoint
 
 from autoreg_vit.models.export import export_encoder
 from autoreg_vit.train.cli import main
+from autoreg_vit.train.figures import plots
+from autoreg_vit.train.labelled import open_splits
+from autoreg_vit.train.supervised_config import ProbeConfig
 
 SHORT = ['--steps', '1', '--warmup-steps', '0', '--precision', 'float32', '--no-pretrained']
 needs_dense = pytest.mark.skipif(importlib.util.find_spec('faster_coco_eval') is None, reason='needs the extra dense')
@@ -162,3 +165,17 @@ def test_a_folder_that_cannot_be_written_is_one_line(command: str, obstacle: str
     assert status == 2 and len(lines) == 1 and 'Traceback' not in text, text
     assert str(tmp_path / 'file') in lines[0]
     assert (tmp_path / 'file').read_text() == 'mine'
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='file names are bytes on Linux alone')
+def test_a_class_folder_whose_name_is_no_text(tmp_path: Path):
+    """Unpacked from an old archive: the name is escaped in results and figures."""
+    for name in (b'a', b'caf\xe9'):
+        folder = os.fsencode(tmp_path) + b'/' + name
+        os.mkdir(folder)
+        for number in range(5):
+            Image.new('RGB', (4, 4)).save(os.fsdecode(folder) + f'/{number}.png')
+    splits = open_splits(ProbeConfig(weights='x', dataset='folder', data_dir=str(tmp_path)), None, None)
+    assert splits.classes == ['a', r'caf\udce9']
+    plots.confusion_figure(np.eye(2, dtype=np.int64), splits.classes, tmp_path / 'confusion.png')
+    assert (tmp_path / 'confusion.png').stat().st_size > 1000
