@@ -38,6 +38,7 @@ from autoreg_vit.train.detect.config import DetectConfig
 from autoreg_vit.train.detect.data import CocoImages, LargeScaleJitter, Part, collate, open_data
 from autoreg_vit.train.detect.evaluate import KINDS, SCORES, coco_results, encode_masks, evaluate, summary
 from autoreg_vit.train.distributed import Processes
+from autoreg_vit.train.labelled import some_of
 from autoreg_vit.train.loop import create_optimizer, scaled_lr
 from autoreg_vit.train.metrics import METRICS
 from autoreg_vit.train.runtime import Stopped
@@ -214,6 +215,13 @@ class TestData:
         write_annotations(tmp_path, 'train2017', content)
         with pytest.raises(DataError, match="No image of the split 'train2017' has an object"):
             open_data(config_for(tmp_path, eval_split='train2017'), 3, CPU)
+
+    def test_no_object_to_report_on_is_said(self, coco: Path, capsys):
+        """The last image has none."""
+        config = config_for(coco, test_images=1)
+        config.seed = next(seed for seed in range(99) if some_of(np.arange(5), 1, seed) == [4])
+        open_data(config, 3, CPU)
+        assert 'Of 1 images to report on none has an object' in capsys.readouterr().out
 
     def test_other_categories(self, coco: Path, tmp_path: Path):
         write_coco(tmp_path, 'train2017', 2)

@@ -21,6 +21,7 @@ from ..data import check_images
 from ..distributed import Processes
 from ..images import DAMAGE, ToMode, open_image, prepared, stored_size
 from ..labelled import hold_out, some_of
+from ..progress import say
 from .config import DetectConfig
 
 Target = dict[str, torch.Tensor]
@@ -211,6 +212,8 @@ def open_data(config: DetectConfig, channels: int, group: Processes) -> tuple[Pa
                         'with iscrowd 0.')
     train_indices = some_of(train_indices, config.train_images, config.seed)
     test_indices = some_of(test_indices, config.test_images, config.seed)
+    if group.is_main and not test_set.has_objects[test_indices].any():
+        say(f'Of {len(test_indices)} images to report on none has an object: there will be no average precision.')
     jitter = LargeScaleJitter(config.canvas, config.jitter, config.hflip)
     train_part, test_part = Part(train_set, train_indices, jitter), Part(test_set, test_indices)
     for part, most in ((train_part, config.max_corrupt), (test_part, 0.0)):
