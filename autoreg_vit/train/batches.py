@@ -56,6 +56,17 @@ class SeededSamples(Dataset):
                         f'{image_name(self.dataset, index)}: {" ".join(str(last).split())}')
 
 
+class ReadableSamples(SeededSamples):
+    """The same by plain indices, for evaluation and pictures: damage that training tolerates does not end its
+    report."""
+
+    def __getitem__(self, index: int):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list:
+        return super().__getitems__([(0, index) for index in indices])
+
+
 class SeededStream(IterableDataset):
     """A streamed data set whose order and augmentation are functions of (seed, pass, loader process, position). Gives
     samples, each with the images that could not be read since the one before: {name: reason}.

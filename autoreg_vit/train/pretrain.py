@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..models import AutoregressiveViT, create_pretraining_model
 from ..models.export import export_encoder, export_pretraining
 from . import data
-from .batches import Batches
+from .batches import Batches, ReadableSamples
 from .checkpoint import write_checksum, writing
 from .config import PretrainConfig
 from .device_data import DeviceBatches, DeviceImages
@@ -127,8 +127,9 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
             if labelled and not any(line['event'] == 'evaluation' and line['images'] == images for line in log.lines):
                 encoder = whole.gather().encoder
                 if group.is_main:
+                    parts = (ReadableSamples(part, config.seed) for part in labelled)
                     log.write(event='evaluation', images=images, **accuracies(
-                        encoder, *labelled, device, config.precision, config.workers))
+                        encoder, *parts, device, config.precision, config.workers))
                     run.say('{images:>9,} images seen: kNN {knn:.1f} %, linear {linear:.1f} %'.format(**log.lines[-1]))
 
         def export() -> None:
@@ -222,7 +223,8 @@ def _examples(dataset: torch.utils.data.Dataset, most: int) -> torch.Tensor:
     """Up to `most` images [B, C, H, W], spread over the data set."""
     if isinstance(dataset, IterableDataset):
         return torch.stack([image for (image, _), _ in zip(dataset, range(most))])
-    return torch.stack([dataset[i][0] for i in
+    readable = ReadableSamples(dataset, 0)
+    return torch.stack([readable[i][0] for i in
                         torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist()])
 
 
