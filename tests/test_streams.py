@@ -318,7 +318,7 @@ class TestHub:
         with pytest.raises(DataError, match=r'2 of 12 images cannot be read.*image 4 of .*, 4\.png; image 11 of'):
             next(Batches(dataset, 12, 0, ONE, max_corrupt=0.1).start_at(0))
 
-    def test_damage_that_is_tolerated_does_not_end_the_report(self, save, images, datasets, tmp_path, no_figures):
+    def test_tolerated_damage_does_not_end_the_report(self, save, images, datasets, tmp_path, capsys, no_figures):
         values, feature = images
         values = [*values[:4], {'bytes': b'broken', 'path': '4.png'}, *values[5:11], None]
         name = save(image=(values, feature), label=([0, 1] * 6, datasets.Value('int64')))
@@ -326,6 +326,8 @@ class TestHub:
             **TINY, dataset=f'hfds/{name}', data_dir=str(tmp_path / 'cache'), max_corrupt=0.2,
             output_dir=str(tmp_path / 'run')))
         assert [line['event'] for line in log_of(folder)].count('evaluation') == 2
+        said = capsys.readouterr().out
+        assert said.count('For 2 images that cannot be read, others were evaluated: ') == 2 and ', 4.png' in said
         dataset = data.open_dataset(f'hfds/{name}', str(tmp_path / 'cache'), 'train', TRANSFORM)
         assert pretraining._examples(dataset, 12).shape == (12, 3, 8, 8)
 

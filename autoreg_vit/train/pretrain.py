@@ -22,6 +22,7 @@ from .figures import pictures, plots
 from .graph import GraphedStep, check_graph
 from .loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from .losses import Losses
+from .metrics import METRICS
 from .parallel import WholeModel, get_state, replicate, set_state, settle_buckets, shard, synchronised
 from .progress import say
 from .run import Log, Run
@@ -127,10 +128,13 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
             if labelled and not any(line['event'] == 'evaluation' and line['images'] == images for line in log.lines):
                 encoder = whole.gather().encoder
                 if group.is_main:
-                    parts = (ReadableSamples(part, config.seed) for part in labelled)
+                    parts = [ReadableSamples(part, config.seed) for part in labelled]
                     log.write(event='evaluation', images=images, **accuracies(
                         encoder, *parts, device, config.precision, config.workers))
                     run.say('{images:>9,} images seen: kNN {knn:.1f} %, linear {linear:.1f} %'.format(**log.lines[-1]))
+                    if damaged := [name for part in parts for name in part.damaged()]:
+                        run.say(f'For {len(damaged)} images that cannot be read, others were evaluated: '
+                                f'{data.some_names(damaged)}')
 
         def export() -> None:
             whole_model = whole.gather()
@@ -294,8 +298,8 @@ def _report(run: Run) -> None:
     if evaluations:
         before, after = evaluations[0], evaluations[-1]
         run.say('Accuracy of frozen features   untrained   pretrained')
-        for metric, name in (('knn', 'kNN'), ('linear', 'linear')):
-            run.say(f'  {name:<26}{before[metric]:9.1f} %{after[metric]:11.1f} %')
+        for metric in ('knn', 'linear'):
+            run.say(f'  {METRICS[metric].label:<26}{before[metric]:9.1f} %{after[metric]:11.1f} %')
     run.say(f'Figures: {folder / "figures"}')
     run.say('Load the encoder, with timm alone:\n'
             f"  timm.create_model('local-dir:{folder / 'encoder'}', pretrained=True)")
