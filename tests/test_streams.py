@@ -318,12 +318,26 @@ class TestHub:
         with pytest.raises(DataError, match=r'2 of 12 images cannot be read.*image 4 of .*, 4\.png; image 11 of'):
             next(Batches(dataset, 12, 0, ONE, max_corrupt=0.1).start_at(0))
 
+    def test_tolerated_damage_does_not_end_the_report(self, save, images, datasets, tmp_path, capsys, no_figures):
+        values, feature = images
+        values = [*values[:4], {'bytes': b'broken', 'path': '4.png'}, *values[5:11], None]
+        name = save(image=(values, feature), label=([0, 1] * 6, datasets.Value('int64')))
+        folder = pretraining.pretrain(PretrainConfig(
+            **TINY, dataset=f'hfds/{name}', data_dir=str(tmp_path / 'cache'), max_corrupt=0.2,
+            output_dir=str(tmp_path / 'run')))
+        assert [line['event'] for line in log_of(folder)].count('evaluation') == 2
+        said = capsys.readouterr().out
+        assert said.count('2 of 12 images cannot be read, and are left out of the accuracies') == 2
+        assert ', 4.png' in said
+        dataset = data.open_dataset(f'hfds/{name}', str(tmp_path / 'cache'), 'train', TRANSFORM)
+        assert pretraining._examples(dataset, 12).shape == (10, 3, 8, 8)
+
     def test_splits_with_other_classes(self, save, images, datasets, tmp_path: Path):
         text = datasets.Value('string')
         name = save(image=images, label=(['a', 'b'] * 6, text))
         save('test', image=images, label=(['b', 'c'] * 6, text))
         config = ProbeConfig(weights='x', dataset=f'hfds/{name}', data_dir=str(tmp_path / 'cache'), eval_split='test')
-        with pytest.raises(DataError, match=r'other class.*a, c'):
+        with pytest.raises(DataError, match=r'other classes: a, c are in one alone'):
             labelled_images(config, data.ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), ONE)
 
     def test_trains_without_labels_and_probes_by_text(self, save, images, datasets, tmp_path, capsys, no_figures):

@@ -48,6 +48,10 @@ class SeededSamples(Dataset):
         with kept_random_state():
             return [self._sample(*key) for key in keys]
 
+    def damaged(self) -> list[str]:
+        """Names of the images that could not be read so far."""
+        return [image_name(self.dataset, index) for index in self.corrupt.nonzero().flatten().tolist()]
+
     def _sample(self, epoch: int, index: int):
         for another in range(min(16, len(self))):
             place = (index + another) % len(self)
@@ -193,8 +197,7 @@ class Batches:
         """Name images that turned out to be unreadable since the last batch; too many are a DataError."""
         if self._counted != (count := int(self.dataset.count)):
             self._counted = count
-            self._tolerate([image_name(self.dataset.dataset, i)
-                            for i in self.dataset.corrupt.nonzero().flatten().tolist()], len(self.dataset))
+            self._tolerate(self.dataset.damaged(), len(self.dataset))
 
     def _tolerate(self, names: list[str], images: int) -> None:
         refuse_corrupt(len(names), images, self.max_corrupt, names)

@@ -23,6 +23,7 @@ from .graph import GraphedStep, check_graph
 from .labelled import Images, NoLabels, open_splits, say_untrained
 from .loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from .losses import Losses
+from .metrics import METRICS
 from .parallel import WholeModel, get_state, replicate, set_state, settle_buckets, shard, synchronised
 from .progress import say
 from .run import Log, Run
@@ -285,8 +286,8 @@ def _report(run: Run) -> None:
     if evaluations and evaluations[0]['images'] == 0:
         before, after = evaluations[0], evaluations[-1]
         run.say('Accuracy of frozen features   untrained   pretrained')
-        for metric, name in (('knn', 'kNN'), ('linear', 'linear')):
-            run.say(f'  {name:<26}{before[metric]:9.1f} %{after[metric]:11.1f} %')
+        for metric in ('knn', 'linear'):
+            run.say(f'  {METRICS[metric].label:<26}{before[metric]:9.1f} %{after[metric]:11.1f} %')
     run.say(f'Figures: {folder / "figures"}')
     run.say('Load the encoder, with timm alone:\n'
             f"  timm.create_model('local-dir:{folder / 'encoder'}', pretrained=True)")

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ...models import AutoregressiveViT
 from ...models.decoders import MaskedDecoder, ParallelDecoder
+from ..metrics import METRICS
 from .panels import DPI, INK, MUTED
 from .pictures import describe
 
@@ -32,7 +33,7 @@ def loss_figure(log: Sequence[dict], path: Path) -> None:
     if evaluations:
         for colour, metric in (('C1', 'linear'), ('C2', 'knn')):
             points = [(line['images'], line[metric]) for line in evaluations]
-            axes[1].plot(*zip(*points), 'o-', color=colour, label={'knn': 'kNN'}.get(metric, metric))
+            axes[1].plot(*zip(*points), 'o-', color=colour, label=METRICS[metric].label)
             for x, y in (points[0], points[-1]):
                 axes[1].annotate(f'{y:.1f}', (x, y), textcoords='offset points', xytext=(0, 6), ha='center')
         axes[1].margins(0.12)
