@@ -721,17 +721,17 @@ def test_stock_vision_transformer_is_pretrained():
 
 @pytest.mark.parametrize('classes', [0, 10])
 @pytest.mark.parametrize(('source', 'options', 'named'), [
-    ('resnet18', {}, r'layer1\.0\.conv1\.weight'),
+    ('resnet18', {}, r'bn1\.running_mean'),
     ('vit_tiny_randsac', {'depth': 5}, r'blocks\.4\.'),
     ('vit_tiny_randsac', {'depth': 3}, r'blocks\.3\.'),
-    ('vit_tiny_randsac', {'embed_dim': 64}, r'size mismatch for blocks\.0\.|patch_embed\.proj'),
-    ('vit_tiny_saim', {}, 'cls_token|pos_embed'),
+    ('vit_tiny_randsac', {'embed_dim': 64}, r'with embed_dim=64,'),
+    ('vit_tiny_saim', {}, 'Unexpected: cls_token.* with class_token=True,'),
 ])
 def test_weights_of_another_architecture(tiny, tmp_path, source, options, named, classes):
     """Whether or not a new classifier is asked for, weights that do not fit are never left out in silence."""
     sizes = {} if source == 'resnet18' else {**tiny, 'in_chans': 3}
     torch.save(timm.create_model(source, num_classes=0, **{**sizes, **options}).state_dict(), tmp_path / 'other.pth')
-    with pytest.raises((CheckpointError, RuntimeError), match=named):
+    with pytest.raises(CheckpointError, match=named):
         timm.create_model('vit_tiny_randsac', pretrained=True, num_classes=classes, **{**tiny, 'in_chans': 3},
                           pretrained_cfg_overlay={'file': str(tmp_path / 'other.pth')})
 
@@ -745,7 +745,7 @@ def test_weights_of_another_architecture(tiny, tmp_path, source, options, named,
 def test_pretraining_weights_of_another_architecture(tiny, tmp_path, source, options, named):
     segments = {'segments': (5, 2)} if source == 'randsac_vit_tiny' else {}
     torch.save(timm.create_model(source, **{**tiny, **segments, **options}).state_dict(), tmp_path / 'other.pth')
-    with pytest.raises((CheckpointError, RuntimeError), match=named):
+    with pytest.raises(CheckpointError, match=named):
         timm.create_model('randsac_vit_tiny', pretrained=True, **tiny, segments=(5, 2),
                           pretrained_cfg_overlay={'file': str(tmp_path / 'other.pth')})
 
