@@ -2,8 +2,11 @@
 
 import copy
 import itertools
+import json
 import math
 import pickle
+import runpy
+from pathlib import Path
 
 import pytest
 import timm
@@ -294,6 +297,24 @@ def test_false_turns_saims_blur_off(tiny):
     torch.testing.assert_close(sharp(x).target, patchify(x, (2, 2)))
     assert blurred.target.blur == (9, 1.0)
     assert (blurred(x).target - patchify(x, (2, 2))).abs().max() > 0.1
+
+
+def test_none_is_no_blur_where_timm_does_not_drop_it(tiny, tmp_path):
+    from autoreg_vit.models.designs import saim_vit_tiny
+
+    hub = runpy.run_path(str(Path(__file__).parents[1] / 'hubconf.py'))
+    doors = {'own': lambda **o: create_pretraining_model('saim_vit_tiny', **o), 'entrypoint': saim_vit_tiny,
+             'hub': hub['saim_vit_tiny']}
+    for name, door in doors.items():
+        assert door(**tiny).target.blur == (9, 1.0), name
+        assert door(**tiny, blur=None).target.blur is None and door(**tiny, blur=False).target.blur is None, name
+        # Of every other option None is the default.
+        others = dict.fromkeys(['segments', 'memory', 'decoder_depth', 'head', 'norm_pix', 'class_token', 'norm_layer'])
+        assert door(**tiny, **others).init_args == door(**tiny).init_args, name
+    # In a folder of weights no blur is said, so that its absence still means the default.
+    export_pretraining(doors['own'](**tiny, blur=None), tmp_path / 'a')
+    assert json.loads((tmp_path / 'a' / 'config.json').read_text())['model_args']['blur'] is False
+    assert timm.create_model(f'local-dir:{tmp_path / "a"}').target.blur is None
 
 
 @pytest.mark.parametrize(('options', 'read'), [

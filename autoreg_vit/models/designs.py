@@ -59,6 +59,8 @@ default_cfgs = register_weights({
 
 
 def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    # None is the model's default, as where timm.create_model drops it, but of the blur, where it is an answer.
+    kwargs = {k: v for k, v in kwargs.items() if v is not None or k == 'blur'}
     # What belongs to an encoder's classifier has no place here.
     classifier = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
     known = [option for option in PRETRAINING_OPTIONS + ENCODER_OPTIONS if option not in classifier]
@@ -98,7 +100,8 @@ def pretraining_models() -> list[str]:
 
 
 def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
-    """`timm.create_model` for pretraining models.
+    """`timm.create_model` for pretraining models, where `blur=None` is no blur; timm's own door drops it, which leaves
+    the model's default. Of every other option None is the default, here and there.
 
     Raises:
         ModelError: for a name or tag that is not registered, naming the nearest ones.
@@ -109,6 +112,8 @@ def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
         raise ModelError(f'Unknown pretraining model {name!r}.{encoder} {suggest(base, pretraining_models())}')
     if tag:
         check_tag(base, tag, default_cfgs[base])
+    if kwargs.get('blur', False) is None:
+        kwargs['blur'] = False
     return timm.create_model(name, **kwargs)
 
 

@@ -30,16 +30,30 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: for two tensors of one name.
     """
-    while entry := next((e for e in _ENTRIES if isinstance(content.get(e), Mapping)), None):
-        content = content[entry]
     plain = {}
-    for name, value in content.items():
+    for name, value in inside(content)[0].items():
         key = _WRAPPERS.sub('', name)
         if key in plain:
             raise CheckpointError(f'The checkpoint has {key} twice, with and without the prefix '
                                   f'{name.removesuffix(key) or "module."!r}: keep one of them.')
         plain[key] = value
     return plain
+
+
+def inside(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """What stands in the entries of a checkpoint that hold its weights, and the names of these entries."""
+    names = []
+    while name := next((e for e in _ENTRIES if isinstance(content.get(e), Mapping)), None):
+        content, names = content[name], [*names, name]
+    return content, names
+
+
+def flat(content: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Entries that hold others as one mapping: 'teacher.norm.weight' of {'teacher': {'norm.weight': ...}}."""
+    names = {}
+    for name, value in content.items():
+        names.update(flat(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {f'{prefix}{name}': value})
+    return names
 
 
 def resample(content: dict[str, Any], encoder: VisionTransformer) -> tuple[dict[str, Any], Exception | None]:
@@ -105,17 +119,9 @@ def loading(name: str, pretrained: bool) -> Iterator[None]:
 def prefixes(content: Mapping[str, Any]) -> list[str]:
     """Under what a Vision Transformer stands in a checkpoint: 'backbone.' and so on, sorted. Entries that hold others
     count as prefixes, as 'teacher.' of {'teacher': {...}}; '' where it stands there plainly."""
-    names = set(_flat_names(content))
+    names = set(flat(content))
     found = [{n.removesuffix(anchor) for n in names if n == anchor or n.endswith('.' + anchor)} for anchor in _ANCHORS]
     return sorted(found[0] & found[1])
-
-
-def _flat_names(content: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat_names(value, f'{prefix}{name}.')
-        else:
-            yield f'{prefix}{name}'
 
 
 def _check_prefix(content: dict[str, Any], model: nn.Module) -> None:
