@@ -4,6 +4,8 @@ what differs, whose advice loads them."""
 import json
 import logging
 import re
+import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from torch import nn
 from autoreg_vit.errors import CheckpointError
 from autoreg_vit.models.export import export_encoder, export_pretraining
 from autoreg_vit.models.fitting import prefixes, unwrap
+from autoreg_vit.train.weights import load_encoder
 
+HUB = runpy.run_path(str(Path(__file__).parents[1] / 'hubconf.py'))
 ENCODER, MODEL = 'vit_tiny_patch4_32_randsac', 'randsac_vit_tiny_patch4_32'
 TINY = dict(img_size=16, embed_dim=32, depth=2, num_heads=1)
 SEGMENTS = dict(segments=4, decoder_depth=1)
@@ -105,7 +109,7 @@ def test_a_pretraining_models_encoder_loads_by_its_prefix(tmp_path: Path):
     (MODEL, MODEL, {'depth': 3}), (MODEL, MODEL, {'embed_dim': 64}), (MODEL, MODEL, {'in_chans': 1}),
     (MODEL, MODEL, {'patch_size': 8, 'segments': 2}), (MODEL, MODEL, {'class_token': True}),
 ])
-@pytest.mark.parametrize('door', ['file', 'local-dir', 'state_dict'])
+@pytest.mark.parametrize('door', ['file', 'local-dir', 'state_dict', 'hub'])
 def test_weights_of_another_shape(name: str, source: str, options: dict, door: str, tmp_path: Path):
     """The error names the options that differ, and the model that has them loads the weights."""
     trained = timm.create_model(source, **{**options_of(source), **options})
@@ -114,9 +118,9 @@ def test_weights_of_another_shape(name: str, source: str, options: dict, door: s
         given = {**options_of(name), **more}
         if door == 'file':
             return load(name, trained.state_dict(), tmp_path, **given)
-        if door == 'state_dict':
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={
-                'state_dict': trained.state_dict()}, **given)
+        if door in ('state_dict', 'hub'):
+            make = HUB[name] if door == 'hub' else partial(timm.create_model, name)
+            return make(pretrained=True, pretrained_cfg_overlay={'state_dict': trained.state_dict()}, **given)
         save_file(trained.state_dict(), tmp_path / 'model.safetensors')
         (tmp_path / 'config.json').write_text(json.dumps({'architecture': name, 'pretrained_cfg': {'num_classes': 0}}))
         return timm.create_model(f'local-dir:{tmp_path}', pretrained=True, **given)
@@ -126,6 +130,19 @@ def test_weights_of_another_shape(name: str, source: str, options: dict, door: s
     advice = re.search(r'Create the model with (.*), and what else they were trained with', str(error.value))[1]
     more = {'segments': options['segments']} if 'segments' in options else {}
     assert_same(attempt(**eval(f'dict({advice})'), **more), trained.state_dict())
+
+
+@pytest.mark.parametrize(('architecture', 'message'), [
+    (ENCODER, 'Create the model with depth=2, and'), ('vit_tiny_patch16_224', 'RuntimeError.*blocks')])
+def test_a_folder_whose_configuration_is_of_another_model(architecture: str, message: str, tmp_path: Path):
+    """By --weights, of this package's encoders and of timm's."""
+    export_encoder(encoder(), tmp_path / 'a')
+    config = json.loads((tmp_path / 'a' / 'config.json').read_text())
+    config['model_args']['depth'] = 3
+    (tmp_path / 'a' / 'config.json').write_text(json.dumps({**config, 'architecture': architecture}))
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_encoder(str(tmp_path / 'a'))
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(('content', 'message'), [

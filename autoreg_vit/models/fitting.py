@@ -132,12 +132,9 @@ def _check_prefix(content: dict[str, Any], model: nn.Module) -> None:
     if not found or '' in found:
         return
     # The first parts of the prefix may be entries of the file, the others are in their tensors' names.
-    entries, inside, prefix = [], content, found[0]
-    for part in found[0].split('.'):
-        if not isinstance(inside.get(part), Mapping):
-            break
-        entries, inside, prefix = [*entries, f'[{part!r}]'], inside[part], prefix.removeprefix(f'{part}.')
-    tensors = 'tensors' + ''.join(entries)
+    tensors, prefix = 'tensors', found[0]
+    while isinstance(content.get(entry := prefix.partition('.')[0]), Mapping):
+        tensors, content, prefix = f'{tensors}[{entry!r}]', content[entry], prefix.removeprefix(f'{entry}.')
     raise CheckpointError(
         f'The checkpoint has its tensors under {" and ".join(map(repr, found))}: give those of one, as '
         f'pretrained_cfg_overlay=dict(state_dict={{k[{len(prefix)}:]: v for k, v in {tensors}.items() if '
