@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 pytest.importorskip('sklearn')
@@ -22,6 +23,7 @@ from autoreg_vit.models.pretrained import load_folder
 from autoreg_vit.train.checkpoint import save_checkpoint
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import PretrainConfig
+from autoreg_vit.train.data import ImageSpec, evaluation_transform
 from autoreg_vit.train.publish import export as exporting
 from autoreg_vit.train.publish.card import command, training_hours
 
@@ -52,6 +54,13 @@ def test_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loaded = load_folder(whole)
     assert deviation(record(loaded), record(trained)) < exporting.HALF_LIMIT
     assert loaded.pretrained_cfg['mean'] == trained.pretrained_cfg['mean']
+    # What the run's own accuracies were measured on.
+    seen = evaluation_transform(ImageSpec.of(trained)).transforms[1].transforms
+    for model in (trained, loaded, timm.create_model(f'local-dir:{tmp_path / "run" / "encoder"}')):
+        cfg = model.pretrained_cfg
+        assert seen[0].size == int(cfg['input_size'][-1] / cfg['crop_pct'])
+        assert seen[0].interpolation.value == cfg['interpolation']
+        assert seen[-1].mean.tolist() == pytest.approx(list(cfg['mean']))
     alone = load_folder(encoder)
     assert deviation({'features': record(loaded)['features']}, record(alone)) < 1e-4
 
@@ -106,6 +115,26 @@ class TestFolders:
         numbers = ' | '.join(f'{value:.2f}' for value in measured.values())
         assert f'| detection, 80 classes |  | 7 |  | {numbers} |' in body
         assert '| segmentation |  | 7 | 40.50 |' in body
+
+    def test_a_tag_in_a_runs_settings_is_no_provenance(self, run: Path, tmp_path: Path):
+        """Runs of before it was refused began from random weights like any other."""
+        settings = (run / 'config.yaml').read_text()
+        (run / 'config.yaml').write_text(settings.replace(f'model: {MODEL}', f'model: {MODEL}.cifar10_10ep'))
+        assert export(run, tmp_path / 'out', '--tag', 'a') == 0
+        for name in (ENCODER, MODEL):
+            texts = [(tmp_path / 'out' / f'{name}.a' / file).read_text() for file in ('README.md', 'config.yaml')]
+            assert 'cifar10_10ep' not in ''.join(texts) and f'`{MODEL}`' in texts[0]
+
+    def test_a_folder_says_how_the_runs_images_were_prepared(self, run: Path, tmp_path: Path):
+        for part in ('encoder', 'pretrain'):
+            content = json.loads((run / part / 'config.json').read_text())
+            content['pretrained_cfg'].update(crop_pct=0.8, interpolation='bilinear')
+            (run / part / 'config.json').write_text(json.dumps(content))
+        assert export(run, tmp_path / 'out', '--tag', 'a') == 0
+        for name in (ENCODER, MODEL):
+            cfg = json.loads((tmp_path / 'out' / f'{name}.a' / 'config.json').read_text())['pretrained_cfg']
+            assert (cfg['mean'], cfg['std'], cfg['input_size']) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [3, 32, 32])
+            assert (cfg['crop_pct'], cfg['interpolation']) == (0.8, 'bilinear') and not cfg.keys() & {'license', 'tag'}
 
     def test_a_card_names_all_that_a_resumed_run_was_trained_with(self, tmp_path: Path):
         resumed = {**LINES[0], 'event': 'resume', 'commit': 'ba9876543210', 'hardware': 'Another, amx_bf16'}
@@ -254,7 +283,9 @@ class Server:
 
 
 class TestHub:
-    def test_uploads_both_folders(self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    @pytest.mark.parametrize(('flags', 'private'), [([], True), (['--private'], True), (['--no-private'], False)])
+    def test_uploads_both_folders(
+            self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], private: bool):
         calls = []
 
         class Api:
@@ -268,8 +299,8 @@ class TestHub:
                 calls.append(('upload', repo_id, Path(folder_path).name))
 
         monkeypatch.setattr(exporting, 'HfApi', Api)
-        assert export(run, tmp_path / 'out', '--tag', 'a', '--push-to-hub', 'me/model', '--private') == 0
-        assert calls == [('create', 'me/model', True), ('create', 'me/model-pretrain', True),
+        assert export(run, tmp_path / 'out', '--tag', 'a', '--push-to-hub', 'me/model', *flags) == 0
+        assert calls == [('create', 'me/model', private), ('create', 'me/model-pretrain', private),
                          ('upload', 'me/model', f'{ENCODER}.a'), ('upload', 'me/model-pretrain', f'{MODEL}.a')]
         body = card_of(tmp_path / 'out' / f'{ENCODER}.a')[1]
         assert "timm.create_model('hf-hub:me/model', pretrained=True)" in body

@@ -85,7 +85,7 @@ def weights_options(
     cfg = resolve_pretrained_cfg(architecture, source, overlay)
     if source is None and registered.is_pretrained and not (cfg.has_weights or cfg.state_dict):
         raise ModelError(_ambiguous(architecture, [tag for tag in registered.tags if tag != cfg.tag]))
-    if not cfg.file:
+    if cfg.state_dict or not cfg.file:
         return {}
     path = Path(cfg.file)
     if pretrained:

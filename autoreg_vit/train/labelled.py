@@ -94,8 +94,7 @@ def labelled_images(
     if config.dataset is None:
         config.dataset = 'digits' if config.data_dir is None else 'folder'
     augment = augmenting_transform(spec, config.crop_scale, config.hflip, **augmentation)
-    crop_pct = config.crop_pct or (1.0 if min(spec.size) <= 64 else 0.875)  # 0.875 of 256 is 224, as is usual
-    plain = evaluation_transform(spec, crop_pct)
+    plain = evaluation_transform(spec, config.evaluated_part(spec.size))
     splits = open_splits(config, config.train_images, config.test_images, config.num_classes)
     train, test = splits.train, splits.test
     group.on_main(lambda: check_images(train.dataset, config.check_images, config.max_corrupt))
