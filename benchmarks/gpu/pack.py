@@ -40,8 +40,9 @@ def pack(file: Path, data: Path | None, wheels: Path | None) -> str:
         raise ConfigError(f'{ROOT} is no clone with git: a pack is made of the files of a commit.')
     if data is not None and not (data.is_file() and tarfile.is_tarfile(data)):
         raise ConfigError(f'--data {data} is no tar archive: expected one with class folders under train/.')
-    tracked = [name for name in _git('ls-files', '-z', '--cached', '--others', '--exclude-standard').split('\0')
-               if name and (ROOT / name).is_file() and not name.startswith(LEFT_BEHIND)]
+    listed = _git('ls-files', '-z', '--cached', '--others', '--exclude-standard').split('\0')
+    tracked = [name for name in listed if name and (ROOT / name).is_file() and not name.startswith(LEFT_BEHIND)
+               and (ROOT / name) != file.resolve()]  # an earlier pack is not packed
     with tempfile.TemporaryDirectory() as scratch:
         found = _wheels(wheels, Path(scratch))
         part = file.with_name(file.name + '.new')

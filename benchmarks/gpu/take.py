@@ -4,7 +4,7 @@
                                     at toy size runs/toy/
       attention, steps           -> benchmarks/results/attention-CARD.json with its plot, steps-CARD.json
       launches                   -> autoreg_vit/ops/triton/launches.json, in place of the rows that they replace
-    run.tar.xz.0, .1, ...        -> runs/NAME, to export
+    run.tar.0, .1, ...           -> runs/NAME, to export
 
 Everything is checked before anything is written. A file that is there already is left as it is.
 """
@@ -29,8 +29,8 @@ from . import cards
 from .pretraining import ARCHIVE
 from .state import check_files, misfits, read_state
 
-#: Columns of a row of launches that say what it is for: rows of the same replace each other.
-KEYS = ('arch', 'bits', 'head_dim')
+#: Columns of the table of launches: what was tuned for the same of these is replaced as a whole.
+KEYS = ('arch', 'bits', 'dtype', 'head_dim')
 
 
 def take(folder: Path, root: Path) -> list[str]:
@@ -137,8 +137,9 @@ def launch_table(content: dict[str, Any], root: Path) -> str | None:
         if not columns <= set(row):
             raise ConfigError(f'A row of launches lacks {", ".join(sorted(columns - set(row)))}: it is of a version '
                               'with another table. Tune again with this one.')
-    tuned = {tuple(row[key] for key in KEYS) for row in rows}
-    table = [row for row in table if tuple(row[key] for key in KEYS) not in tuned] + rows
+    keys = [key for key in KEYS if key in columns]
+    tuned = {tuple(row[key] for key in keys) for row in rows}
+    table = [row for row in table if tuple(row[key] for key in keys) not in tuned] + rows
     return '{"launches": [\n' + ',\n'.join('  ' + json.dumps(row) for row in table) + '\n]}\n'
 
 
