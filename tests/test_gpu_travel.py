@@ -153,8 +153,10 @@ class TestTake:
         run = clone / 'runs/randsac-tiny-cifar10-2ep'
         assert sha256_of(run / 'encoder/model.safetensors') == sha256_of(tmp_path / 'run/encoder/model.safetensors')
         assert not (run / 'last.pt').exists() and 'export runs/randsac-tiny-cifar10-2ep' in '\n'.join(said)
+        weights = clone / 'runs/randsac-tiny-cifar10-2ep-weights/vit_tiny_patch4_32_randsac.cifar10_2ep'
+        assert 'CIFAR-10' in (weights / 'README.md').read_text() and (weights / 'model.safetensors').is_file()
         stamps = {p: p.stat().st_mtime_ns for p in clone.rglob('*') if p.is_file() and '.git' not in p.parts}
-        assert '\n'.join(take.take(folder, clone)).count('there already') == 6
+        assert '\n'.join(take.take(folder, clone)).count('there already') == 7
         assert stamps == {p: p.stat().st_mtime_ns for p in clone.rglob('*') if p.is_file() and '.git' not in p.parts}
 
     @pytest.mark.parametrize('what, message', [

@@ -81,8 +81,10 @@ def open_sitting(args: argparse.Namespace, began: float) -> Sitting:
     data = args.data_dir.resolve() if args.data_dir else unpacked(Path(__file__).parents[2] / 'data', work)
     wanted = [name for name in args.parts if name != 'run' or data]
     seconds = args.minutes * 60
-    return Sitting(out, work, state, TOY if args.toy else FULL, plan.shares(seconds, wanted, state.done),
-                   began + seconds, data)
+    shares = plan.shares(seconds, wanted, state.done)
+    if args.toy:  # the estimates are a GPU's
+        shares = dict.fromkeys(shares, (seconds - plan.START - plan.RESERVE) / max(len(shares), 1))
+    return Sitting(out, work, state, TOY if args.toy else FULL, shares, began + seconds, data)
 
 
 def _same_sitting(work: Path, state: State) -> None:

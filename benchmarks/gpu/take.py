@@ -4,7 +4,7 @@
                                     at toy size runs/toy/
       attention, steps           -> benchmarks/results/attention-CARD.json with its plot, steps-CARD.json
       launches                   -> autoreg_vit/ops/triton/launches.json, in place of the rows that they replace
-    run.tar.0, .1, ...           -> runs/NAME, to export
+    run.tar.0, .1, ...           -> runs/NAME, and exported from it, runs/NAME-weights
 
 Everything is checked before anything is written. A file that is there already is left as it is.
 """
@@ -23,6 +23,8 @@ from autoreg_vit.checksums import sha256_of, write_checksum, write_synced
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.models.export import export_encoder
 from autoreg_vit.models.pretrained import load_folder
+from autoreg_vit.train.publish.config import ExportConfig
+from autoreg_vit.train.publish.export import export
 
 from .. import attention
 from . import cards
@@ -68,6 +70,7 @@ def take(folder: Path, root: Path) -> list[str]:
         said.append(f'{path.relative_to(root)}: {"written" if put(path, table) else "there already"}')
     if archive.get('pieces'):
         said.append(take_run(folder, archive, root))
+        said.append(export_run(root / 'runs' / archive['name'], content['data'], root))
     return [*said, 'Goals:', cards.in_words(cards.judge(content))]
 
 
@@ -192,8 +195,17 @@ def take_run(folder: Path, archive: dict[str, Any], root: Path) -> str:
     write_checksum(weights)
     run.replace(target)
     scratch.rmdir()
-    tag = re.sub(r'\W+', '_', archive['name'].removeprefix('randsac-tiny-').replace('-', '_'))
-    return f'{target.relative_to(root)}: written; autoreg-vit export {target.relative_to(root)} weights --tag {tag}'
+    return f'{target.relative_to(root)}: written'
+
+
+def export_run(run: Path, data: str, root: Path) -> str:
+    """Export the run's weights, with the tag that its name ends in: cifar10_70ep."""
+    target = run.with_name(f'{run.name}-weights')
+    if target.exists():
+        return f'{target.relative_to(root)}: there already'
+    export(ExportConfig(run=str(run), folder=str(target), tag='_'.join(run.name.split('-')[-2:]), data=data))
+    return (f'{target.relative_to(root)}: written; with accuracies in its card: autoreg-vit export '
+            f'{run.relative_to(root)} FOLDER --results results.json')
 
 
 def git(root: Path, *arguments: str) -> str | None:
