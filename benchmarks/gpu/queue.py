@@ -27,7 +27,9 @@ def go(args: argparse.Namespace, began: float) -> int:
     if 'run' in args.parts and sitting.data is None:
         print('run: left out, since no images came: give --data-dir FOLDER, or pack with --data ARCHIVE.', flush=True)
     memory = 0.0 if args.toy else torch.cuda.get_device_properties(0).total_memory / 2 ** 30
-    pace = Pace(sitting) if 'run' in shares and 'pace' not in state.part('run') else None
+    # Beside its figures, a pace leaves a cache of compiled code, which another machine does not have.
+    known = 'pace' in state.part('run') and (sitting.work / 'pace').exists()
+    pace = Pace(sitting) if 'run' in shares and not known else None
     workers = parts.Workers(sitting, [name for name in shares if name in ('attention', 'steps')], memory)
 
     def beside() -> None:
@@ -102,20 +104,19 @@ class Pace:
     """A short run of the recipe beside the first parts, which times its steps and fills the cache of compiled code."""
 
     def __init__(self, sitting: Sitting):
-        folder = sitting.work / 'pace'
-        shutil.rmtree(folder, ignore_errors=True)
-        self.sitting, self.job = sitting, pretraining.start(sitting, 'pace', pretraining.PACE_EPOCHS)
+        shutil.rmtree(sitting.work / 'pace', ignore_errors=True)
+        self.sitting, self.ended = sitting, False
+        self.job = pretraining.start(sitting, 'pace', pretraining.PACE_EPOCHS)
 
     def look(self) -> bool:
         """Whether it has ended; its pace is then in the state."""
         status = self.job.process.poll()
-        if status is None:
-            return False
-        state = self.sitting.state
-        if status == 0 and 'pace' not in state.part('run'):
-            seconds = time.monotonic() - self.job.began
-            state.update('run', pace=pretraining.pace_of(self.sitting.work / 'pace', seconds))
-        elif status and state.part('run')['status'] != 'failed':
+        if self.ended or status is None:
+            return self.ended
+        self.ended, seconds = True, time.monotonic() - self.job.began
+        if status == 0:
+            self.sitting.state.update('run', pace=pretraining.pace_of(self.sitting.work / 'pace', seconds))
+        else:
             why = parts.ending(self.job, status)
             self.sitting.finish('run', self.job.began, f'its steps could not be timed: {why}')
         return True

@@ -68,6 +68,8 @@ def take(folder: Path, root: Path) -> list[str]:
     if table:
         path = root / 'autoreg_vit' / 'ops' / 'triton' / 'launches.json'
         said.append(f'{path.relative_to(root)}: {"written" if put(path, table) else "there already"}')
+    elif content['parts'].get('launches', {}).get('result'):
+        said.append('The table of launches is left as it is: not everything was timed, or at toy size.')
     if archive.get('pieces'):
         said.append(take_run(folder, archive, root))
         said.append(export_run(root / 'runs' / archive['name'], content['data'], root))
