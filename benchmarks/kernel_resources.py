@@ -26,7 +26,7 @@ from autoreg_vit.ops.triton.launches import TABLE, plan_of, serves_triton
 
 from .candidates import first_candidates
 from .compiling import calls_of, compile_call, resources
-from .report import provenance
+from .report import provenance, write_rows
 
 # KiB that one program may use. Ampere's rows also serve compute capabilities 8.6, 8.9 and 12.0, which have 99.
 SHARED = {80: 99, 90: 227, 100: 227}
@@ -85,11 +85,7 @@ def main() -> int:
     print(f'{len(shipped)} launches compiled with Triton {triton.__version__}, {faults} at fault; '
           f'{len(table) - len(rows)} rows serve other versions only')
     if args.output:
-        parts = {'launches': shipped, 'candidates': candidates}
-        body = ',\n'.join(f' "{name}": [\n  ' + ',\n  '.join(map(json.dumps, part)) + '\n ]'
-                          for name, part in parts.items())
-        head = json.dumps({**provenance(), 'triton': triton.__version__}, indent=1)
-        args.output.write_text(f'{head[:-2]},\n{body}\n}}\n')
+        write_rows(args.output, {**provenance(), 'triton': triton.__version__}, launches=shipped, candidates=candidates)
     return int(faults > 0)
 
 

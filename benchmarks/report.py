@@ -1,6 +1,7 @@
 """What every result says about where it came from."""
 
 import datetime
+import json
 import os
 import platform
 import re
@@ -28,6 +29,16 @@ def provenance() -> dict[str, Any]:
         'timm': timm.__version__,
         'autoreg_vit': autoreg_vit.__version__,
     }
+
+
+def write_rows(path: Path, head: dict[str, Any], **tables: list[dict[str, Any]]) -> None:
+    """Write what is true of all rows and tables of them, a row a line; the file is whole at any time."""
+    lines = [f' {json.dumps(key)}: {json.dumps(value)}' for key, value in head.items()]
+    for name, rows in tables.items():
+        lines.append(f' "{name}": [' + ','.join(f'\n  {json.dumps(row)}' for row in rows) + '\n ]')
+    part = path.with_suffix('.part')
+    part.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+    part.replace(path)
 
 
 def device_name(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 `launches.json` is the table. A row is for one pass, architecture, dtype and head dimension, up to a number of tokens
 and below a version of Triton (null: any): it names a design of `forward` or `backward` and how each of its kernels is
-launched. Rows stand in order of preference, and the first that fits serves.
+launched. Rows of a kind stand by tokens and in order of preference, and the first that fits serves.
 `benchmarks/tune_attention.py` writes the rows of a GPU that it has timed, `benchmarks/kernel_resources.py` compiles
 every row ahead of time, and `benchmarks/ptx_equality.py` shows which rows were timed as prototypes.
 """
