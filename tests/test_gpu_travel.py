@@ -19,7 +19,9 @@ from autoreg_vit import __version__
 from autoreg_vit.checksums import sha256_of
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.models.export import export_encoder
+from autoreg_vit.ops.triton import launches
 from autoreg_vit.train import provenance
+from benchmarks import tune_attention
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cards, pack, pretraining, sitting, state, take
 
@@ -34,7 +36,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Path:
+def clone(tmp_path: Path, monkeypatch) -> Path:
     """A clone with a commit, that results can be taken into."""
     root = tmp_path / 'clone'
     (root / 'autoreg_vit/ops/triton').mkdir(parents=True)
@@ -43,6 +45,9 @@ def clone(tmp_path: Path) -> Path:
     git(root, 'init', '-q')
     git(root, 'add', '-A')
     git(root, 'commit', '-qm', 'First')
+    # Launches go to the table of the package that is imported, and none is compiled here.
+    monkeypatch.setattr(tune_attention, 'TABLE', root / 'autoreg_vit/ops/triton/launches.json')
+    monkeypatch.setattr(tune_attention, 'refusal', lambda row: None)
     return root
 
 
@@ -119,16 +124,16 @@ class TestTake:
         """What a sitting left: tests, an attention row, a launch and a run."""
         folder.mkdir()
         found = state.State(folder, {**FACTS, 'commit': commit, **facts})
-        rows = json.loads((ROOT / 'autoreg_vit/ops/triton/launches.json').read_text())['launches']
-        rows = [{**row, 'timed_on': FACTS['device']} for row in rows if (row['arch'], row['bits']) == (90, 16)]
+        rows = [{**row, 'timed_on': 'this card'} for row in launches.table()
+                if (row['arch'], row['dtype'], row['head_dim']) == (90, 'bfloat16', 64)]
         row = {'case': 'randsac', 'tokens': 64, 'head_dim': 64, 'pass': 'forward+backward', 'name': cards.OURS,
-               'layout': 'packed', 'median_us': 292.0, 'floor_us': 314.0}
+               'layout': 'packed', 'median_us': 292.0, 'floor_us': 288.0}
         inside = {k: found.content[k] for k in ('commit', 'device', 'torch', 'timm')}
         found.update('attention', result={**inside, 'dtype': 'bfloat16', 'rows': [row]}, status='done')
         found.update('tests', outcomes={'a': ['failed', 1.0, 'why']}, counts={'failed': 1}, status='failed')
         found.update('steps', rows=[{'model': 'randsac_vit_base', 'batch_size': 64, 'variant': 'captured',
                                      'images_per_second': 2200.0}], status='done')
-        found.update('launches', result={'launches': rows}, status='done')
+        found.update('launches', result={**inside, 'launches': rows, 'timings': []}, status='done')
         run = folder.parent / 'run'
         write_finished_run(run)
         found.update('run', archive=pretraining.archive(run, folder, 'randsac-tiny-cifar10-2ep'), status='done')
@@ -142,14 +147,14 @@ class TestTake:
         name = 'nvidia-h100-80gb-hbm3'
         assert {p.name for p in results.iterdir()} == {
             f'gpu-{name}.json', f'attention-{name}.json', f'attention-{name}.png', f'steps-{name}.json',
-            f'launches-{name}.json'}
+            f'tune_attention-{name}.json'}
         facts = json.loads((results / f'gpu-{name}.json').read_text())
         assert facts['parts']['tests']['failures'] == {'a': 'why'}
         assert next(g for g in facts['goals'] if g['goal'].startswith('64'))['met'] is True
         table = json.loads((clone / 'autoreg_vit/ops/triton/launches.json').read_text())['launches']
-        before = json.loads((ROOT / 'autoreg_vit/ops/triton/launches.json').read_text())['launches']
-        assert len(table) == len(before)
-        assert all((row['timed_on'] == FACTS['device']) == ((row['arch'], row['bits']) == (90, 16)) for row in table)
+        timed = [row for row in table if row['timed_on'] == 'this card']
+        assert timed and all(launches.kind_of(row)[1:] == (90, 'bfloat16', 64) for row in timed)
+        assert {launches.kind_of(row) for row in table} == {launches.kind_of(row) for row in launches.table()}
         run = clone / 'runs/randsac-tiny-cifar10-2ep'
         assert sha256_of(run / 'encoder/model.safetensors') == sha256_of(tmp_path / 'run/encoder/model.safetensors')
         assert not (run / 'last.pt').exists() and 'export runs/randsac-tiny-cifar10-2ep' in '\n'.join(said)
@@ -162,7 +167,7 @@ class TestTake:
     @pytest.mark.parametrize('what, message', [
         ('unknown', 'does not have'), ('branch', 'neither HEAD nor an ancestor'), ('none', 'name no commit'),
         ('torch', 'torch 2.9.0; supported is 2.11'), ('package', 'check out the version'), ('piece', 'damaged'),
-        ('newer', 'nothing is taken'), ('run', 'another run')])
+        ('newer', 'nothing is taken'), ('run', 'another run'), ('row', 'does not fit the table')])
     def test_what_does_not_fit_is_refused(self, clone: Path, tmp_path: Path, what: str, message: str):
         commit, facts = git(clone, 'rev-parse', '--short=12', 'HEAD'), {}
         if what == 'branch':
@@ -175,6 +180,10 @@ class TestTake:
         folder = self.results(tmp_path / 'back', commit, **facts)
         if what == 'piece':
             (folder / 'run.tar.0').write_bytes(b'short')
+        if what == 'row':
+            content = state.State(folder, {**FACTS, 'commit': commit})
+            del content.part('launches')['result']['launches'][0]['design']
+            content.save()
         if what == 'newer':
             git(clone, 'commit', '-qm', 'Later', '--allow-empty')
             path = clone / 'benchmarks/results/steps-nvidia-h100-80gb-hbm3.json'

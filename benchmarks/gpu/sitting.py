@@ -63,7 +63,7 @@ TOY = Size(
     equality=('--device', 'cpu', '--batch-size', '2', '--depth', '1', '--embed-dim', '32'),
     attention=('--device', 'cpu', '--dtype', 'float32', '--cases', 'randsac', '--tokens', '4', '--head-dims', '32',
                '--heads', '1', '--batch', '2'),
-    launches=('--dry-run',),
+    launches=('--dry-run', '--limit', '2', '--jobs', '1'),
     tests=((('tests/test_gpu.py',), 'gpu'),),
     steps=(('randsac_vit_tiny_patch4_32', 2, _TINY, 0), ('saim_vit_tiny_patch4_32', 2, _TINY, 0)),
     run={**_TINY, 'memory': 'last', 'batch_size': 8, 'eval_images': 10, 'workers': 0, 'device': 'cpu',
