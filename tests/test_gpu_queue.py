@@ -18,7 +18,7 @@ from PIL import Image
 from autoreg_vit import __version__
 from autoreg_vit.errors import ConfigError
 from benchmarks import attention as attention_script
-from benchmarks.gpu import cards, jobs, outcomes, parts, plan, pretraining, sitting, state
+from benchmarks.gpu import cards, equality, jobs, outcomes, parts, plan, pretraining, sitting, state
 from benchmarks.gpu import profile as profiling
 from benchmarks.gpu.steps import Worker
 
@@ -226,6 +226,14 @@ class TestTests:
 
     def test_files_that_need_a_gpu_are_marked(self):
         assert 'mark.gpu' in (ROOT / 'tests/test_gpu.py').read_text()
+
+
+def test_equality_on_a_cpu_is_of_plain_steps_alone():
+    row = equality.compare('randsac_vit_tiny_patch4_32', 2, torch.device('cpu'), embed_dim=16, depth=1, num_heads=1)
+    assert row['plain_again'] == {'losses': 0.0, 'weights': 0.0} and row['last_loss'] < row['first_loss']
+    assert row['equal'] is None and 'needs a GPU' in row['refused']
+    for rows, met in (([row], None), ([{'equal': True}, {'equal': False}], False), ([{'equal': True}] * 2, True)):
+        assert cards.judge({**FACTS, 'parts': {'equality': {'rows': rows}}})[-1]['met'] is met
 
 
 def test_attention_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch):

@@ -88,7 +88,8 @@ def run(sitting: Sitting, share: float) -> None:
     job = start(sitting, 'run', state.part('run')['epochs'])
     status = sitting.wait(job, share + 20, lambda: state.update('run', **progress(folder)))
     if status == 0:
-        state.update('run', archive=archive(folder, sitting.out, f'{RECIPE}-{state.part("run")["epochs"]}ep'))
+        name = f'{"toy-" if state.content["toy"] else ""}{RECIPE}-{state.part("run")["epochs"]}ep'
+        state.update('run', archive=archive(folder, sitting.out, name))
         sitting.finish('run', began, None)
     elif status is None or status == 143:
         sitting.finish('run', began, f'stopped at epoch {state.part("run").get("epoch", 0):.0f} of '

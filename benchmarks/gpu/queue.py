@@ -1,9 +1,9 @@
 """A call of the queue, from beginning to end."""
 
 import argparse
+import hashlib
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from autoreg_vit.errors import ConfigError
 
 from ..report import provenance
 from . import cards, parts, plan, pretraining
+from .jobs import ROOT
 from .sitting import FULL, ORDER, TOY, Sitting, unpacked
 from .state import State, misfits
 
@@ -72,32 +73,24 @@ def open_sitting(args: argparse.Namespace, began: float) -> Sitting:
     """
     out, work = args.out.resolve(), args.work_dir.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
     if fault := misfits(out):
         raise ConfigError(fault)
     if args.data_dir and not (args.data_dir / 'train').is_dir():
         raise ConfigError(f'--data-dir {args.data_dir} has no folder train/: expected class folders under it.')
     facts: dict[str, Any] = {**provenance(), 'toy': args.toy, 'data': args.data_name}
     state = State(out, facts)
-    _same_sitting(work, state)
-    data = args.data_dir.resolve() if args.data_dir else unpacked(Path(__file__).parents[2] / 'data', work)
+    work.mkdir(parents=True, exist_ok=True)
+    data = args.data_dir.resolve() if args.data_dir else unpacked(ROOT / 'data', work)
+    # What is kept is of one commit, card and set of versions.
+    same = hashlib.sha256(str([facts[key] for key in State.MUST_AGREE]).encode()).hexdigest()[:12]
+    work = work / same
+    work.mkdir(exist_ok=True)
     wanted = [name for name in args.parts if name != 'run' or data]
     seconds = args.minutes * 60
     shares = plan.shares(seconds, wanted, state.done)
     if args.toy:  # the estimates are a GPU's
         shares = dict.fromkeys(shares, (seconds - plan.START - plan.RESERVE) / max(len(shares), 1))
     return Sitting(out, work, state, TOY if args.toy else FULL, shares, began + seconds, data)
-
-
-def _same_sitting(work: Path, state: State) -> None:
-    """Have the work folder begin anew where what it holds is of another commit, card or version."""
-    facts = {key: state.content.get(key) for key in State.MUST_AGREE}
-    stamp = work / 'sitting.txt'
-    if stamp.exists() and stamp.read_text() != str(facts):
-        for path in work.iterdir():
-            if path.name not in ('data', 'data.whole'):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    stamp.write_text(str(facts))
 
 
 class Pace:
