@@ -1,6 +1,7 @@
 """What every result says about where it came from."""
 
 import datetime
+import json
 import os
 import platform
 import re
@@ -38,6 +39,16 @@ def triton_version() -> str | None:
     except ImportError:
         return None
     return triton.__version__
+
+
+def write_rows(path: Path, head: dict[str, Any], **tables: list[dict[str, Any]]) -> None:
+    """Write what is true of all rows and tables of them, a row a line; the file is whole at any time."""
+    lines = [f' {json.dumps(key)}: {json.dumps(value)}' for key, value in head.items()]
+    for name, rows in tables.items():
+        lines.append(f' "{name}": [' + ','.join(f'\n  {json.dumps(row)}' for row in rows) + '\n ]')
+    part = path.with_suffix('.part')
+    part.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+    part.replace(path)
 
 
 def device_name(device: torch.device) -> str:

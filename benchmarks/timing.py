@@ -34,7 +34,11 @@ def measure(function: Callable[[], object], device: torch.device, duration: floa
         return _summary(_repeat(lambda: seconds(function, device), duration),
                         f'events: {str(error).splitlines()[0][:80]}')
     graph.replay()
-    return _summary([t / calls for t in _repeat(lambda: seconds(graph.replay, device), duration)], 'graph')
+    times = [t / calls for t in _repeat(lambda: seconds(graph.replay, device), duration)]
+    # A graph keeps all that was allocated while it was captured, for itself.
+    graph.reset()
+    torch.cuda.empty_cache()
+    return _summary(times, 'graph')
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float | None:

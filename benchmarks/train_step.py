@@ -76,6 +76,7 @@ def training_step(
         *,
         compiled: Callable | None = None,
         graphed: bool = False,
+        capturable: bool = False,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """One step of pretraining, from images [B, C, H, W] on the model's device to the loss there: ranks, forward,
     backward and AdamW.
@@ -86,9 +87,12 @@ def training_step(
         generator: Ranks are drawn from it, on the model's device.
         compiled: Called in the model's place, what torch.compile made of it.
         graphed: Replay the step as a CUDA graph after its first calls.
+        capturable: Without a graph, have AdamW keep its rate and count on the device, as a graph wants them.
     """
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, capturable=graphed)
     device, forward = generator.device, model if compiled is None else compiled
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], fused=True, capturable=graphed or capturable,
+        lr=torch.tensor(1e-3, device=device) if capturable else 1e-3)
 
     def step(batches: Iterator) -> torch.Tensor:
         images = next(batches)[0]

@@ -26,8 +26,14 @@ PLAIN = {**SETTINGS, 'opt': 'sgd', 'lr': 0.1, 'warmup_epochs': 0, 'drop_path_rat
 GRAPH = {**SETTINGS, 'device': 'cuda', 'workers': 0, 'cuda_graph': True, 'cache_on_device': True}
 
 
+def exactly() -> None:
+    """Convolutions in float32 proper, whose rounding does not depend on the batch."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def share_a_gpu_by_gloo() -> None:
     """Have a process of a launch take the first GPU and talk by gloo, since NCCL wants a GPU for each."""
+    exactly()
     os.environ['LOCAL_RANK'] = '0'
     init = dist.init_process_group
     dist.init_process_group = lambda backend, device_id=None, **options: init('gloo', **options)
@@ -42,7 +48,7 @@ def run(folder: Path, launches: list[Launch]) -> Path:
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('alone') / 'run'
-    return run(folder, [Launch({**PLAIN, 'output_dir': str(folder)})])
+    return run(folder, [Launch({**PLAIN, 'output_dir': str(folder)}, exactly)])
 
 
 def assert_near(one: Path, other: Path) -> None:
@@ -60,7 +66,7 @@ def test_two_processes_on_one_gpu_equal_one(alone: Path, tmp_path: Path):
 
 def test_one_process_by_nccl_equals_one_without(alone: Path, tmp_path: Path):
     settings = {**PLAIN, 'output_dir': str(tmp_path / 'run')}
-    single = run(tmp_path / 'run', launch_together(settings, 1))
+    single = run(tmp_path / 'run', launch_together(settings, 1, exactly))
     assert_near(alone, single)
 
 

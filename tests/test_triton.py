@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import triton
 from test_ops import arguments, assert_near, expected_results, results
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoreg_vit import ops
 from autoreg_vit.errors import ModelError
 from autoreg_vit.ops import segment_attention, segment_attention_kvpacked, segment_attention_qkvpacked
-from autoreg_vit.ops import triton as kernels
-from autoreg_vit.ops.triton import launches
 from autoreg_vit.serialization import Layout, Serialization
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -286,31 +285,36 @@ except autoreg_vit.errors.ModelError as error:
         assert word in done.stdout, done.stderr
 
 
-# The launch table
+# What launches compile to
 
 
-@pytest.mark.parametrize('capability', [80, 86, 89, 90, 100, 103, 120])
-@pytest.mark.parametrize('dtype', kernels.DTYPES, ids=str)
-@pytest.mark.parametrize('head_dim', kernels.HEAD_DIMS)
-def test_every_size_has_a_launch(capability, dtype, head_dim):
-    for tokens in (1, 64, 65, 128, 129, 256, 257, 4096, 100_000):
-        for kernel in ('forward', 'backward'):
-            assert launches.find_launch(kernel, tokens, head_dim, dtype, capability)
-        fused = launches.find_launch('fused_backward', tokens, head_dim, dtype, capability)
-        assert fused is None or fused.block >= tokens
+def row(direction, design, arch, dtype, head_dim, launch, below=None):
+    return {'pass': direction, 'design': design, 'arch': arch, 'dtype': dtype, 'head_dim': head_dim, 'tokens': 64,
+            'launches': [dict(zip(('block', 'step', 'num_warps', 'num_stages'), launch))], 'triton_below': below,
+            'timed_on': None}
 
 
 @pytest.mark.parametrize('row, status', [
-    (dict(kernel='fused_backward', arch=90, bits=16, head_dim=32, tokens=64, block=64, step=64, num_warps=4,
-          num_stages=1), 0),
-    (dict(kernel='forward', arch=80, bits=32, head_dim=64, tokens=64, block=64, step=64, num_warps=8, num_stages=1), 1),
-])
+    (row('backward', 'fused', 90, 'bfloat16', 32, (64, 64, 4, 1)), 0),
+    (row('forward', 'two_loops', 80, 'float32', 64, (64, 64, 8, 1)), 1),
+    (row('forward', 'two_loops', 80, 'float32', 64, (64, 64, 8, 1), below='3.0'), 0),
+], ids=['clean', 'spills', 'for another version'])
 def test_kernel_resources_finds_spills(row, status, tmp_path):
-    table = tmp_path / 'launches.json'
+    table, output = tmp_path / 'launches.json', tmp_path / 'resources.json'
     table.write_text(json.dumps({'launches': [row]}))
-    done = run(['-m', 'benchmarks.kernel_resources', '--jobs', '1', '--table', str(table)])
+    done = run(['-m', 'benchmarks.kernel_resources', '--jobs', '1', '--table', str(table), '--output', str(output)])
     assert done.returncode == status, done.stderr
     assert ('FAULT' in done.stdout) == bool(status)
+    assert triton.__version__ in done.stdout
+    compiled = json.loads(output.read_text())['launches']
+    assert [(r['kernel'], r['fault']) for r in compiled] == (
+        [] if row['triton_below'] else [(f'{row["design"]}_kernel', bool(status))])
+
+
+def test_the_tuner_compiles_without_a_gpu():
+    done = run(['-m', 'benchmarks.tune_attention', '--dry-run', '--limit', '1', '--jobs', '1'])
+    assert done.returncode == 0, done.stderr
+    assert '1 candidates' in done.stdout
 
 
 def test_kernel_resources_finds_transposed_accumulators(tmp_path):
@@ -319,7 +323,7 @@ def test_kernel_resources_finds_transposed_accumulators(tmp_path):
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from benchmarks.kernel_resources import transposed_accumulators
+from benchmarks.compiling import transposed_accumulators
 
 @triton.jit
 def loaded(x_ptr, steps):

@@ -3,8 +3,10 @@ same draws and images, to the bit.
 
     python -m benchmarks.gpu.equality --device cuda --output FILE
 
-A row a design, written as it comes: the largest difference of losses and of weights, captured against plain, and plain
-against plain, without which the first would say nothing. A CPU has no CUDA graphs and gives the second alone.
+A row a design, written as it comes: the largest differences of losses and of weights between captured and plain steps
+whose AdamW keeps its rate on the device too, which should be none; between captured steps and those of
+`autoreg-vit pretrain` without a graph, whose AdamW has its rate in double precision on the host; and between plain
+steps and themselves, without which the others would say nothing. A CPU has no CUDA graphs and gives the last alone.
 """
 
 import argparse
@@ -29,14 +31,17 @@ def trained(
         model_name: str,
         batch_size: int,
         device: torch.device,
-        graphed: bool,
+        *,
+        graphed: bool = False,
+        capturable: bool = False,
         **options: Any,
 ) -> list[torch.Tensor]:
     """Losses [STEPS], then every weight after the steps."""
     torch.manual_seed(0)
     model = timm.create_model(model_name, **options).to(device)
     generator = torch.Generator(device)
-    step = training_step(model, resolve_precision('auto', device), generator, graphed=graphed)
+    step = training_step(model, resolve_precision('auto', device), generator, graphed=graphed,
+                         capturable=capturable)
     losses = []
     for number in range(STEPS):
         images = torch.randn(batch_size, 3, *model.encoder.patch_embed.img_size,
@@ -54,13 +59,18 @@ def differences(one: list[torch.Tensor], other: list[torch.Tensor]) -> dict[str,
 
 def compare(model_name: str, batch_size: int, device: torch.device, **options: Any) -> dict[str, Any]:
     """A row; `equal` says whether nothing differs, None where nothing could be captured."""
-    plain = trained(model_name, batch_size, device, False, **options)
+    def train(**kind: bool) -> list[torch.Tensor]:
+        return trained(model_name, batch_size, device, **kind, **options)
+
+    plain = train()
     row = {'model': model_name, 'batch_size': batch_size, 'steps': STEPS, **options,
            'first_loss': plain[0][0].item(), 'last_loss': plain[0][-1].item(),
-           'plain_again': differences(plain, trained(model_name, batch_size, device, False, **options))}
+           'plain_again': differences(plain, train())}
     if device.type != 'cuda':
         return {**row, 'equal': None, 'refused': 'a CUDA graph needs a GPU'}
-    row['captured'] = differences(plain, trained(model_name, batch_size, device, True, **options))
+    captured = train(graphed=True)
+    row['captured'] = differences(captured, train(capturable=True))
+    row['captured_and_default'] = differences(captured, plain)
     return {**row, 'equal': not any(row['captured'].values())}
 
 

@@ -40,13 +40,14 @@ def pack(file: Path, data: Path | None, wheels: Path | None) -> str:
         raise ConfigError(f'{ROOT} is no clone with git: a pack is made of the files of a commit.')
     if data is not None and not (data.is_file() and tarfile.is_tarfile(data)):
         raise ConfigError(f'--data {data} is no tar archive: expected one with class folders under train/.')
-    tracked = [name for name in _git('ls-files', '-z', '--cached', '--others', '--exclude-standard').split('\0')
+    # As they are in the tree, changed or not; what is not tracked stays behind, since the commit's name would hide it.
+    tracked = [name for name in _git('ls-files', '-z').split('\0')
                if name and (ROOT / name).is_file() and not name.startswith(LEFT_BEHIND)]
     with tempfile.TemporaryDirectory() as scratch:
         found = _wheels(wheels, Path(scratch))
         part = file.with_name(file.name + '.new')
         with tarfile.open(part, 'w:gz') as tar:
-            for name in sorted(set(tracked)):
+            for name in tracked:
                 tar.add(ROOT / name, f'{FOLDER}/{name}', recursive=False)
             info = tarfile.TarInfo(f'{FOLDER}/autoreg_vit/{SOURCE_COMMIT}')
             content = f'{commit}\n'.encode()
@@ -60,7 +61,7 @@ def pack(file: Path, data: Path | None, wheels: Path | None) -> str:
         if size > MOST_MIB:
             part.unlink()
             raise ConfigError(f'The pack would be {size:.1f} MiB; at most {MOST_MIB} MiB travel: take a smaller --data '
-                              'archive along, or move large files that git does not ignore out of the clone.')
+                              'archive along, or fewer --wheels.')
         os.replace(part, file)
     dirty = ' (with uncommitted changes: results will say so)' if commit.endswith('-dirty') else ''
     return (f'{file}: {size:.1f} MiB, {len(tracked)} files of commit {commit}{dirty}, '

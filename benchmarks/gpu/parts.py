@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..tune_attention import MARGIN
 from . import outcomes
 from .jobs import ROOT, Job
 from .sitting import Sitting
@@ -123,10 +124,10 @@ def launches(sitting: Sitting) -> None:
             sitting.state.update('launches', result=found)
 
     job = sitting.start('launches', 'benchmarks.tune_attention', '--minutes', f'{limit / 60:.2f}', '--out', str(path),
-                        *sitting.size.launches)
+                        *sitting.size.launches, TRITON_INTERPRET='0')
     status = sitting.wait(job, limit + 10, read)
-    # It ends by itself, once everything is timed or once its minutes are over.
-    complete = status is not None and time.monotonic() - began < 0.95 * limit
+    # It ends by itself, once everything is timed or, a margin before its minutes are over, for want of time.
+    complete = status is not None and time.monotonic() - began < limit - MARGIN - 1
     sitting.finish('launches', began, ending(job, status), complete or bool(status))
 
 

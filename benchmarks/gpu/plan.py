@@ -25,14 +25,14 @@ class Part:
 
 
 PARTS = (
-    Part('equality', 'twelve captured steps of RandSAC and of SAIM against plain ones, to the bit', 25, 15),
+    Part('equality', 'twelve captured steps of RandSAC and of SAIM against plain ones, to the bit', 35, 15),
     Part('tests', 'tests marked gpu (captured runs, two processes by gloo, one by NCCL, SyncBatchNorm), then those of '
          'the kernels', 60, 30),
-    Part('launches', "candidates of the attention kernels at every length: the rows of this card's launches", 120, 45),
+    Part('launches', "candidates of the attention kernels at every length: the rows of this card's launches", 110, 45),
     Part('attention', 'attention against every peer: RandSAC and SAIM at 64, 196 and 1,024 patches', 70, 30),
     Part('steps', 'whole steps of ViT-B, captured, compiled and plain, batch 64 and 256, and where their time goes',
          80, 30),
-    Part('run', 'one pretraining run of randsac-tiny-cifar10, epochs fixed from timed steps', None, 90),
+    Part('run', 'one pretraining run of randsac-tiny-cifar10, epochs fixed from timed steps, to be exported', None, 90),
 )
 NAMES = tuple(part.name for part in PARTS)
 

@@ -25,7 +25,7 @@ PACE_EPOCHS = 3
 CACHED_COMPILE = 8
 #: Left out of the archive: made again from the whole model where it comes back, or of no use there.
 LEFT_OUT = ('last.pt', 'last.previous.pt', 'tensorboard')
-ARCHIVE = 'run.tar.xz'
+ARCHIVE = 'run.tar'
 
 
 def start(sitting: Sitting, name: str, epochs: int) -> Job:
@@ -79,7 +79,7 @@ def run(sitting: Sitting, share: float) -> None:
     if 'epochs' not in before or not (folder / 'last.pt').exists():
         if (folder / 'config.yaml').exists():  # stopped before its first checkpoint: nothing to go on from
             shutil.rmtree(folder)
-        epochs = epochs_for(share, before['pace'])
+        epochs = min(epochs_for(share, before['pace']), sitting.size.most_epochs)
         if epochs < sitting.size.least_epochs:
             sitting.finish('run', began, f'{share:.0f} s are enough for {epochs} epochs, fewer than '
                            f'{sitting.size.least_epochs}: give another call more minutes', complete=False)
@@ -88,7 +88,8 @@ def run(sitting: Sitting, share: float) -> None:
     job = start(sitting, 'run', state.part('run')['epochs'])
     status = sitting.wait(job, share + 20, lambda: state.update('run', **progress(folder)))
     if status == 0:
-        state.update('run', archive=archive(folder, sitting.out, f'{RECIPE}-{state.part("run")["epochs"]}ep'))
+        name = f'{"toy-" if state.content["toy"] else ""}{RECIPE}-{state.part("run")["epochs"]}ep'
+        state.update('run', archive=archive(folder, sitting.out, name))
         sitting.finish('run', began, None)
     elif status is None or status == 143:
         sitting.finish('run', began, f'stopped at epoch {state.part("run").get("epoch", 0):.0f} of '
@@ -111,7 +112,7 @@ def archive(folder: Path, out: Path, name: str) -> dict[str, Any]:
             return None
         return None if weights and (parts[0] == 'encoder' or parts[-1] == 'pytorch_model.bin') else info
 
-    with tarfile.open(fileobj=buffer, mode='w:xz', preset=1) as tar:
+    with tarfile.open(fileobj=buffer, mode='w') as tar:
         tar.add(folder, name, filter=keep)
     content, size = buffer.getvalue(), MOST_FILE_MIB << 20
     pieces = [content[i:i + size] for i in range(0, len(content), size)]

@@ -1,5 +1,8 @@
 """Where the time of a step goes, by kind of kernel, and in words."""
 
+import functools
+import importlib
+import pkgutil
 import re
 from collections.abc import Callable, Mapping
 
@@ -7,10 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 #: Kinds by the names of their kernels, in this order: the first that fits counts. Compiled kernels carry the operations
-#: that they fuse in their names. The project's own kernels are attention's; on a CPU, names are those of operators.
+#: that they fuse in their names. On a CPU, names are those of operators.
 KINDS = (
-    ('attention, forward', r'^\w*forward\w*_kernel$'),
-    ('attention, backward', r'^\w*(backward|delta|gradient|rows)\w*_kernel$|dot_product\w*backward|fmha\w*_bwd'),
+    ('attention, backward', r'dot_product\w*backward|fmha\w*_bwd'),
     ('attention, forward', r'dot_product|fmha\w*_fwd'),
     ('convolution', r'conv|nchwToNhwc|nhwcToNchw|fprop|wgrad|dgrad'),
     ('products', r'gemm|gemv|cutlass|nvjet|xmma|cublas|splitK|::(add)?mm$|::bmm$|::linear$'),
@@ -41,12 +43,32 @@ def kernels_of(step: Callable[[], object], count: int, device: torch.device) -> 
     return {name: round(ms, 4) for name, ms in times.items()}
 
 
+@functools.cache
+def own_kernels() -> dict[str, str]:
+    """The kinds of this package's kernels by name: all are attention's, and their modules say of which pass."""
+    from autoreg_vit.ops import triton as kernels
+
+    found = {}
+    for direction in ('backward', 'forward'):
+        module = importlib.import_module(f'{kernels.__name__}.{direction}')
+        inner = [importlib.import_module(f'{module.__name__}.{m.name}')
+                 for m in pkgutil.iter_modules(getattr(module, '__path__', []))]
+        for part in (module, *inner):
+            found |= {name: f'attention, {direction}' for name in vars(part) if name.endswith('_kernel')}
+    return found
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel by its name."""
+    own = own_kernels().get(kernel)
+    return own or next((kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), 'other')
+
+
 def by_kind(kernels: Mapping[str, float]) -> dict[str, float]:
     """Milliseconds by kind, the longest first."""
     totals: dict[str, float] = {}
     for name, ms in kernels.items():
-        kind = next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), 'other')
-        totals[kind] = totals.get(kind, 0) + ms
+        totals[kind_of(name)] = totals.get(kind_of(name), 0) + ms
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 

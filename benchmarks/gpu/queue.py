@@ -1,9 +1,9 @@
 """A call of the queue, from beginning to end."""
 
 import argparse
+import hashlib
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from autoreg_vit.errors import ConfigError
 
 from ..report import provenance
 from . import cards, parts, plan, pretraining
+from .jobs import ROOT
 from .sitting import FULL, ORDER, TOY, Sitting, unpacked
 from .state import State, misfits
 
@@ -27,7 +28,9 @@ def go(args: argparse.Namespace, began: float) -> int:
     if 'run' in args.parts and sitting.data is None:
         print('run: left out, since no images came: give --data-dir FOLDER, or pack with --data ARCHIVE.', flush=True)
     memory = 0.0 if args.toy else torch.cuda.get_device_properties(0).total_memory / 2 ** 30
-    pace = Pace(sitting) if 'run' in shares and 'pace' not in state.part('run') else None
+    # Beside its figures, a pace leaves a cache of compiled code, which another machine does not have.
+    known = 'pace' in state.part('run') and (sitting.work / 'pace').exists()
+    pace = Pace(sitting) if 'run' in shares and not known else None
     workers = parts.Workers(sitting, [name for name in shares if name in ('attention', 'steps')], memory)
 
     def beside() -> None:
@@ -70,50 +73,43 @@ def open_sitting(args: argparse.Namespace, began: float) -> Sitting:
     """
     out, work = args.out.resolve(), args.work_dir.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
     if fault := misfits(out):
         raise ConfigError(fault)
     if args.data_dir and not (args.data_dir / 'train').is_dir():
         raise ConfigError(f'--data-dir {args.data_dir} has no folder train/: expected class folders under it.')
     facts: dict[str, Any] = {**provenance(), 'toy': args.toy, 'data': args.data_name}
     state = State(out, facts)
-    _same_sitting(work, state)
-    data = args.data_dir.resolve() if args.data_dir else unpacked(Path(__file__).parents[2] / 'data', work)
+    work.mkdir(parents=True, exist_ok=True)
+    data = args.data_dir.resolve() if args.data_dir else unpacked(ROOT / 'data', work)
+    # What is kept is of one commit, card and set of versions.
+    same = hashlib.sha256(str([facts[key] for key in State.MUST_AGREE]).encode()).hexdigest()[:12]
+    work = work / same
+    work.mkdir(exist_ok=True)
     wanted = [name for name in args.parts if name != 'run' or data]
     seconds = args.minutes * 60
-    return Sitting(out, work, state, TOY if args.toy else FULL, plan.shares(seconds, wanted, state.done),
-                   began + seconds, data)
-
-
-def _same_sitting(work: Path, state: State) -> None:
-    """Have the work folder begin anew where what it holds is of another commit, card or version."""
-    facts = {key: state.content.get(key) for key in State.MUST_AGREE}
-    stamp = work / 'sitting.txt'
-    if stamp.exists() and stamp.read_text() != str(facts):
-        for path in work.iterdir():
-            if path.name not in ('data', 'data.whole'):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    stamp.write_text(str(facts))
+    shares = plan.shares(seconds, wanted, state.done)
+    if args.toy:  # the estimates are a GPU's
+        shares = dict.fromkeys(shares, (seconds - plan.START - plan.RESERVE) / max(len(shares), 1))
+    return Sitting(out, work, state, TOY if args.toy else FULL, shares, began + seconds, data)
 
 
 class Pace:
     """A short run of the recipe beside the first parts, which times its steps and fills the cache of compiled code."""
 
     def __init__(self, sitting: Sitting):
-        folder = sitting.work / 'pace'
-        shutil.rmtree(folder, ignore_errors=True)
-        self.sitting, self.job = sitting, pretraining.start(sitting, 'pace', pretraining.PACE_EPOCHS)
+        shutil.rmtree(sitting.work / 'pace', ignore_errors=True)
+        self.sitting, self.ended = sitting, False
+        self.job = pretraining.start(sitting, 'pace', pretraining.PACE_EPOCHS)
 
     def look(self) -> bool:
         """Whether it has ended; its pace is then in the state."""
         status = self.job.process.poll()
-        if status is None:
-            return False
-        state = self.sitting.state
-        if status == 0 and 'pace' not in state.part('run'):
-            seconds = time.monotonic() - self.job.began
-            state.update('run', pace=pretraining.pace_of(self.sitting.work / 'pace', seconds))
-        elif status and state.part('run')['status'] != 'failed':
+        if self.ended or status is None:
+            return self.ended
+        self.ended, seconds = True, time.monotonic() - self.job.began
+        if status == 0:
+            self.sitting.state.update('run', pace=pretraining.pace_of(self.sitting.work / 'pace', seconds))
+        else:
             why = parts.ending(self.job, status)
             self.sitting.finish('run', self.job.began, f'its steps could not be timed: {why}')
         return True

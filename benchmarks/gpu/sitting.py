@@ -29,6 +29,7 @@ class Size:
         steps: Model, batch size, options and GiB of the device's memory at most, each a worker.
         run: Settings over the recipe's.
         least_epochs: A shorter run is not begun.
+        most_epochs: A longer one neither.
         environment: Of every command.
     """
     equality: tuple[str, ...]
@@ -38,6 +39,7 @@ class Size:
     steps: tuple[tuple[str, int, dict[str, Any], float], ...]
     run: dict[str, Any]
     least_epochs: int
+    most_epochs: float
     environment: dict[str, str]
 
 
@@ -52,6 +54,7 @@ FULL = Size(
     run={'compile': True, 'cuda_graph': True, 'cache_on_device': True, 'check_images': 0,
          'checkpoint_every_minutes': 1.0},
     least_epochs=10,
+    most_epochs=float('inf'),
     # Several processes compile at once.
     environment={'TORCHINDUCTOR_COMPILE_THREADS': '3', 'HF_HUB_OFFLINE': '1'},
 )
@@ -60,12 +63,13 @@ TOY = Size(
     equality=('--device', 'cpu', '--batch-size', '2', '--depth', '1', '--embed-dim', '32'),
     attention=('--device', 'cpu', '--dtype', 'float32', '--cases', 'randsac', '--tokens', '4', '--head-dims', '32',
                '--heads', '1', '--batch', '2'),
-    launches=('--dry-run',),
+    launches=('--dry-run', '--limit', '2', '--jobs', '1'),
     tests=((('tests/test_gpu.py',), 'gpu'),),
     steps=(('randsac_vit_tiny_patch4_32', 2, _TINY, 0), ('saim_vit_tiny_patch4_32', 2, _TINY, 0)),
     run={**_TINY, 'memory': 'last', 'batch_size': 8, 'eval_images': 10, 'workers': 0, 'device': 'cpu',
          'precision': 'float32', 'log_every': 1},
     least_epochs=1,
+    most_epochs=2,
     environment={'TORCH_COMPILE_DISABLE': '1', 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
 )
 
@@ -139,4 +143,4 @@ def unpacked(archives: Path, work: Path) -> Path | None:
             raise ConfigError(f'Cannot unpack {found[0]} ({error}): copy the pack again.') from error
         whole.touch()
     inside = list(folder.iterdir())
-    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+    return inside[0] if len(inside) == 1 and (inside[0] / 'train').is_dir() else folder

@@ -8,6 +8,7 @@ then it waits for a line on its standard input, and times one variant after the 
 """
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -45,9 +46,12 @@ class Worker:
         torch.manual_seed(0)
         self.device, self.precision = device, resolve_precision('auto', device)
         self.model = timm.create_model(model_name, **options).to(device)
-        self.compiled = torch.compile(self.model)
         self.images = torch.randn(batch_size, 3, *self.model.encoder.patch_embed.img_size, device=device)
         self.flops = batch_size * 1e9 * training_gflops(PretrainConfig(model=model_name, **options))
+
+    @functools.cached_property
+    def compiled(self) -> Callable:
+        return torch.compile(self.model)
 
     def step(self, variant: str) -> Callable[[], torch.Tensor]:
         take_step = training_step(

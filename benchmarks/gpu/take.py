@@ -3,8 +3,8 @@
     gpu.json                     -> benchmarks/results/gpu-CARD.json: facts, equality, tests, goals, the run's figures;
                                     at toy size runs/toy/
       attention, steps           -> benchmarks/results/attention-CARD.json with its plot, steps-CARD.json
-      launches                   -> autoreg_vit/ops/triton/launches.json, in place of the rows that they replace
-    run.tar.xz.0, .1, ...        -> runs/NAME, to export
+      launches                   -> tune_attention-CARD.json, and its rows to autoreg_vit/ops/triton/launches.json
+    run.tar.0, .1, ...           -> runs/NAME, and exported from it, runs/NAME-weights
 
 Everything is checked before anything is written. A file that is there already is left as it is.
 """
@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from autoreg_vit.checksums import sha256_of, write_checksum, write_synced
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.models.export import export_encoder
 from autoreg_vit.models.pretrained import load_folder
+from autoreg_vit.ops.triton.launches import kind_of, plan_of
+from autoreg_vit.train.publish.config import ExportConfig
+from autoreg_vit.train.publish.export import export
 
-from .. import attention
+from .. import attention, tune_attention
 from . import cards
 from .pretraining import ARCHIVE
 from .state import check_files, misfits, read_state
-
-#: Columns of a row of launches that say what it is for: rows of the same replace each other.
-KEYS = ('arch', 'bits', 'head_dim')
 
 
 def take(folder: Path, root: Path) -> list[str]:
@@ -53,21 +54,20 @@ def take(folder: Path, root: Path) -> list[str]:
     for path in files:
         check_newer(path, content['commit'], root)
     check_run(root / 'runs' / archive.get('name', ''), archive)
-    table = launch_table(content, root) if not content['toy'] else None
+    check_launches(content)
     said = []
     if content['commit'].endswith('-dirty'):
         said.append(f'These are results of uncommitted changes to {content["commit"]}, and say so.')
+    said += [f'launches.json: {line}' for line in take_launches(content, results / f'tune_attention-{name}.json')]
     for path, value in files.items():
         changed = put(path, json.dumps(value, indent=1) + '\n')
         said.append(f'{path.relative_to(root)}: {"written" if changed else "there already"}')
         if path.name.startswith('attention-') and (changed or not path.with_suffix('.png').exists()):
             attention.plot(value['rows'], path.with_suffix('.png'),
                            f'Forward + backward, {value["dtype"]}, {content["device"]}, torch {content["torch"]}')
-    if table:
-        path = root / 'autoreg_vit' / 'ops' / 'triton' / 'launches.json'
-        said.append(f'{path.relative_to(root)}: {"written" if put(path, table) else "there already"}')
     if archive.get('pieces'):
         said.append(take_run(folder, archive, root))
+        said.append(export_run(root / 'runs' / archive['name'], content['data'], root))
     return [*said, 'Goals:', cards.in_words(cards.judge(content))]
 
 
@@ -94,11 +94,12 @@ def check_versions(content: dict[str, Any], root: Path) -> None:
         if numbers(content.get(name)) < numbers(least):
             raise ConfigError(f'The results are of {name} {content.get(name)}; supported is {least} or later: measure '
                               'again with it.')
-    inside = content['parts'].get('attention', {}).get('result', {})
-    for key in ('commit', 'device', 'torch', 'timm'):
-        if inside and inside.get(key) != content.get(key):
-            raise ConfigError(f'The results of attention are of {key} {inside.get(key)}, the others of '
-                              f'{content.get(key)}: they are of two sittings. Measure attention again.')
+    for part in ('attention', 'launches'):
+        inside = content['parts'].get(part, {}).get('result', {})
+        for key in ('commit', 'device', 'torch', 'timm'):
+            if inside and inside.get(key) != content.get(key):
+                raise ConfigError(f'The results of {part} are of {key} {inside.get(key)}, the others of '
+                                  f'{content.get(key)}: they are of two sittings. Measure them again.')
 
 
 def numbers(version: str | None) -> tuple[int, ...]:
@@ -120,26 +121,33 @@ def split(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if parts.get('steps', {}).get('rows'):
         files['steps'] = {**facts, 'rows': parts['steps']['rows']}
     if parts.get('launches', {}).get('result'):
-        files['launches'] = {**facts, 'result': parts['launches']['result']}
+        files['tune_attention'] = parts['launches']['result']
     return files
 
 
-def launch_table(content: dict[str, Any], root: Path) -> str | None:
-    """The table of launches with the rows that came back in place of those that they replace; None without any."""
-    result = content['parts'].get('launches', {}).get('result') or {}
-    rows, complete = result.get('launches', []), content['parts'].get('launches', {}).get('status') == 'done'
-    if not rows or not complete:
-        return None
-    path = root / 'autoreg_vit' / 'ops' / 'triton' / 'launches.json'
-    table = json.loads(path.read_text(encoding='utf-8'))['launches']
-    columns = set(table[0])
-    for row in rows:
-        if not columns <= set(row):
-            raise ConfigError(f'A row of launches lacks {", ".join(sorted(columns - set(row)))}: it is of a version '
-                              'with another table. Tune again with this one.')
-    tuned = {tuple(row[key] for key in KEYS) for row in rows}
-    table = [row for row in table if tuple(row[key] for key in KEYS) not in tuned] + rows
-    return '{"launches": [\n' + ',\n'.join('  ' + json.dumps(row) for row in table) + '\n]}\n'
+def check_launches(content: dict[str, Any]) -> None:
+    """Raise ConfigError for rows of launches that are not of this version's table."""
+    for row in content['parts'].get('launches', {}).get('result', {}).get('launches', []):
+        try:
+            kind_of(row), plan_of(row), row['tokens'], row['triton_below'], row['timed_on']
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f'A row of launches does not fit the table ({type(error).__name__}: {error}): it is of '
+                              'another version. Tune again with this one.') from error
+
+
+def take_launches(content: dict[str, Any], results: Path) -> list[str]:
+    """Put the rows that were timed into the table, unless the results file says that they are there."""
+    result = content['parts'].get('launches', {}).get('result', {})
+    if not result.get('launches'):
+        return []
+    text = json.dumps(result, indent=1) + '\n'
+    if content['toy'] or (results.exists() and results.read_text(encoding='utf-8') == text):
+        return ['left as it is, the figures are of toy size' if content['toy'] else 'its rows are there already']
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / 'launches.json'
+        path.write_text(text, encoding='utf-8')
+        tune_attention.take(path)
+    return [f'{len(result["launches"])} rows taken']
 
 
 def check_newer(path: Path, commit: str, root: Path) -> None:
@@ -191,8 +199,17 @@ def take_run(folder: Path, archive: dict[str, Any], root: Path) -> str:
     write_checksum(weights)
     run.replace(target)
     scratch.rmdir()
-    tag = re.sub(r'\W+', '_', archive['name'].removeprefix('randsac-tiny-').replace('-', '_'))
-    return f'{target.relative_to(root)}: written; autoreg-vit export {target.relative_to(root)} weights --tag {tag}'
+    return f'{target.relative_to(root)}: written'
+
+
+def export_run(run: Path, data: str, root: Path) -> str:
+    """Export the run's weights, with the tag that its name ends in: cifar10_70ep."""
+    target = run.with_name(f'{run.name}-weights')
+    if target.exists():
+        return f'{target.relative_to(root)}: there already'
+    export(ExportConfig(run=str(run), folder=str(target), tag='_'.join(run.name.split('-')[-2:]), data=data))
+    return (f'{target.relative_to(root)}: written; with accuracies in its card: autoreg-vit export '
+            f'{run.relative_to(root)} FOLDER --results results.json')
 
 
 def git(root: Path, *arguments: str) -> str | None:

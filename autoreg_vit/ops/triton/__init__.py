@@ -13,7 +13,7 @@ from ...errors import ModelError
 from ..packing import split
 from . import backward as _backward
 from . import forward as _forward
-from .launches import find_launch
+from .launches import capability as _capability
 
 HEAD_DIMS = (32, 64)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,10 +48,8 @@ def segment_attention(projections: list[torch.Tensor], limits: torch.Tensor, sca
 def _attend(
         projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = map(_unit_stride, split(projections))
-    tokens = max(q.shape[1], k.shape[1])
-    launch = find_launch('forward', tokens, q.shape[-1], q.dtype, _capability(q.device))
     with torch.cuda.device_of(q):
-        return _forward.forward(q, k, v, limits.contiguous(), scale * math.log2(math.e), launch)
+        return _forward.forward(q, k, v, limits.contiguous(), scale * math.log2(math.e))
 
 
 @_attend.register_fake
@@ -72,15 +70,9 @@ def _gradients(
 ) -> list[torch.Tensor]:
     q, k, v = map(_unit_stride, split(projections))
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projections]
-    tokens = max(q.shape[1], k.shape[1])
-    arguments = (q, k, v, limits.contiguous(), out, grad.contiguous(), lse, *split(gradients), scale,
-                 scale * math.log2(math.e))
-    kind = (q.shape[-1], q.dtype, _capability(q.device))
     with torch.cuda.device_of(q):
-        if launch := find_launch('fused_backward', tokens, *kind):
-            _backward.fused_backward(*arguments, launch)
-        else:
-            _backward.backward(*arguments, find_launch('backward', tokens, *kind))
+        _backward.gradients(
+            q, k, v, limits.contiguous(), out, grad.contiguous(), lse, *split(gradients), scale)
     return gradients
 
 
@@ -110,12 +102,4 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 
 def _interpreted() -> bool:
-    return not isinstance(_forward.forward_kernel, triton.JITFunction)
-
-
-def _capability(device: torch.device) -> int:
-    """Compute capability as major * 10 + minor; Hopper's under the interpreter, to run the launches that it ships."""
-    if device.type != 'cuda':
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+    return not isinstance(_forward.one_loop_kernel, triton.JITFunction)

@@ -1,31 +1,71 @@
-"""Forward kernel of segment attention: online softmax over the keys that a tile of queries may see."""
+"""Forward kernels of segment attention: online softmax over the keys that a tile of queries may see.
+
+- `one_loop_kernel` takes all keys in one loop, with a branch around the mask alone, and scales in the exponent.
+- `two_loops_kernel` takes the keys that no query of the tile may see unmasked apart, in a loop of their own.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from .launches import FP_FUSION, Launch
+from .launches import Launch, plan_for
+from .tiles import load_rows, store_rows, strides
+
+# The maximum of scores that were not seen yet. Finite, so that no difference of maxima is NaN; a first score that is
+# seen decays what came before it, which is nothing, and hidden scores of -inf weigh exp2(-inf) = 0 against it.
+LOWEST = tl.constexpr(-1e30)
 
 
-@triton.jit
-def scores_base2(left, right, scale_log2):
-    """Scores in units of log2 e, so that exp2 gives probabilities: left [M, D], right [N, D] -> [M, N]."""
-    return tl.dot(left, tl.trans(right), input_precision='ieee') * scale_log2
+@triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
+def one_loop_kernel(
+        q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, lse_ptr,
+        q_stride_b, q_stride_n, q_stride_h,
+        k_stride_b, k_stride_n, k_stride_h,
+        v_stride_b, v_stride_n, v_stride_h,
+        queries, keys, heads, scale_log2,
+        HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """One program: BLOCK queries of one head of one image. `scale_log2` is positive: maxima are taken before it."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(queries, BLOCK)
+    head = program % heads
+    tile = program // heads
+    image = (tile // tiles).to(tl.int64)
+    rows = (tile % tiles) * BLOCK + tl.arange(0, BLOCK)
+    limits = tl.minimum(tl.load(limits_ptr + image * queries + rows, mask=rows < queries, other=0), keys)
+    last = tl.max(limits, 0)
+    # Steps whose keys all rows see need no mask; rows beyond the last query do not count.
+    everyone = tl.min(tl.where(rows < queries, limits, keys), 0)
+    unmasked = tl.maximum(everyone, 0) // STEP * STEP
+    k_ptr += image * k_stride_b + head * k_stride_h
+    v_ptr += image * v_stride_b + head * v_stride_h
+    query = load_rows(q_ptr + image * q_stride_b + head * q_stride_h, rows, queries, q_stride_n, HEAD_DIM)
 
+    accumulated = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+    maximum = tl.full([BLOCK], LOWEST, tl.float32)  # of scores before scaling
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, last, STEP):
+        columns = start + tl.arange(0, STEP)
+        key = load_rows(k_ptr, columns, keys, k_stride_n, HEAD_DIM)
+        scores = tl.dot(query, tl.trans(key), input_precision='ieee')  # [BLOCK, STEP]
+        if start >= unmasked:
+            scores = tl.where(columns[None, :] < limits[:, None], scores, -float('inf'))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        shift = new_maximum * scale_log2
+        weights = tl.exp2(scores * scale_log2 - shift[:, None])
+        decay = tl.exp2(maximum * scale_log2 - shift)
+        total = total * decay + tl.sum(weights, 1)
+        value = load_rows(v_ptr, columns, keys, v_stride_n, HEAD_DIM)
+        accumulated = accumulated * decay[:, None]
+        accumulated = tl.dot(weights.to(value.dtype), value, accumulated, input_precision='ieee')
+        maximum = new_maximum
 
-@triton.jit
-def load_rows(pointer, rows, count, row_stride, HEAD_DIM: tl.constexpr):
-    """Rows of one head [len(rows), D]; those at or beyond `count` are zero."""
-    columns = tl.arange(0, HEAD_DIM)
-    return tl.load(pointer + rows[:, None] * row_stride + columns[None, :], mask=rows[:, None] < count, other=0.0)
-
-
-@triton.jit
-def store_rows(pointer, values, rows, count, row_stride, HEAD_DIM: tl.constexpr):
-    """Write rows of one head, values [len(rows), D] in the memory's own type; none at or beyond `count`."""
-    columns = tl.arange(0, HEAD_DIM)
-    tl.store(pointer + rows[:, None] * row_stride + columns[None, :], values.to(pointer.dtype.element_ty),
-             mask=rows[:, None] < count)
+    # An empty row is zero, and an infinite LSE makes its probabilities and gradients zero in the backward pass.
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float('inf'), maximum * scale_log2 + tl.log2(total))
+    out = accumulated * (1.0 / total)[:, None]
+    store_rows(out_ptr + (image * queries * heads + head) * HEAD_DIM, out, rows, queries, heads * HEAD_DIM, HEAD_DIM)
+    tl.store(lse_ptr + (image * heads + head) * queries + rows, lse, mask=rows < queries)
 
 
 @triton.jit
@@ -36,7 +76,7 @@ def _attend(
     for start in range(first, last, STEP):
         columns = start + tl.arange(0, STEP)
         key = load_rows(k_ptr, columns, keys, k_stride, HEAD_DIM)
-        scores = scores_base2(query, key, scale_log2)  # [BLOCK, STEP]
+        scores = tl.dot(query, tl.trans(key), input_precision='ieee') * scale_log2  # [BLOCK, STEP]
         if MASKED:
             scores = tl.where(columns[None, :] < limits[:, None], scores, -float('inf'))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
@@ -52,20 +92,19 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
-def forward_kernel(
+def two_loops_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, lse_ptr,
         q_stride_b, q_stride_n, q_stride_h,
         k_stride_b, k_stride_n, k_stride_h,
         v_stride_b, v_stride_n, v_stride_h,
         queries, keys, heads, scale_log2,
         HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """One program: BLOCK queries of one head of one image. Heads vary fastest, so that limits stay in cache."""
+    """One program: BLOCK queries of one head of one image."""
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
     tiles = tl.cdiv(queries, BLOCK)
     image = (tile // tiles).to(tl.int64)
     rows = (tile % tiles) * BLOCK + tl.arange(0, BLOCK)
-
     limits = tl.load(limits_ptr + image * queries + rows, mask=rows < queries, other=0)
     limits = tl.minimum(limits, keys)
     last = tl.max(limits, 0)
@@ -87,7 +126,7 @@ def forward_kernel(
         accumulated, maximum, total, query, limits, k_ptr, v_ptr, k_stride_n, v_stride_n, unmasked, last, keys,
         scale_log2, HEAD_DIM, STEP, True)
 
-    # An empty row is zero, and an infinite LSE makes its probabilities and gradients zero in the backward pass.
+    # As in one_loop_kernel.
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     out = accumulated / total[:, None]
@@ -96,21 +135,38 @@ def forward_kernel(
     tl.store(lse_ptr + (image * heads + head) * queries + rows, lse, mask=rows < queries)
 
 
+DESIGNS = {'one_loop': one_loop_kernel, 'two_loops': two_loops_kernel}
+
+
 def forward(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         limits: torch.Tensor,
         scale_log2: float,
-        launch: Launch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, Nq, H, D] and base-2 log-sum-exp of the scaled scores, float32 [B, H, Nq], +inf for empty rows."""
+    plan = plan_for('forward', q, k)
+    return attend(q, k, v, limits, scale_log2, plan.design, *plan.launches)
+
+
+def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        limits: torch.Tensor,
+        scale_log2: float,
+        design: str,
+        launch: Launch,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` by one of DESIGNS."""
+    if scale_log2 <= 0:
+        # Kernels take positive scales: the same scores come of other queries.
+        q, scale_log2 = (-q, -scale_log2) if scale_log2 else (torch.zeros_like(q), 1.0)
     batch, queries, heads, head_dim = q.shape
     out = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    grid = (batch * triton.cdiv(queries, launch.block) * heads,)
-    forward_kernel[grid](
-        q, k, v, limits, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        queries, k.shape[1], heads, scale_log2, HEAD_DIM=head_dim, BLOCK=launch.block, STEP=launch.step,
-        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=FP_FUSION)
+    DESIGNS[design][(batch * triton.cdiv(queries, launch.block) * heads,)](
+        q, k, v, limits, out, lse, *strides(q, k, v), queries, k.shape[1], heads, scale_log2, HEAD_DIM=head_dim,
+        BLOCK=launch.block, STEP=launch.step, **launch.options())
     return out, lse

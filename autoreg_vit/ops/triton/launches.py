@@ -1,54 +1,104 @@
-"""How each kernel is launched: a static table, so that results never depend on what a machine was doing.
+"""How attention is computed on each GPU: a static table, so that results never depend on what a machine was doing.
 
-`launches.json` is the table; `benchmarks/tune_attention.py` writes the rows of a GPU that it has timed, and
-`benchmarks/kernel_resources.py` compiles every row ahead of time.
+`launches.json` is the table. A row is for one pass, architecture, dtype and head dimension, up to a number of tokens
+and below a version of Triton (null: any): it names a design of `forward` or `backward` and how each of its kernels is
+launched. Rows of a kind stand by tokens and in order of preference, and the first that fits serves.
+`benchmarks/tune_attention.py` writes the rows of a GPU that it has timed, `benchmarks/kernel_resources.py` compiles
+every row ahead of time, and `benchmarks/ptx_equality.py` shows which rows were timed as prototypes.
 """
 
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
 
 TABLE = Path(__file__).with_name('launches.json')
+TRITON = tuple(map(int, triton.__version__.split('.')[:2]))
 # Pinned because Triton 3.10 changes the default.
 FP_FUSION = True
 
 
 class Launch(NamedTuple):
-    """Rows that a program owns, rows that it takes a step of its loop, warps, and stages of software pipelining."""
+    """Rows that a program owns, rows that it takes a step of its loop, warps, stages of software pipelining, and
+    registers of a thread at most (None: as the compiler likes)."""
     block: int
     step: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What Triton takes beside a kernel's own arguments."""
+        options = {'num_warps': self.num_warps, 'num_stages': self.num_stages, 'enable_fp_fusion': FP_FUSION}
+        return options if self.maxnreg is None else {**options, 'maxnreg': self.maxnreg}
 
 
-# A row sum of two tensors: bound by memory whatever the launch.
-DELTA = Launch(block=32, step=32, num_warps=4, num_stages=1)
+class Plan(NamedTuple):
+    """A design, and a launch for each kernel that it tunes."""
+    design: str
+    launches: tuple[Launch, ...]
 
 
 @functools.cache
-def table() -> list[dict]:
+def table() -> list[dict[str, Any]]:
     return json.loads(TABLE.read_text())['launches']
 
 
-@functools.cache
-def find_launch(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, capability: int) -> Launch | None:
-    """The launch of `kernel` for `tokens` queries or keys, whichever are more, or None where no row holds as many.
+def plan_of(row: dict[str, Any]) -> Plan:
+    """The plan that a row of the table holds."""
+    return Plan(row['design'], tuple(Launch(**launch) for launch in row['launches']))
+
+
+def kind_of(row: dict[str, Any]) -> tuple[str, int, str, int]:
+    """Pass, architecture, dtype and head dimension of a row."""
+    return row['pass'], row['arch'], row['dtype'], row['head_dim']
+
+
+def serves_triton(row: dict[str, Any], version: tuple[int, int] = TRITON) -> bool:
+    """Whether a row serves a version of Triton: one below the first in which its kernels spill registers."""
+    bound = row['triton_below']
+    return bound is None or version < tuple(map(int, bound.split('.')))
+
+
+def find_row(
+        direction: str,
+        tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        capability: int,
+        version: tuple[int, int] = TRITON,
+) -> dict[str, Any]:
+    """The row of the table that serves a pass over `tokens` queries or keys, whichever are more.
 
     Args:
-        kernel: 'forward', 'backward' or 'fused_backward'.
+        direction: 'forward' or 'backward'.
         capability: CUDA compute capability, major * 10 + minor.
+        version: Of Triton, the installed one by default.
     """
-    bits = torch.finfo(dtype).bits
-    rows = [row for row in table()
-            if (row['kernel'], row['head_dim'], row['bits'], row['arch']) ==
-            (kernel, head_dim, bits, tuned_arch(capability)) and (row['tokens'] is None or tokens <= row['tokens'])]
-    if not rows:
-        return None
-    row = min(rows, key=lambda row: row['tokens'] or float('inf'))
-    return Launch(*(row[field] for field in Launch._fields))
+    kind = direction, tuned_arch(capability), str(dtype).removeprefix('torch.'), head_dim
+    return next(row for row in table() if kind_of(row) == kind and serves_triton(row, version)
+                and (row['tokens'] is None or tokens <= row['tokens']))
+
+
+def plan_for(direction: str, q: torch.Tensor, k: torch.Tensor) -> Plan:
+    """The plan of a pass over queries [B, Nq, H, D] and keys [B, Nk, H, D]."""
+    return _plan_on(direction, max(q.shape[1], k.shape[1]), q.shape[3], q.dtype, q.device)
+
+
+@functools.cache
+def _plan_on(direction: str, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    return plan_of(find_row(direction, tokens, head_dim, dtype, capability(device)))
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as major * 10 + minor; Hopper's under the interpreter, to run the launches that it ships."""
+    if device.type != 'cuda':
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 def tuned_arch(capability: int) -> int:

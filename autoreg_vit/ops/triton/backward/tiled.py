@@ -1,16 +1,17 @@
-"""Backward kernels of segment attention. Each gradient is written once by one program: no atomics, no N x N tensor.
+"""Backward pass in one launch beside that of delta: a program owns a tile of queries and one of keys.
 
-- `fused_backward_kernel`: all queries and keys of a head fit one tile; scores are computed once.
-- `backward_kernel`: a program owns a tile of queries, for dq, and a tile of keys, for dk and dv. Under monotone limits
-  the first has the more work the later the tile and the second the less, so programs are balanced.
+Under monotone limits dq has the more work the later the tile, dk and dv the less, so programs are balanced.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .forward import load_rows, scores_base2, store_rows
-from .launches import DELTA, FP_FUSION, Launch
+from ..launches import Launch
+from ..tiles import load_rows, store_rows, strides
+
+# Of delta_kernel, a row sum of two tensors: bound by memory whatever the launch.
+DELTA = Launch(block=32, step=32, num_warps=4, num_stages=1)
 
 
 @triton.jit(do_not_specialize=['queries', 'heads'])
@@ -26,48 +27,6 @@ def delta_kernel(out_ptr, grad_ptr, delta_ptr, queries, heads, HEAD_DIM: tl.cons
     grad = load_rows(grad_ptr + offset, rows, queries, heads * HEAD_DIM, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(delta_ptr + (image * heads + head) * queries + rows, delta, mask=rows < queries)
-
-
-@triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
-def fused_backward_kernel(
-        q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-        q_stride_b, q_stride_n, q_stride_h,
-        k_stride_b, k_stride_n, k_stride_h,
-        v_stride_b, v_stride_n, v_stride_h,
-        dq_stride_b, dq_stride_n, dq_stride_h,
-        dk_stride_b, dk_stride_n, dk_stride_h,
-        dv_stride_b, dv_stride_n, dv_stride_h,
-        queries, keys, heads, scale, scale_log2,
-        HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: one head of one image, queries <= BLOCK and keys <= BLOCK."""
-    head = tl.program_id(0) % heads
-    image = (tl.program_id(0) // heads).to(tl.int64)
-    rows = tl.arange(0, BLOCK)
-    offset = (image * queries * heads + head) * HEAD_DIM
-    query = load_rows(q_ptr + image * q_stride_b + head * q_stride_h, rows, queries, q_stride_n, HEAD_DIM)
-    key = load_rows(k_ptr + image * k_stride_b + head * k_stride_h, rows, keys, k_stride_n, HEAD_DIM)
-    value = load_rows(v_ptr + image * v_stride_b + head * v_stride_h, rows, keys, v_stride_n, HEAD_DIM)
-    grad = load_rows(grad_ptr + offset, rows, queries, heads * HEAD_DIM, HEAD_DIM)
-    out = load_rows(out_ptr + offset, rows, queries, heads * HEAD_DIM, HEAD_DIM)
-    limits = tl.load(limits_ptr + image * queries + rows, mask=rows < queries, other=0)
-    lse = tl.load(lse_ptr + (image * heads + head) * queries + rows, mask=rows < queries, other=float('inf'))
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-
-    # Transposed, [keys, queries], so that accumulators enter products as they are.
-    visible = rows[:, None] < tl.minimum(limits, keys)[None, :]
-    scores = scores_base2(key, query, scale_log2)
-    weights = tl.exp2(tl.where(visible, scores - lse[None, :], -float('inf')))
-    dv = tl.dot(weights.to(grad.dtype), grad, input_precision='ieee')
-    store_rows(dv_ptr + image * dv_stride_b + head * dv_stride_h, dv, rows, keys, dv_stride_n, HEAD_DIM)
-    d_weights = tl.dot(value, tl.trans(grad), input_precision='ieee')
-    d_scores = (weights * (d_weights - delta[None, :])).to(query.dtype)
-    dk = tl.dot(d_scores, query, input_precision='ieee') * scale
-    store_rows(dk_ptr + image * dk_stride_b + head * dk_stride_h, dk, rows, keys, dk_stride_n, HEAD_DIM)
-    # dq transposed, [D, queries]: the transpose falls on the loaded keys, never on an accumulator.
-    dq = tl.dot(tl.trans(key), d_scores, input_precision='ieee') * scale
-    columns = tl.arange(0, HEAD_DIM)
-    tl.store(dq_ptr + image * dq_stride_b + head * dq_stride_h + rows[None, :] * dq_stride_n + columns[:, None],
-             dq.to(dq_ptr.dtype.element_ty), mask=rows[None, :] < queries)
 
 
 @triton.jit
@@ -87,7 +46,7 @@ def _query_gradient(
         columns = start + tl.arange(0, STEP)
         key = load_rows(k_ptr, columns, keys, k_stride, HEAD_DIM)
         value = load_rows(v_ptr, columns, keys, v_stride, HEAD_DIM)
-        scores = scores_base2(query, key, scale_log2)  # [BLOCK, STEP]
+        scores = tl.dot(query, tl.trans(key), input_precision='ieee') * scale_log2  # [BLOCK, STEP]
         weights = tl.exp2(tl.where(columns[None, :] < limits[:, None], scores - lse[:, None], -float('inf')))
         d_weights = tl.dot(grad, tl.trans(value), input_precision='ieee')
         d_scores = weights * (d_weights - delta[:, None])
@@ -122,7 +81,7 @@ def _key_gradients(
         lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float('inf'))
         delta = tl.load(delta_ptr + rows, mask=rows < queries, other=0.0)
         # Transposed, [keys, queries], so that accumulators enter products as they are.
-        scores = scores_base2(key, query, scale_log2)  # [BLOCK, STEP]
+        scores = tl.dot(key, tl.trans(query), input_precision='ieee') * scale_log2  # [BLOCK, STEP]
         weights = tl.exp2(tl.where(columns[:, None] < limits[None, :], scores - lse[None, :], -float('inf')))
         dv += tl.dot(weights.to(grad.dtype), grad, input_precision='ieee')
         d_weights = tl.dot(value, tl.trans(grad), input_precision='ieee')
@@ -133,7 +92,7 @@ def _key_gradients(
 
 
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
-def backward_kernel(
+def tiled_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
         q_stride_b, q_stride_n, q_stride_h,
         k_stride_b, k_stride_n, k_stride_h,
@@ -171,28 +130,13 @@ def backward_kernel(
             scale_log2, HEAD_DIM, BLOCK, STEP)
 
 
-def fused_backward(
-        q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
-    """Fill dq, dk and dv where `launch.block` holds all queries and all keys; `out` and `grad` are contiguous."""
-    batch, queries, heads, head_dim = q.shape
-    fused_backward_kernel[(batch * heads,)](
-        q, k, v, limits, out, grad, lse, dq, dk, dv,
-        *(s for x in (q, k, v, dq, dk, dv) for s in x.stride()[:3]),
-        queries, k.shape[1], heads, scale, scale_log2, HEAD_DIM=head_dim, BLOCK=launch.block,
-        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=FP_FUSION)
-
-
-def backward(
-        q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
-    """Fill dq, dk and dv; `out` and `grad` are contiguous."""
+def tiled(q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
+    """Fill dq, dk and dv."""
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     delta = torch.empty_like(lse)
     delta_kernel[(batch * triton.cdiv(queries, DELTA.block) * heads,)](
-        out, grad, delta, queries, heads, HEAD_DIM=head_dim, BLOCK=DELTA.block, num_warps=DELTA.num_warps,
-        num_stages=DELTA.num_stages, enable_fp_fusion=FP_FUSION)
-    backward_kernel[(batch * triton.cdiv(max(queries, keys), launch.block) * heads,)](
-        q, k, v, limits, grad, lse, delta, dq, dk, dv,
-        *(s for x in (q, k, v, dq, dk, dv) for s in x.stride()[:3]),
-        queries, keys, heads, scale, scale_log2, HEAD_DIM=head_dim, BLOCK=launch.block, STEP=launch.step,
-        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=FP_FUSION)
+        out, grad, delta, queries, heads, HEAD_DIM=head_dim, BLOCK=DELTA.block, **DELTA.options())
+    tiled_kernel[(batch * triton.cdiv(max(queries, keys), launch.block) * heads,)](
+        q, k, v, limits, grad, lse, delta, dq, dk, dv, *strides(q, k, v, dq, dk, dv), queries, keys, heads, scale,
+        scale_log2, HEAD_DIM=head_dim, BLOCK=launch.block, STEP=launch.step, **launch.options())

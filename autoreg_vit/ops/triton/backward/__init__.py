@@ -1,0 +1,52 @@
+"""Backward pass of segment attention. Each gradient is written once by one program: no atomics, no N x N tensor.
+
+A design is a function that fills dq, dk and dv, and a launch for each kernel that it tunes; the table of launches says
+which one serves. A new design is such a function, a line here, and rows of the table.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..launches import plan_for
+from .split import split
+from .tiled import tiled
+from .whole import fused, fused_from_out, rows
+
+
+class Design(NamedTuple):
+    """`fill(q, k, v, limits, out, grad, lse, dq, dk, dv, scale, scale_log2, *launches)` computes the gradients of
+    `spare` queries or keys at most beyond the block of its first launch (infinity: of any number)."""
+    fill: Callable[..., None]
+    spare: float = math.inf
+
+
+DESIGNS = {
+    'fused': Design(fused, spare=0),
+    'fused_from_out': Design(fused_from_out, spare=0),
+    'rows': Design(rows, spare=0),
+    'split': Design(split),
+    'tiled': Design(tiled),
+}
+
+
+def gradients(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        limits: torch.Tensor,
+        out: torch.Tensor,
+        grad: torch.Tensor,
+        lse: torch.Tensor,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        scale: float,
+) -> None:
+    """Fill dq, dk and dv from what `forward` took and returned and from the gradient of its output; `limits`, `out` and
+    `grad` are contiguous."""
+    plan = plan_for('backward', q, k)
+    DESIGNS[plan.design].fill(
+        q, k, v, limits, out, grad, lse, dq, dk, dv, scale, scale * math.log2(math.e), *plan.launches)
