@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from autoreg_vit.ops import triton as kernels
+from autoreg_vit.ops.triton import backward, forward
 from autoreg_vit.ops.triton.launches import TABLE, Launch, find_launch, tuned_arch
 
 from .attention import check, make_case, own_run
@@ -70,13 +70,13 @@ def tune(
             # A backward pass is timed with whatever forward the table has, and never with the other backward.
             return None if name == 'fused_backward' else find_launch(name, *args)
 
-        with mock.patch.object(kernels, 'find_launch', choose):
+        with mock.patch.object(forward, 'find_launch', choose), mock.patch.object(backward, 'find_launch', choose):
             try:
-                backward = kernel != 'forward'
-                if check(case, lambda c: own_run(c, 'triton'), 'packed', backward) is not None:
+                differentiated = kernel != 'forward'
+                if check(case, lambda c: own_run(c, 'triton'), 'packed', differentiated) is not None:
                     continue
                 run = own_run(case, 'triton')
-                if backward:
+                if differentiated:
                     out = run(False)[0]
 
                     def once(out=out):

@@ -5,12 +5,14 @@
   the first has the more work the later the tile and the second the less, so programs are balanced.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from .forward import load_rows, scores_base2, store_rows
-from .launches import DELTA, FP_FUSION, Launch
+from .launches import DELTA, FP_FUSION, Launch, capability, find_launch
 
 
 @triton.jit(do_not_specialize=['queries', 'heads'])
@@ -169,6 +171,17 @@ def backward_kernel(
             dk_ptr + image * dk_stride_b + head * dk_stride_h, dv_ptr + image * dv_stride_b + head * dv_stride_h,
             q_stride_n, k_stride_n, v_stride_n, grad_stride, dk_stride_n, dv_stride_n, first, queries, keys, scale,
             scale_log2, HEAD_DIM, BLOCK, STEP)
+
+
+def gradients(q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float) -> None:
+    """Fill dq, dk and dv, with the kernel that the launch table has for these lengths; `out` and `grad` are
+    contiguous."""
+    arguments = (q, k, v, limits, out, grad, lse, dq, dk, dv, scale, scale * math.log2(math.e))
+    size = max(q.shape[1], k.shape[1]), q.shape[-1], q.dtype, capability(q.device)
+    if launch := find_launch('fused_backward', *size):
+        fused_backward(*arguments, launch)
+    else:
+        backward(*arguments, find_launch('backward', *size))
 
 
 def fused_backward(

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launches import FP_FUSION, Launch
+from .launches import FP_FUSION, capability, find_launch
 
 
 @triton.jit
@@ -102,10 +102,10 @@ def forward(
         v: torch.Tensor,
         limits: torch.Tensor,
         scale_log2: float,
-        launch: Launch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, Nq, H, D] and base-2 log-sum-exp of the scaled scores, float32 [B, H, Nq], +inf for empty rows."""
     batch, queries, heads, head_dim = q.shape
+    launch = find_launch('forward', max(queries, k.shape[1]), head_dim, q.dtype, capability(q.device))
     out = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     grid = (batch * triton.cdiv(queries, launch.block) * heads,)

@@ -51,6 +51,22 @@ def find_launch(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, cap
     return Launch(*(row[field] for field in Launch._fields))
 
 
+def capability(device: torch.device) -> int:
+    """Compute capability as major * 10 + minor; Hopper's under the interpreter, to run the launches that it ships."""
+    if device.type != 'cuda':
+        return 90
+    # torch.compile traces through a cache, and would warn of it.
+    read = torch.cuda.get_device_capability if torch.compiler.is_compiling() else _remembered_capability
+    major, minor = read(device)
+    return major * 10 + minor
+
+
+@functools.cache
+def _remembered_capability(device: torch.device) -> tuple[int, int]:
+    # Reading a device's properties costs microseconds, and every call asks for them.
+    return torch.cuda.get_device_capability(device)
+
+
 def tuned_arch(capability: int) -> int:
     """The architecture whose rows serve a GPU: GeForce Blackwell (12.x) has Ampere's products and shared memory."""
     if capability >= 120:
