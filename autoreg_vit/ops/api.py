@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import ModelError, ShapeError, suggest
 from . import eager, sdpa
@@ -78,7 +79,8 @@ def choose_implementation(q: torch.Tensor, k: torch.Tensor) -> str:
 
     Triton where its kernel can run. On a CPU in half precision, SDPA's kernel is several times slower than plain matrix
     products at a few hundred keys; in float32 it is level at 64 keys and ahead beyond (`benchmarks/train_step.py` times
-    both in the precision that the machine trains in). float64 is for checking, where the oracle is wanted.
+    both in the precision that the machine trains in). float64 is for checking, where the oracle is wanted, and it
+    alone has forward-mode derivatives.
     """
     return _choose(q.shape, k.shape, q.dtype, q.device)
 
@@ -87,7 +89,7 @@ def _choose(q: Sequence[int], k: Sequence[int], dtype: torch.dtype, device: torc
     """`choose_implementation` for the shapes of queries and keys."""
     if _forced != 'auto':
         return _forced
-    if dtype == torch.float64:
+    if dtype == torch.float64 or forward_ad._current_level >= 0:
         return 'eager'
     kind = device.type
     if kind == 'cuda' and TRITON_INSTALLED:

@@ -164,7 +164,7 @@ def _backward_of_operator(ctx, grad, _):
 
 
 def _refuse_second_derivative(ctx, *grads):
-    raise ModelError("impl='triton' has no second derivative. impl='eager' and impl='sdpa' have.")
+    raise ModelError("impl='triton' has no second derivative. impl='eager' has one.")
 
 
 _attend_operator.register_autograd(_backward_of_operator, setup_context=_save)
