@@ -57,7 +57,7 @@ def prefix_raster(
         Ranks, int64 [batch, grid[0] * grid[1]].
     """
     tokens = _tokens(grid)
-    draw = torch.rand(batch, 1, generator=generator, device=device)
+    draw = _uniform(batch, 1, generator=generator, device=device)
     length = 1 + (draw * (tokens - 1)).long().clamp(max=max(tokens - 2, 0))
     return (torch.arange(tokens, device=device) - (length - 1)).clamp(min=0)
 
@@ -152,7 +152,7 @@ def blobs(
     points = _token_points(*(_span(size, device) for size in grid))
 
     def assign(points: torch.Tensor, count: int) -> torch.Tensor:
-        draws = torch.rand(batch, 1, count, 4, generator=generator, device=device)
+        draws = _uniform(batch, 1, count, 4, generator=generator, device=device)
         mean = draws[..., :2] * 3.5 - 1.75
         std = draws[..., 2:] * 0.5 + 0.5
         # log density without the constant that all Gaussians share
@@ -350,7 +350,15 @@ def _token_points(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _permutations(batch: int, size: int, generator, device) -> torch.Tensor:
-    return torch.rand(batch, size, generator=generator, device=device).argsort(dim=1)
+    return _uniform(batch, size, generator=generator, device=device).argsort(dim=1)
+
+
+def _uniform(*shape: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
+    """Draws from [0, 1)."""
+    # torch.compile knows no `generator`, not even None, once it has made a size symbolic, as at a second batch size.
+    if generator is None:
+        return torch.rand(shape, device=device)
+    return torch.rand(shape, generator=generator, device=device)
 
 
 def _segment_ranks(

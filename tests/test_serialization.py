@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from autoreg_vit.errors import SerializationError, ShapeError
 from autoreg_vit.serialization import (
+    _SERIALIZATIONS,
     Serialization,
     blobs,
     check_ranks,
@@ -148,6 +149,35 @@ def test_a_named_serialization_draws_what_its_function_draws(serialization, batc
 def test_a_named_serialization_keeps_its_segments_as_a_tuple():
     assert Serialization('blobs', (8, 8), 11).segments == (11,)
     assert Serialization('squares', (8, 8), [16, 4]) == Serialization('squares', (8, 8), (16, 4))
+
+
+COMPILED = [
+    Serialization('raster', (4, 4)),
+    Serialization('prefix_raster', (4, 4)),
+    Serialization('random', (4, 4)),
+    Serialization('squares', (4, 4), 4, shuffle=True),
+    Serialization('blobs', (4, 4), 5, segment_order='raster'),
+]
+
+
+@pytest.mark.parametrize('serialization', COMPILED, ids=str)
+def test_a_compiled_draw_takes_any_batch_size(serialization):
+    torch._dynamo.reset()
+
+    @torch.compile(backend='aot_eager', fullgraph=True)
+    def compiled(images):
+        return serialization(images.shape[0], device=images.device)
+
+    # At the second size the batch becomes symbolic, and the third runs what was compiled for it.
+    for batch in (4, 3, 5):
+        torch.manual_seed(batch)
+        expected = serialization(batch)
+        torch.manual_seed(batch)
+        assert torch.equal(compiled(torch.zeros(batch)), expected)
+
+
+def test_every_serialization_is_compiled_here():
+    assert {s.name for s in COMPILED} == set(_SERIALIZATIONS)
 
 
 # Raster and random

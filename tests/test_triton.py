@@ -1,7 +1,7 @@
 """Triton's kernels of segment attention: on the GPU where there is one, else in Triton's interpreter.
 
-`test_ops` holds what every implementation must do; here is what only these kernels have: launches, layouts, the custom
-operator, and models that run on it.
+`test_ops` holds what every implementation must do; here is what only these kernels have: launches, layouts, and models
+that run on them. `test_triton_operator` holds how calls reach them.
 """
 
 import json
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autoreg_vit import ops
 from autoreg_vit.errors import ModelError
 from autoreg_vit.ops import segment_attention, segment_attention_kvpacked, segment_attention_qkvpacked
+from autoreg_vit.ops import triton as kernels
 from autoreg_vit.serialization import Layout, Serialization
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -168,18 +169,7 @@ def test_any_strides():
     assert_near(actual, expected_results(q, k, v, shared, torch.ones_like(grad)), 1e-5)
 
 
-# The custom operator
-
-
-@pytest.mark.parametrize('packing', ['separate', 'kv', 'qkv'])
-def test_opcheck(packing):
-    q, k, v, limits, _ = arguments((1, 5, 5, 1, 32), device=DEVICE)
-    projections = {'separate': [q, k, v], 'kv': [q, torch.stack([k, v], 2)], 'qkv': [torch.stack([q, k, v], 2)]}
-    projections = [x.requires_grad_() for x in projections[packing]]
-    torch.library.opcheck(torch.ops.autoreg_vit.segment_attention.default, (projections, limits, 0.2))
-    out, lse = torch.ops.autoreg_vit.segment_attention(projections, limits, 0.2)
-    torch.library.opcheck(torch.ops.autoreg_vit.segment_attention_backward.default, (
-        torch.ones_like(out), [x.detach() for x in projections], limits, out.detach(), lse.detach(), 0.2))
+# Models
 
 
 FAMILIES = [
@@ -232,6 +222,34 @@ def test_a_whole_model_compiles_to_one_graph(options, forced):
 # What auto chooses, and what is refused
 
 
+def on_a_gpu(monkeypatch, capability=(9, 0), interpreted=False):
+    """What is chosen for CUDA tensors is chosen as on a GPU, or there under the interpreter."""
+    major, minor = capability
+    monkeypatch.setattr(kernels, 'capability', lambda device: 10 * major + minor)
+    monkeypatch.setattr(kernels, 'INTERPRETED', interpreted)
+
+
+@pytest.mark.parametrize('interpreted, dtype, chosen', [
+    (False, torch.bfloat16, 'triton'), (True, torch.bfloat16, 'sdpa'), (True, torch.float16, 'triton'),
+])
+def test_auto_leaves_the_interpreter_what_it_multiplies_rightly(interpreted, dtype, chosen, monkeypatch):
+    on_a_gpu(monkeypatch, interpreted=interpreted)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(2, 17, 3, 64, dtype=dtype, device='cuda')
+        assert ops.choose_implementation(q, q) == chosen
+
+
+def test_the_interpreter_is_not_given_bfloat16(monkeypatch):
+    monkeypatch.setattr(kernels, 'INTERPRETED', True)
+    q, k, v, limits, _ = arguments((1, 4, 4, 1, 32), dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(ModelError, match=r"float32 and float16 in Triton's interpreter.*got torch\.bfloat16"):
+        attention(q, k, v, limits)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ModelError, match='interpreter'):
+        attention(q.float(), k.float(), v.float(), limits)
+    expected = expected_results(q, k, v, limits, torch.zeros_like(q))[0]
+    torch.testing.assert_close(segment_attention(q, k, v, limits).double(), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize('head_dim, dtype, capability, chosen', [
     (64, torch.bfloat16, (9, 0), 'triton'),
     (32, torch.float32, (8, 0), 'triton'),
@@ -241,7 +259,7 @@ def test_a_whole_model_compiles_to_one_graph(options, forced):
     (64, torch.float64, (9, 0), 'eager'),
 ])
 def test_auto_on_a_gpu(head_dim, dtype, capability, chosen, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+    on_a_gpu(monkeypatch, capability)
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.empty(2, 17, 3, head_dim, dtype=dtype, device='cuda')
         assert ops.choose_implementation(q, q) == chosen

@@ -2,13 +2,14 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import ModelError, ShapeError, suggest
 from . import eager, sdpa
-from .packing import split
+from .packing import shapes, split
 
 IMPLEMENTATIONS = ('eager', 'sdpa', 'triton')
 
@@ -79,17 +80,24 @@ def choose_implementation(q: torch.Tensor, k: torch.Tensor) -> str:
 
     Triton where its kernel can run. On a CPU in half precision, SDPA's kernel is several times slower than plain matrix
     products at a few hundred keys; in float32 it is level at 64 keys and ahead beyond (`benchmarks/train_step.py` times
-    both in the precision that the machine trains in). float64 is for checking, where the oracle is wanted.
+    both in the precision that the machine trains in). float64 is for checking, where the oracle is wanted, and it
+    alone has forward-mode derivatives.
     """
+    return _choose(q.shape, k.shape, q.dtype, q.device)
+
+
+def _choose(q: Sequence[int], k: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+    """`choose_implementation` for the shapes of queries and keys."""
     if _forced != 'auto':
         return _forced
-    if q.dtype == torch.float64:
+    if dtype == torch.float64 or forward_ad._current_level >= 0:
         return 'eager'
-    if q.device.type == 'cuda' and TRITON_INSTALLED:
+    kind = device.type
+    if kind == 'cuda' and TRITON_INSTALLED:
         from . import triton
-        if triton.reason_unsupported(q) is None:
+        if triton.reason_unsupported(q, k, dtype, device) is None:
             return 'triton'
-    if q.device.type == 'cpu' and q.dtype in (torch.bfloat16, torch.float16) and k.shape[1] <= 256:
+    if kind == 'cpu' and dtype in (torch.bfloat16, torch.float16) and k[1] <= 256:
         return 'eager'
     return 'sdpa'
 
@@ -121,23 +129,25 @@ def implementation(impl: str) -> Iterator[None]:
 
 
 def _attend(projections: list[torch.Tensor], limits: torch.Tensor, scale: float | None, impl: str) -> torch.Tensor:
-    kind = projections[0].device.type
+    # A step may be bound by what a call costs the host: shapes are compared here, and no views made for it.
+    device = projections[0].device
+    kind = device.type
     # The meta device knows no autocast, and asking for it raises.
     if kind != 'meta' and torch.is_autocast_enabled(kind) and projections[0].dtype != torch.float64:
         # As torch's own attention does; norms of queries and keys leave float32 behind, beside values in half.
         projections = [x.to(torch.get_autocast_dtype(kind)) for x in projections]
-    q, k, v = split(projections)
-    _check(q, k, v, limits)
-    _check_implementation(impl)
+    q, k, v = shapes(projections)
+    _check(q, k, v, projections, limits)
     if impl == 'auto':
-        impl = choose_implementation(q, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        impl = _choose(q, k, projections[0].dtype, device)
+    scale = q[-1] ** -0.5 if scale is None else float(scale)
     if impl == 'triton':
         if not TRITON_INSTALLED:
             raise ModelError("impl='triton' needs the package triton: pip install triton. impl='auto' does without.")
         from . import triton
         return triton.segment_attention(projections, limits, scale)
-    return {'eager': eager, 'sdpa': sdpa}[impl].segment_attention(q, k, v, limits, scale)
+    _check_implementation(impl)
+    return {'eager': eager, 'sdpa': sdpa}[impl].segment_attention(*split(projections), limits, scale)
 
 
 def _check_implementation(impl: str) -> None:
@@ -151,17 +161,28 @@ def _check_packed(name: str, packed: torch.Tensor, parts: int) -> None:
         raise ShapeError(f'{name} must have the shape [B, N, {parts}, H, D], got {tuple(packed.shape)}.')
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+def _check(
+        q: Sequence[int],
+        k: Sequence[int],
+        v: Sequence[int],
+        projections: list[torch.Tensor],
+        limits: torch.Tensor,
+) -> None:
+    """Raise ShapeError unless shapes of q, k and v, and dtypes and devices, fit together."""
+    # Item by item: a slice of a torch.Size costs as much as all the rest.
+    if len(q) != 4 or len(k) != 4 or k != v or q[0] != k[0] or q[2] != k[2] or q[3] != k[3]:
         raise ShapeError(
             'segment_attention takes q [B, Nq, H, D] and k, v [B, Nk, H, D] of the same B, H and D; got q '
-            f'{tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}.')
-    if limits.shape != q.shape[:2] or limits.dtype != torch.int32:
+            f'{tuple(q)}, k {tuple(k)}, v {tuple(v)}.')
+    if limits.shape != (q[0], q[1]) or limits.dtype != torch.int32:
         raise ShapeError(
-            f'limits must be torch.int32 of shape {tuple(q.shape[:2])}, one a query; got {limits.dtype} '
+            f'limits must be torch.int32 of shape {(q[0], q[1])}, one a query; got {limits.dtype} '
             f'{tuple(limits.shape)}. Take them from serialization.source_limits or memory_limits.')
-    if not q.dtype == k.dtype == v.dtype:
-        raise ShapeError(f'q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.')
-    if not q.device == k.device == v.device == limits.device:
-        raise ShapeError(
-            f'q, k, v and limits must be on one device, got {q.device}, {k.device}, {v.device} and {limits.device}.')
+    dtype, device = projections[0].dtype, limits.device
+    for x in projections:
+        if x.dtype != dtype:
+            dtypes = ', '.join(str(x.dtype) for x in split(projections))
+            raise ShapeError(f'q, k and v must have one dtype, got {dtypes}.')
+        if x.device != device:
+            devices = ', '.join(str(x.device) for x in (*split(projections), limits))
+            raise ShapeError(f'q, k, v and limits must be on one device, got {devices}.')

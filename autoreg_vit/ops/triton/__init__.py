@@ -1,66 +1,141 @@
 """Segment attention in Triton: no mask in memory, layouts read in place, gradients in the layout of their projection.
 
-One custom operator serves q, k, v alone, [q, kv] and [qkv], so that torch.compile sees a single node, and the gradient
-of a packed projection is one tensor.
+Two doors lead to the kernels, for [q, k, v], [q, kv] and [qkv] alike, so that a packed projection has one gradient:
+
+- An eager call takes a plain `torch.autograd.Function`: a custom operator costs the host several times as much
+  (`benchmarks/host_cost.py`).
+- What traces or watches operators (torch.compile, torch.export, fake tensors, dispatch modes, subclasses of tensors)
+  is shown one opaque custom operator. Not `torch.library.triton_op`: of the options of a traced kernel's launch, torch
+  2.11 passes on warps and stages alone, and `enable_fp_fusion` and `maxnreg` are lost without a word.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...errors import ModelError
-from ..packing import split
+from ..packing import shapes, split
 from . import backward as _backward
 from . import forward as _forward
-from .launches import capability as _capability
+from .addressing import LARGEST_OFFSET, addressable
+from .launches import capability
 
 HEAD_DIMS = (32, 64)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+INTERPRETED = not isinstance(_forward.one_loop_kernel, triton.JITFunction)
 
 
-def reason_unsupported(q: torch.Tensor) -> str | None:
-    """Why the kernel cannot take queries like `q` [B, Nq, H, D], or None where it can."""
-    if q.shape[-1] not in HEAD_DIMS:
-        return f'head dimensions {HEAD_DIMS}, got {q.shape[-1]}'
-    if q.dtype not in DTYPES:
-        return f'float32, float16 and bfloat16, got {q.dtype}'
-    if q.device.type == 'cuda' and _capability(q.device) < 80:
-        return f'GPUs of compute capability 8.0 and up, got {_capability(q.device) / 10}'
-    if q.device.type != 'cuda' and not _interpreted():
-        return f'CUDA tensors, or any under TRITON_INTERPRET=1 set before it is first used, got {q.device.type}'
-    return None
+def reason_unsupported(
+        q: Sequence[int],
+        k: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+) -> str | None:
+    """Why the kernel cannot take queries and keys of the shapes `q` and `k`, [B, N, H, D], here and now, or None where
+    it can."""
+    if q[-1] not in HEAD_DIMS:
+        return f'head dimensions {HEAD_DIMS}, got {q[-1]}'
+    if dtype not in DTYPES:
+        return f'float32, float16 and bfloat16, got {dtype}'
+    if INTERPRETED and dtype == torch.bfloat16:
+        return "float32 and float16 in Triton's interpreter, which multiplies bfloat16 wrongly, got torch.bfloat16"
+    if device.type == 'cuda':
+        if capability(device) < 80:
+            return f'GPUs of compute capability 8.0 and up, got {capability(device) / 10}'
+    elif not INTERPRETED:
+        return f'CUDA tensors, or any under TRITON_INTERPRET=1 set before it is first used, got {device.type}'
+    if q[1] * q[2] * q[3] > LARGEST_OFFSET or k[1] * k[2] * k[3] > LARGEST_OFFSET:
+        return f'images of at most {LARGEST_OFFSET:,} elements of q and of k, got q {tuple(q)}, k {tuple(k)}'
+    return _transformation()
 
 
 def segment_attention(projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> torch.Tensor:
     """See `autoreg_vit.ops.segment_attention`; projections are [qkv], [q, kv] or [q, k, v], taken as already checked.
 
     Raises:
-        ModelError: for a head dimension, dtype or device that the kernel cannot take.
+        ModelError: for a head dimension, dtype, device, size or transformation that the kernel cannot take.
     """
-    reason = reason_unsupported(split(projections)[0])
+    q, k, _ = shapes(projections)
+    reason = reason_unsupported(q, k, projections[0].dtype, projections[0].device)
     if reason:
         raise ModelError(f"impl='triton' takes {reason}. impl='auto' chooses one that fits.")
-    return _attend(projections, limits, scale)[0]
+    if observed(limits, *projections):
+        return _attend_operator(projections, limits, scale)[0]
+    return _SegmentAttention.apply(limits, scale, *projections)
 
 
-@torch.library.custom_op('autoreg_vit::segment_attention', mutates_args=())
 def _attend(
-        projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = map(_unit_stride, split(projections))
+        projections: Sequence[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = addressable(projections, split(projections))
     with torch.cuda.device_of(q):
         return _forward.forward(q, k, v, limits.contiguous(), scale * math.log2(math.e))
 
 
-@_attend.register_fake
+def _differentiate(
+        grad: torch.Tensor,
+        projections: Sequence[torch.Tensor],
+        limits: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+) -> list[torch.Tensor]:
+    q, k, v = addressable(projections, split(projections))
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projections]
+    parts = split(gradients)
+    filled = addressable(gradients, parts)
+    with torch.cuda.device_of(q):
+        _backward.gradients(q, k, v, limits.contiguous(), out, grad.contiguous(), lse, *filled, scale)
+    if filled is not parts:
+        for part, x in zip(parts, filled):
+            part.copy_(x)
+    return gradients
+
+
+class _SegmentAttention(torch.autograd.Function):
+    """The light door. Without `setup_context`, which makes a call look up its own signature."""
+
+    @staticmethod
+    def forward(ctx, limits, scale, *projections):
+        out, lse = _attend(projections, limits, scale)
+        ctx.save_for_backward(limits, out, lse, *projections)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Under create_graph the operator stands in the graph, to say that it has no second derivative.
+        run = _differentiate_operator if torch.is_grad_enabled() or observed(grad) else _differentiate
+        return None, None, *_gradients(ctx, grad, run)
+
+
+def _gradients(ctx, grad: torch.Tensor, run: Callable[..., list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Gradients of the saved projections by `run`, one of the two backward functions here."""
+    if reason := _transformation():
+        raise ModelError(f"The backward pass of impl='triton' takes {reason}. That of impl='eager' does.")
+    limits, out, lse, *projections = ctx.saved_tensors
+    return run(grad, projections, limits, out, lse, ctx.scale)
+
+
+@torch.library.custom_op('autoreg_vit::segment_attention', mutates_args=())
+def _attend_operator(
+        projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return _attend(projections, limits, scale)
+
+
+@_attend_operator.register_fake
 def _(projections, limits, scale):
-    q = split(projections)[0]
-    batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
+    (batch, queries, heads, head_dim), _, _ = shapes(projections)
+    x = projections[0]
+    return x.new_empty((batch, queries, heads, head_dim)), x.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
 @torch.library.custom_op('autoreg_vit::segment_attention_backward', mutates_args=())
-def _gradients(
+def _differentiate_operator(
         grad: torch.Tensor,
         projections: list[torch.Tensor],
         limits: torch.Tensor,
@@ -68,15 +143,10 @@ def _gradients(
         lse: torch.Tensor,
         scale: float,
 ) -> list[torch.Tensor]:
-    q, k, v = map(_unit_stride, split(projections))
-    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projections]
-    with torch.cuda.device_of(q):
-        _backward.gradients(
-            q, k, v, limits.contiguous(), out, grad.contiguous(), lse, *split(gradients), scale)
-    return gradients
+    return _differentiate(grad, projections, limits, out, lse, scale)
 
 
-@_gradients.register_fake
+@_differentiate_operator.register_fake
 def _(grad, projections, limits, out, lse, scale):
     return [x.new_empty(x.shape) for x in projections]
 
@@ -87,19 +157,30 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, _):
+def _backward_of_operator(ctx, grad, _):
     if grad is None:
         return None, None, None
-    limits, out, lse, *projections = ctx.saved_tensors
-    return _gradients(grad, projections, limits, out, lse, ctx.scale), None, None
+    return _gradients(ctx, grad, _differentiate_operator), None, None
 
 
-_attend.register_autograd(_differentiate, setup_context=_save)
+def _refuse_second_derivative(ctx, *grads):
+    raise ModelError("impl='triton' has no second derivative. impl='eager' has one.")
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+_attend_operator.register_autograd(_backward_of_operator, setup_context=_save)
+_differentiate_operator.register_autograd(_refuse_second_derivative)
 
 
-def _interpreted() -> bool:
-    return not isinstance(_forward.one_loop_kernel, triton.JITFunction)
+def observed(*tensors: torch.Tensor) -> bool:
+    """Whether anything but autograd wants to see which operators run on these tensors."""
+    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing() or
+            tensors[0].is_meta or not _PLAIN.issuperset(map(type, tensors)))
+
+
+def _transformation() -> str | None:
+    """What is being done to the program that the kernels would leave out in silence, or None."""
+    if torch._C._are_functorch_transforms_active():
+        return 'no part in transforms of torch.func (grad, vmap, jvp, ...)'
+    if forward_ad._current_level >= 0:
+        return 'no part in forward-mode differentiation'
+    return None

@@ -97,8 +97,16 @@ def capability(device: torch.device) -> int:
     """Compute capability as major * 10 + minor; Hopper's under the interpreter, to run the launches that it ships."""
     if device.type != 'cuda':
         return 90
-    major, minor = torch.cuda.get_device_capability(device)
+    # torch.compile traces through a cache, and would warn of it.
+    read = torch.cuda.get_device_capability if torch.compiler.is_compiling() else _remembered_capability
+    major, minor = read(device)
     return major * 10 + minor
+
+
+@functools.cache
+def _remembered_capability(device: torch.device) -> tuple[int, int]:
+    # Reading a device's properties costs microseconds, and every call asks for them.
+    return torch.cuda.get_device_capability(device)
 
 
 def tuned_arch(capability: int) -> int:
