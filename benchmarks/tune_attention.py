@@ -17,7 +17,6 @@ not depend on what else a machine was doing.
 """
 
 import argparse
-import concurrent.futures
 import functools
 import itertools
 import json
@@ -206,7 +205,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--head-dims', type=int, nargs='+', default=[32, 64], choices=[32, 64])
     parser.add_argument('--dtypes', nargs='+', default=list(DTYPES), choices=DTYPES)
     parser.add_argument('--minutes', type=float, default=3.0, help='in all; the rest waits for a second call')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='processes that compile')
+    parser.add_argument('--jobs', type=int, default=max(1, os.cpu_count() - 1),
+                        help='processes that compile')
     parser.add_argument('--limit', type=int, default=None, help='candidates, to try the script out')
     parser.add_argument('--images', type=int, default=None, help='by default as many as make 50,176 tokens')
     parser.add_argument('--seconds', type=float, default=0.1, help='of timing, each candidate')
@@ -219,17 +219,19 @@ def parse() -> argparse.Namespace:
 
 def compiled(jobs: list[Job], arch: int, processes: int, deadline: float) -> Iterator[tuple[Job, str | None]]:
     """Jobs in order with what is wrong with their kernels, as workers have compiled them, until the deadline."""
-    pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context('spawn'))
     # The same kernels serve every size.
     keys = {job: job._replace(tokens=None, today=False) for job in jobs}
-    futures = {key: pool.submit(refusal, key.row(arch)) for key in dict.fromkeys(keys.values())}
-    try:
+    with multiprocessing.get_context('spawn').Pool(processes) as pool:
+        faults = {key: pool.apply_async(refusal, (key.row(arch),)) for key in dict.fromkeys(keys.values())}
         for job in jobs:
-            yield job, futures[keys[job]].result(timeout=max(0, deadline - time.monotonic()))
-    except concurrent.futures.TimeoutError:
-        tqdm.write('time is up')
-    finally:
-        pool.shutdown(cancel_futures=True)
+            left = deadline - time.monotonic()
+            try:
+                if left <= 0:
+                    raise multiprocessing.TimeoutError
+                yield job, faults[keys[job]].get(left)
+            except multiprocessing.TimeoutError:
+                tqdm.write('time is up')
+                return
 
 
 def tune(args: argparse.Namespace, device: torch.device, deadline: float) -> None:
@@ -246,9 +248,6 @@ def tune(args: argparse.Namespace, device: torch.device, deadline: float) -> Non
     known = [timing['row'] for timing in timings]
     jobs = [job for job in list_jobs(args.dtypes, args.head_dims, arch) if job.row(arch) not in known][:args.limit]
     for job, fault in compiled(jobs, arch, args.jobs, deadline):
-        if time.monotonic() > deadline:
-            tqdm.write('time is up')
-            break
         # Written before it runs: what ends this process is not run again.
         timing: dict[str, Any] = {'row': job.row(arch), 'today': job.today, 'refused': fault or 'ended the process'}
         timings.append(timing)
