@@ -28,7 +28,7 @@ from tqdm import tqdm
 from autoreg_vit.ops.triton.launches import TABLE, Launch, plan_of
 
 from .compiling import SCALE, KernelCall, calls_of, compile_call, meta_tensors, record_calls
-from .report import RESULTS, provenance
+from .report import RESULTS, provenance, write_rows
 
 # A design of this package: its prototype's name, and for each of its kernels the word in the names of the settings that
 # launch it, and what else it must have been timed with (None: without).
@@ -131,7 +131,7 @@ def main() -> int:
             rows.append({**row, 'kernels': compare(row, module, timings)})
             for result in rows[-1]['kernels']:
                 tqdm.write('{kernel} {prototype} equal={equal} timed at {timed_at_tokens}'.format(**result))
-    args.output.write_text(json.dumps({**provenance(), 'triton': triton.__version__, 'rows': rows}, indent=1) + '\n')
+    write_rows(args.output, {**provenance(), 'triton': triton.__version__}, rows=rows)
     return int(not all(r['equal'] and r['timed_at_tokens'] for row in rows for r in row['kernels']))
 
 

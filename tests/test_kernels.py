@@ -198,7 +198,7 @@ def test_what_broke_on_a_gpu_is_neither_chosen_nor_tried():
         assert plan.design != 'rows' or (plan.launches[0].block >= 128 and plan.launches[0].num_warps >= 8)
 
 
-def test_half_precision_that_was_not_timed_keeps_the_kernels_that_passed_on_a_gpu():
+def test_what_was_not_timed_keeps_the_kernels_that_passed_on_a_gpu():
     for row in launches.table():
         if row['timed_on'] is None:
             assert row['design'] in ('two_loops', 'tiled', 'fused_from_out'), row

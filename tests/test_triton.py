@@ -330,7 +330,8 @@ def test_kernel_resources_finds_spills(row, status, tmp_path):
 
 
 def test_the_tuner_compiles_without_a_gpu():
-    done = run(['-m', 'benchmarks.tune_attention', '--dry-run', '--limit', '1', '--jobs', '1'])
+    done = run(['-m', 'benchmarks.tune_attention', '--dry-run', '--limit', '1', '--jobs', '1', '--minutes',
+                '20'])
     assert done.returncode == 0, done.stderr
     assert '1 candidates' in done.stdout
 

@@ -57,8 +57,11 @@ def test_tuning_goes_on_where_it_stopped(toy):
     tune_attention.tune(toy, torch.device('cpu'), math.inf)
     timings = json.loads(toy.out.read_text())['timings']
     assert timings[:4] == first['timings'] and len(timings) == 5
-    tune_attention.tune(toy, torch.device('cpu'), -math.inf)
-    assert json.loads(toy.out.read_text())['timings'] == timings
+
+
+def test_nothing_is_compiled_beyond_the_deadline():
+    jobs = tune_attention.list_jobs(['bfloat16'], [64], 90)[:1]
+    assert list(tune_attention.compiled(jobs, 90, 1, -math.inf)) == []
 
 
 def test_a_candidate_with_wrong_results_is_refused(toy, monkeypatch):
