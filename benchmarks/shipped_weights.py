@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,13 @@ from autoreg_vit.train.weights import load_encoder
 from .cifar10_weights import MEASURES, in_process
 from .report import RESULTS, provenance
 
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 SHARD = 1000  # images whose features are written at a time
 FAST, FINETUNE = MEASURES['cpu']['fast'][2], MEASURES['cpu']['finetune'][2]
-#: What of a results.json is kept.
+# What of a results.json is kept.
 KEPT = ('top1', 'top5', 'knn', 'loss', 'held_out_top1', 'train_images', 'test_images', 'epochs', 'learning_rate')
-#: Training images by which blocks are compared; half fits the classifiers.
-BLOCK_IMAGES = 20000
+# Training images, drawn at random, by which blocks are compared; half fits the classifiers.
+BLOCK_IMAGES = 10000
 
 
 def main() -> int:
@@ -70,34 +70,11 @@ def main() -> int:
     return 0
 
 
-def measure_features(args: argparse.Namespace, name: str, weights: str, deadline: float) -> bool:
-    """Probe the encoder's features; False where the time did not suffice."""
-    config = ProbeConfig(**settings(args, weights), **FAST)
-    encoder = load_encoder(weights, num_classes=0).eval()
-    for part, dataset in zip(('train', 'test'), datasets(config, encoder)):
-        for start in range(0, len(dataset), SHARD):
-            path = shard(args, name, part, start)
-            if path.is_file():
-                continue
-            if time.monotonic() > deadline:
-                return False
-            found = pooled_outputs(encoder, Subset(dataset, range(start, min(start + SHARD, len(dataset)))))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(path.name + '.new')
-            save_file(found, scratch)
-            scratch.replace(path)
-    for pool in pools(encoder):
-        folder = Path(args.work_dir, f'fast-{name}-{pool}')
-        if not (folder / 'results.json').is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            keep_features(folder / CACHE, fingerprint(encoder), *(read(args, name, p, pool) for p in ('train', 'test')))
-            probe(ProbeConfig(**settings(args, weights), **FAST, global_pool=pool, output_dir=str(folder)))
-            (folder / CACHE).unlink()
-    return True
-
-
 def measure_blocks(args: argparse.Namespace, name: str, weights: str, deadline: float) -> bool:
-    """Linear and kNN accuracy of each block's pooled output on held-out training images."""
+    """Linear and kNN accuracy of each block's pooled output on held-out training images; False where the time did not
+    suffice."""
+    if not compute_shards(args, name, weights, 'train', BLOCK_IMAGES, deadline):
+        return False
     encoder = load_encoder(weights, num_classes=0)
     path = Path(args.work_dir, f'blocks-{name}.json')
     rows = json.loads(path.read_text()) if path.is_file() else []
@@ -107,12 +84,31 @@ def measure_blocks(args: argparse.Namespace, name: str, weights: str, deadline: 
                 continue
             if time.monotonic() > deadline:
                 return False
-            data = read(args, name, 'train', f'{pool}.{block}')
-            draw = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[:BLOCK_IMAGES]
-            fitted, held = ((data.features[i].numpy(), data.labels[i].numpy()) for i in draw.chunk(2))
+            data = read(args, name, 'train', f'{pool}.{block}', BLOCK_IMAGES)
+            fitted, held = zip(*(map(torch.Tensor.numpy, t.chunk(2)) for t in data))
             rows.append({'pool': pool, 'block': block, 'linear': round(linear_accuracy(fitted, held), 2),
                          'knn': round(knn_accuracy(fitted, held), 2)})
             path.write_text(json.dumps(rows))
+    return True
+
+
+def measure_features(args: argparse.Namespace, name: str, weights: str, deadline: float) -> bool:
+    """Probe the encoder's features with each pooling."""
+    if not all(compute_shards(args, name, weights, part, None, deadline) for part in ('train', 'test')):
+        return False
+    encoder = load_encoder(weights, num_classes=0)
+    for pool in pools(encoder):
+        folder = Path(args.work_dir, f'fast-{name}-{pool}')
+        if not (folder / 'results.json').is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            sets = []
+            for part in ('train', 'test'):
+                drawn = read(args, name, part, pool)
+                back = shuffled(len(drawn.labels)).argsort()
+                sets.append(Features(drawn.features[back], drawn.labels[back]))
+            keep_features(folder / CACHE, fingerprint(encoder), *sets)
+            probe(ProbeConfig(**settings(args, weights), **FAST, global_pool=pool, output_dir=str(folder)))
+            (folder / CACHE).unlink()
     return True
 
 
@@ -129,17 +125,39 @@ def measure_finetuning(args: argparse.Namespace, name: str, weights: str, deadli
     return True
 
 
-STEPS = {'features': measure_features, 'blocks': measure_blocks, 'finetune': measure_finetuning}
+STEPS = {'blocks': measure_blocks, 'features': measure_features, 'finetune': measure_finetuning}
 
 
 def settings(args: argparse.Namespace, weights: str) -> dict[str, Any]:
-    return {'weights': weights, 'dataset': 'folder', 'data_dir': args.data_dir, 'eval_split': 'test', 'check_images': 0}
+    return {'weights': weights, 'dataset': 'folder', 'data_dir': args.data_dir, 'eval_split': 'test', 'check_images': 0,
+            'precision': 'float32'}
 
 
-def datasets(config: ProbeConfig, encoder: torch.nn.Module) -> Iterator[torch.utils.data.Dataset]:
-    """Training and test images as evaluation sees them."""
+def compute_shards(
+        args: argparse.Namespace, name: str, weights: str, part: str, count: int | None, deadline: float) -> bool:
+    """Have the features of the first `count` images of a part, or all, in a drawn order, on disk."""
+    encoder = load_encoder(weights, num_classes=0).eval().to(DEVICE)
+    config = ProbeConfig(**settings(args, weights))
     images = labelled_images(config, ImageSpec.of(encoder, config.in_chans), Processes(torch.device('cpu')))
-    return iter((images.plain, images.test))
+    dataset = {'train': images.plain, 'test': images.test}[part]
+    order = shuffled(len(dataset))[:count].tolist()
+    for start in range(0, len(order), SHARD):
+        path = shard(args, name, part, start)
+        if path.is_file():
+            continue
+        if time.monotonic() > deadline:
+            return False
+        found = pooled_outputs(encoder, Subset(dataset, order[start:start + SHARD]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(path.name + '.new')
+        save_file(found, scratch)
+        scratch.replace(path)
+    return True
+
+
+def shuffled(count: int) -> torch.Tensor:
+    """The order in which images are taken, so that the first ones are of all classes."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def pools(encoder: torch.nn.Module) -> list[str]:
@@ -152,13 +170,13 @@ def pooled_outputs(encoder: torch.nn.Module, dataset: Subset) -> dict[str, torch
     """Features [images, width] by name of the pooling, for block number i as 'POOL.i' (from 1, without the last norm),
     and 'labels'."""
     found: dict[str, list[torch.Tensor]] = {}
-    for images, labels in DataLoader(dataset, images_at_once(torch.device('cpu'))):
-        last, outputs = encoder.forward_intermediates(images, return_prefix_tokens=True, output_fmt='NLC')
+    for images, labels in DataLoader(dataset, images_at_once(DEVICE)):
+        last, outputs = encoder.forward_intermediates(images.to(DEVICE), return_prefix_tokens=True, output_fmt='NLC')
         # timm gives the class token, where there is one, behind the others.
         outputs = [torch.cat(o[::-1], 1) if isinstance(o, tuple) else o for o in outputs]
         for pool in pools(encoder):
             for key, tokens in {pool: last, **{f'{pool}.{i}': t for i, t in enumerate(outputs, 1)}}.items():
-                found.setdefault(key, []).append(encoder.pool(tokens, pool))
+                found.setdefault(key, []).append(encoder.pool(tokens, pool).cpu())
         found.setdefault('labels', []).append(labels)
     return {key: torch.cat(parts) for key, parts in found.items()}
 
@@ -167,14 +185,14 @@ def shard(args: argparse.Namespace, name: str, part: str, start: int) -> Path:
     return Path(args.work_dir, f'features-{name}', f'{part}-{start:05}.safetensors')
 
 
-def read(args: argparse.Namespace, name: str, part: str, key: str) -> Features:
-    """One feature of all images of a part."""
+def read(args: argparse.Namespace, name: str, part: str, key: str, count: int | None = None) -> Features:
+    """One feature of the first `count` images of a part, or all, in the order of `shuffled`."""
     found: dict[str, list[torch.Tensor]] = {key: [], 'labels': []}
     for path in sorted(shard(args, name, part, 0).parent.glob(f'{part}-*.safetensors')):
         with safe_open(path, 'pt') as file:
             for entry, parts in found.items():
                 parts.append(file.get_tensor(entry))
-    return Features(torch.cat(found[key]), torch.cat(found['labels']))
+    return Features(torch.cat(found[key])[:count], torch.cat(found['labels'])[:count])
 
 
 def write_results(args: argparse.Namespace, encoders: dict[str, str]) -> None:

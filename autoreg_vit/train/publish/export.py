@@ -124,8 +124,11 @@ def write_folder(
     """
     write, part = (export_encoder, model.encoder) if kind == 'encoder' else (export_pretraining, model)
     cfg, trained = model.pretrained_cfg, record(part)
+    about = {'mean': cfg['mean'], 'std': cfg['std'], 'license': 'apache-2.0'}
+    write(part, folder, **about)
+    trained_sum = sha256_of(folder / WEIGHTS)
     for dtype in {None: (torch.float16, torch.float32), True: (torch.float16,), False: (torch.float32,)}[config.half]:
-        write(part, folder, dtype=dtype, mean=cfg['mean'], std=cfg['std'], license='apache-2.0')
+        write(part, folder, dtype=dtype, **about)
         golden = record(load_folder(folder))
         change = deviation(golden, trained)
         if change <= HALF_LIMIT:
@@ -144,7 +147,7 @@ def write_folder(
         (folder / CONFIG).write_text(json.dumps(model_config, indent=2) + '\n', encoding='utf-8')
     sums = {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)}
     weights = Weights(target.name, kind, target, sum(p.numel() for p in part.parameters()),
-                      str(dtype).removeprefix('torch.'), change, repository, sums)
+                      str(dtype).removeprefix('torch.'), change, trained_sum, repository, sums)
     (folder / 'README.md').write_text(card(weights, source, model_config), encoding='utf-8')
     write_sums(folder)
 
