@@ -698,7 +698,7 @@ def test_no_published_weights_yet_is_said_so(tiny):
 
 @pytest.mark.parametrize(('name', 'options', 'message'), [
     ('resnet18', {}, 'VisionTransformer.*got ResNet'),
-    ('vit_small_patch16_18x2_224', {'img_size': 32, 'depth': 2}, 'VisionTransformer of plain Blocks'),
+    ('vit_small_patch16_18x2_224', {'img_size': 32, 'depth': 2}, 'plain Blocks.*got ParallelThingsBlock'),
     ('vit_tiny_patch16_224', {'img_size': 32, 'attn_drop_rate': 0.1}, 'attn_drop_rate'),
     ('vit_tiny_patch16_224', {'img_size': 32, 'scale_attn_norm': True}, 'scale_attn_norm'),
     ('vit_tiny_patch16_224', {'img_size': 32, 'no_embed_class': True}, 'no_embed_class'),

@@ -19,8 +19,11 @@ from ..errors import ModelError
 
 def check_encoder(encoder: nn.Module) -> None:
     """Raise ModelError unless `encoder` is a VisionTransformer whose every block these functions can run."""
-    if not isinstance(encoder, VisionTransformer) or not all(type(b) is Block for b in encoder.blocks):
-        raise ModelError(f'The encoder must be a timm VisionTransformer of plain Blocks, got {type(encoder).__name__}.')
+    if not isinstance(encoder, VisionTransformer):
+        raise ModelError(f'The encoder must be a timm VisionTransformer, got {type(encoder).__name__}.')
+    if other := {type(b).__name__ for b in encoder.blocks if type(b) is not Block}:
+        raise ModelError('The encoder must be a VisionTransformer of plain Blocks: leave block_fn out (got '
+                         f'{", ".join(sorted(other))}).')
     attention = encoder.blocks[0].attn
     if type(attention) is not Attention or not isinstance(getattr(attention, 'norm', nn.Identity()), nn.Identity):
         raise ModelError('The encoder must use timm\'s plain Attention without scale_attn_norm, got '
@@ -34,9 +37,11 @@ def check_encoder(encoder: nn.Module) -> None:
     if isinstance(encoder.norm, nn.Identity) or encoder.num_classes:
         raise ModelError('Pretraining ends in the encoder\'s norm and has no classifier: create the encoder with '
                          f'num_classes=0 (got {encoder.num_classes}) and, where it pools by average, fc_norm=False.')
-    if encoder.pos_embed is None or encoder.no_embed_class or encoder.dynamic_img_size:
-        raise ModelError('Pretraining needs a position embedding for every token: leave pos_embed, no_embed_class and '
-                         'dynamic_img_size at their defaults.')
+    unsuited = [name for name, there in (('pos_embed', encoder.pos_embed is None), (
+        'no_embed_class', encoder.no_embed_class), ('dynamic_img_size', encoder.dynamic_img_size)) if there]
+    if unsuited:
+        raise ModelError('Pretraining needs a position embedding for every token of images of one size: leave '
+                         f'{" and ".join(unsuited)} at the default. The encoder takes any of them once it is trained.')
 
 
 def self_attention(attention: Attention, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:

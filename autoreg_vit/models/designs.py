@@ -10,7 +10,7 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
 from ..errors import CheckpointError, ModelError, suggest
-from .encoders import ENCODER_OPTIONS, METHODS, SIZES, check_keys, check_options, default_cfg
+from .encoders import ENCODER_OPTIONS, SIZES, check_keys, check_options, default_cfg, method_options
 from .pretrained import check_tag, register_weights, weights_options
 from .pretraining import PRETRAINING_OPTIONS, AutoregressiveViT, compose
 from .saim_checkpoint import convert_saim_pretraining
@@ -75,13 +75,17 @@ def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> Aut
     # What belongs to an encoder's classifier has no place here.
     classifier = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
     known = [option for option in PRETRAINING_OPTIONS + ENCODER_OPTIONS if option not in classifier]
+    method, size = variant.split('_', 1)
+    for option in kwargs:
+        if option in classifier:
+            raise ModelError(f'{option} is of a classifier, and {variant} has none: give it to {size}_{method}, its '
+                             'encoder, once that is trained.')
     check_options(variant, kwargs, known)
     kwargs = {**weights_options(variant, default_cfgs[variant], pretrained, kwargs), **kwargs}
-    method, size = variant.split('_', 1)
     if kwargs.get('features_only'):
         raise ModelError(f'{variant} is a pretraining model: take features from its encoder, or from '
                          f"timm.create_model('{size}_{method}', features_only=True).")
-    options = {**SIZES[size], **METHODS[method], **_DESIGNS[method]}
+    options = {**SIZES[size], **method_options(method, kwargs), **_DESIGNS[method]}
     # Defaults that belong to one decoder or serialization stay out of the way of another.
     if kwargs.get('decoder', options['decoder']) == 'masked':
         options = {**options, **_DECODERS[size]}

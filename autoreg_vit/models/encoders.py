@@ -5,6 +5,8 @@ They keep the parameter names of stock timm models, so their weights load where 
 
 import inspect
 import logging
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from ..errors import CheckpointError, ModelError, ShapeError, suggest
+from ..errors import CheckpointError, ModelError, ShapeError, UsageError, suggest
 from .pretrained import register_weights, weights_options
 from .saim_checkpoint import convert_saim_encoder
 
@@ -48,6 +50,14 @@ STOCK_ARCHITECTURES = {
 }
 
 
+#: What timm asserts of some arguments of VisionTransformer, most without naming the value.
+_CHOICES = {
+    'global_pool': ('', 'avg', 'avgmax', 'max', 'token', 'map', 'prr'),
+    'pos_embed': ('learn', 'none', ''),
+    'weight_init': ('', 'skip', 'reset', 'jax', 'jax_nlhb', 'moco'),
+}
+
+
 class SinCosVisionTransformer(VisionTransformer):
     """timm's VisionTransformer, initialised as both papers do: Xavier-uniform linear layers (RandSAC B.1) and
     two-dimensional sine-cosine position embeddings (RandSAC 4.1, SAIM "Image serialization").
@@ -56,15 +66,22 @@ class SinCosVisionTransformer(VisionTransformer):
     VisionTransformer, by keyword.
 
     Raises:
-        ShapeError: for an image that is not a whole number of patches, or a width that heads do not divide.
-        ModelError: for an encoder without blocks.
+        ShapeError: for sizes that are no whole numbers, an image that is not a whole number of patches, or a width that
+            heads do not divide.
+        ModelError: for values that timm does not know, or two that do not go together.
     """
 
     def __init__(self, **kwargs):
         check_sizes(**{k: kwargs[k] for k in ('img_size', 'patch_size', 'embed_dim', 'num_heads') if k in kwargs})
-        if kwargs.get('depth', 12) < 1:
-            raise ModelError(f'depth must be at least 1 block, got {kwargs["depth"]}.')
-        super().__init__(**kwargs)
+        _check_values(kwargs)
+        try:
+            super().__init__(**kwargs)
+        except UsageError:
+            raise
+        except (AssertionError, KeyError, TypeError, ValueError) as error:  # by the option: norm_layer, attn_layer, ...
+            given = ', '.join(f'{k}={v!r}' for k, v in kwargs.items())
+            raise ModelError(f'timm makes no VisionTransformer with {given} ({type(error).__name__}: '
+                             f'{" ".join(str(error).split())}).') from error
         self.init_args = kwargs
 
     def init_weights(self, *args, **kwargs) -> None:
@@ -134,7 +151,8 @@ def check_sizes(
         num_heads: int = 12,
 ) -> None:
     """Raise ShapeError for sizes that timm would round down or fail on later."""
-    image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+    image, patch = _pixels('img_size', img_size), _pixels('patch_size', patch_size)
+    _check_whole(embed_dim=embed_dim, num_heads=num_heads)
     if any(p < 1 or s < p or s % p for s, p in zip(image, patch)):
         near = ' x '.join(str(max(round(s / max(p, 1)), 1) * max(p, 1)) for s, p in zip(image, patch))
         raise ShapeError(
@@ -144,6 +162,48 @@ def check_sizes(
         fits = [h for h in range(1, embed_dim + 1) if embed_dim % h == 0 and embed_dim // h in (32, 64)]
         raise ShapeError(
             f'{num_heads} heads do not divide a width of {embed_dim}: use {" or ".join(map(str, fits)) or 1} heads.')
+
+
+def _pixels(name: str, value: Any) -> tuple[int, int]:
+    """Height and width from one number or two."""
+    pair = to_2tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, Integral) for v in pair):
+        raise ShapeError(f'{name} is a whole number of pixels, or two for height and width, got {value!r}.')
+    return pair
+
+
+def _check_whole(**values: Any) -> None:
+    """Raise ShapeError for a value that is no whole number."""
+    for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise ShapeError(f'{name} must be a whole number, got {value!r}.')
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    """Raise ModelError or ShapeError for arguments of VisionTransformer that timm would fail on without naming them, or
+    take and fail on in the first forward pass."""
+    least = {'depth': 1, 'in_chans': 1, 'reg_tokens': 0}
+    _check_whole(**{name: options[name] for name in least if name in options})
+    for name, bound in least.items():
+        if options.get(name, bound) < bound:
+            raise ModelError(f'{name} must be at least {bound}, got {options[name]}.')
+    for name, value in options.items():
+        if name.endswith('_rate') and not (isinstance(value, Real) and 0 <= value <= 1):
+            raise ModelError(f'{name} is a probability between 0 and 1, got {value!r}.')
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ModelError(f'{name} is one of {", ".join(map(repr, _CHOICES[name]))}, got {value!r}.')
+    if options.get('global_pool', 'token') == 'token' and not options.get('class_token', True):
+        raise ModelError("global_pool='token' reads the class token, which class_token=False, RandSAC's default, "
+                         "leaves out: use class_token=True, or another global_pool, such as 'avg'.")
+
+
+def method_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What a method's encoders add to `options`: its defaults, of which the pooling of a class token gives way to an
+    average where the options leave the class token out."""
+    defaults = METHODS[method]
+    if defaults['global_pool'] == 'token' and not options.get('class_token', defaults['class_token']):
+        return {**defaults, 'global_pool': 'avg'}
+    return defaults
 
 
 def check_options(name: str, options: dict[str, Any], known: list[str]) -> None:
@@ -200,15 +260,30 @@ def _create_encoder(variant: str, pretrained: bool = False, **kwargs) -> SinCosV
     check_options(variant, kwargs, ENCODER_OPTIONS)
     kwargs = {**weights_options(variant, default_cfgs[variant], pretrained, kwargs), **kwargs}
     size, method = variant.rsplit('_', 1)
-    out_indices = kwargs.pop('out_indices', 3)
+    kwargs = {**SIZES[size], **method_options(method, kwargs), **kwargs}
+    out_indices = _feature_indices(kwargs.pop('out_indices', None), kwargs['depth'])
     return build_model_with_cfg(
         SinCosVisionTransformer,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **{**SIZES[size], **METHODS[method], **kwargs},
+        **kwargs,
     )
+
+
+def _feature_indices(indices: int | Sequence[int] | None, depth: Any) -> int | Sequence[int]:
+    """Blocks whose maps `features_only=True` gives, by number or as a count of the last ones: three by default, as in
+    timm's own models of this family."""
+    if not isinstance(depth, Integral):  # an error of the encoder
+        return 1
+    if indices is None:
+        return min(3, max(depth, 1))
+    numbers = [-indices] if isinstance(indices, Integral) else list(indices)
+    if not all(isinstance(i, Integral) and -depth <= i < depth for i in numbers) or indices == 0:
+        raise ModelError(f'out_indices are numbers of blocks, from 0 to {depth - 1}, or how many of the last, from 1 '
+                         f'to {depth}; got {indices!r}.')
+    return indices
 
 
 @register_model

@@ -62,6 +62,22 @@ def export_pretraining(
     }, model.encoder, dtype)
 
 
+def _plain(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as JSON holds them, without those of a place to run at, and without None, which timm drops.
+
+    Raises:
+        ModelError: for an argument that is a class or function.
+    """
+    plain = {k: v for k, v in model_args.items() if v is not None and k not in ('device', 'dtype')}
+    for name, value in plain.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ModelError(f'{name}={value!r} cannot be written to config.json: create the model with a name or a '
+                             "number there, such as norm_layer='layernorm'.") from error
+    return plain
+
+
 def _current_size(encoder: VisionTransformer) -> dict[str, Any]:
     embed = encoder.patch_embed
     return {'img_size': list(embed.img_size), 'patch_size': list(embed.patch_size),
@@ -87,7 +103,7 @@ def _write(
         'num_features': encoder.num_features,
         'global_pool': encoder.global_pool,
         'torch_dtype': 'float32',  # else transformers computes in the dtype that weights are stored in
-        'model_args': {k: v for k, v in model_args.items() if v is not None},
+        'model_args': _plain(model_args),
         'pretrained_cfg': {
             'input_size': [channels, *encoder.patch_embed.img_size],
             'fixed_input_size': True,

@@ -296,6 +296,7 @@ def compose(
         ModelError, SerializationError, ShapeError: for values that do not work, or options without effect here.
     """
     encoder = SinCosVisionTransformer(**{**encoder_options, 'num_classes': 0})
+    check_encoder(encoder)
     grid = tuple(encoder.patch_embed.grid_size)
     given = dict(decoder_depth=decoder_depth, decoder_dim=decoder_dim, decoder_heads=decoder_heads, memory=memory,
                  mix_init=mix_init, shared=shared or None)
@@ -321,7 +322,7 @@ def compose(
                                memory or ('input' if shared else 'output'))
     else:
         part = NextTokenDecoder(encoder, first_segment != 'given')
-    return AutoregressiveViT(
+    model = AutoregressiveViT(
         encoder,
         Serialization(serialization, grid, segments, shuffle, segment_order),
         part,
@@ -332,6 +333,7 @@ def compose(
         encode_ratio,
         encode_last,
     )
+    return model.to(device=encoder_options.get('device'), dtype=encoder_options.get('dtype'))
 
 
 PRETRAINING_OPTIONS = [p for p in inspect.signature(compose).parameters if p != 'encoder_options']
