@@ -47,7 +47,7 @@ def export(config: ExportConfig) -> list[Path]:
     run = Path(config.run)
     tag = re.sub(r'[^\w-]+', '_', run.resolve().name, flags=re.ASCII) if config.tag is None else config.tag
     if not re.fullmatch(r'[\w-]+', tag, flags=re.ASCII):
-        raise ConfigError(f'A tag is letters, digits, - and _, as in cifar10_10ep; got {tag!r}.')
+        raise ConfigError(f'A tag is letters, digits, - and _, as in cifar10_280ep; got {tag!r}.')
     model, source = read_run(run, config)
     name, root = source.config.model.partition('.')[0], Path(config.folder)
     architectures = {'encoder': '{1}_{0}'.format(*name.split('_', 1)), 'pretrain': name}
