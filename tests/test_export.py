@@ -94,6 +94,26 @@ class TestFolders:
         assert "create_model('local-dir:FOLDER', pretrained=True)" in body
         assert 'import autoreg_vit  # registers' in card_of(tmp_path / 'out' / f'{MODEL}.cifar10-4ep')[1]
 
+    def test_a_tag_in_a_runs_settings_is_no_provenance(self, run: Path, tmp_path: Path):
+        """Runs of before it was refused began from random weights like any other."""
+        settings = (run / 'config.yaml').read_text()
+        (run / 'config.yaml').write_text(settings.replace(f'model: {MODEL}', f'model: {MODEL}.cifar10_10ep'))
+        assert export(run, tmp_path / 'out', '--tag', 'a') == 0
+        for name in (ENCODER, MODEL):
+            texts = [(tmp_path / 'out' / f'{name}.a' / file).read_text() for file in ('README.md', 'config.yaml')]
+            assert 'cifar10_10ep' not in ''.join(texts) and f'`{MODEL}`' in texts[0]
+
+    def test_a_folder_says_how_the_runs_images_were_prepared(self, run: Path, tmp_path: Path):
+        for part in ('encoder', 'pretrain'):
+            content = json.loads((run / part / 'config.json').read_text())
+            content['pretrained_cfg'].update(crop_pct=0.8, interpolation='bilinear')
+            (run / part / 'config.json').write_text(json.dumps(content))
+        assert export(run, tmp_path / 'out', '--tag', 'a') == 0
+        for name in (ENCODER, MODEL):
+            cfg = json.loads((tmp_path / 'out' / f'{name}.a' / 'config.json').read_text())['pretrained_cfg']
+            assert (cfg['mean'], cfg['std'], cfg['input_size']) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [3, 32, 32])
+            assert (cfg['crop_pct'], cfg['interpolation']) == (0.8, 'bilinear') and not cfg.keys() & {'license', 'tag'}
+
     def test_a_card_names_all_that_a_resumed_run_was_trained_with(self, tmp_path: Path):
         resumed = {**LINES[0], 'event': 'resume', 'commit': 'ba9876543210', 'hardware': 'Another, amx_bf16'}
         write_run(tmp_path / 'run', [*LINES[:3], resumed, resumed, *LINES[3:]])
@@ -266,7 +286,9 @@ class Server:
 
 
 class TestHub:
-    def test_uploads_both_folders(self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    @pytest.mark.parametrize(('flags', 'private'), [([], True), (['--private'], True), (['--no-private'], False)])
+    def test_uploads_both_folders(
+            self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], private: bool):
         calls = []
 
         class Api:
@@ -280,8 +302,8 @@ class TestHub:
                 calls.append(('upload', repo_id, Path(folder_path).name))
 
         monkeypatch.setattr(exporting, 'HfApi', Api)
-        assert export(run, tmp_path / 'out', '--tag', 'a', '--push-to-hub', 'me/model', '--private') == 0
-        assert calls == [('create', 'me/model', True), ('create', 'me/model-pretrain', True),
+        assert export(run, tmp_path / 'out', '--tag', 'a', '--push-to-hub', 'me/model', *flags) == 0
+        assert calls == [('create', 'me/model', private), ('create', 'me/model-pretrain', private),
                          ('upload', 'me/model', f'{ENCODER}.a'), ('upload', 'me/model-pretrain', f'{MODEL}.a')]
         body = card_of(tmp_path / 'out' / f'{ENCODER}.a')[1]
         assert "timm.create_model('hf-hub:me/model', pretrained=True)" in body

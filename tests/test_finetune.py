@@ -1,5 +1,6 @@
 """`autoreg-vit finetune`: RandSAC's Table 15 from any encoder that timm can load."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,9 @@ from autoreg_vit.errors import ConfigError
 from autoreg_vit.train import labelled, loop, supervised
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import load_recipe
-from autoreg_vit.train.data import ImageSpec
+from autoreg_vit.train.data import ImageSpec, evaluation_transform
 from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.finetune import add_classifier, check_pairs, finetune, mixing_loss
+from autoreg_vit.train.finetune import add_classifier, check_pairs, export_classifier, finetune, mixing_loss
 from autoreg_vit.train.loop import adam_options
 from autoreg_vit.train.losses import NonFiniteLoss
 from autoreg_vit.train.runtime import Stopped
@@ -190,6 +191,31 @@ class TestParts:
         assert results['classes'] == ['class0', 'class1'] and 'top5' not in results and results['test_images'] == 2
         model = timm.create_model(f'local-dir:{folder / "model"}', pretrained=True)
         assert model.num_classes == 2
+        assert {p.name for p in (folder / 'model').iterdir()} == {
+            'config.json', 'model.safetensors', 'model.safetensors.sha256'}
+
+    @pytest.mark.parametrize(('weights', 'size', 'crop', 'channels'), [
+        ('vit_tiny_randsac', 80, None, 3), ('vit_tiny_randsac', 64, 0.5, 1), ('vit_small_patch16_224', 80, None, 3),
+        ('vit_small_patch16_224', 48, None, 1), ('vit_small_patch16_224.augreg_in1k', 80, 0.5, 3)])
+    def test_a_folder_says_how_its_images_were_prepared(
+            self, weights: str, size: int, crop: float | None, channels: int, tmp_path: Path):
+        """And no tag, licence or other provenance of the weights that it did not begin with, or that it changed."""
+        config = FinetuneConfig(weights=weights, img_size=(size,), crop_pct=crop, in_chans=channels)
+        model = load_encoder(weights, False, num_classes=0, depth=1, **config.model_options())
+        add_classifier(model, 3, 0)
+        spec = ImageSpec.of(model, channels)
+        export_classifier(model, tmp_path / 'model', config, spec, ['a', 'b', 'c'])
+        content = json.loads((tmp_path / 'model' / 'config.json').read_text())
+        used = evaluation_transform(spec, config.evaluated_part(spec.size)).transforms[1].transforms
+        resize, normalize = used[0], used[-1]
+        assert content['pretrained_cfg'] == {
+            'input_size': [channels, size, size], 'fixed_input_size': True, 'num_classes': 3, 'crop_mode': 'center',
+            'crop_pct': crop or (0.875 if size > 64 else 1.0), 'interpolation': resize.interpolation.value,
+            'mean': list(spec.mean), 'std': list(spec.std), 'first_conv': 'patch_embed.proj',
+            'classifier': 'head', **({'pool_size': None} if 'pool_size' in content['pretrained_cfg'] else {})}
+        assert (normalize.mean.tolist(), normalize.std.tolist()) == (pytest.approx(spec.mean), pytest.approx(spec.std))
+        assert resize.size == int(size / content['pretrained_cfg']['crop_pct'])
+        assert content['label_names'] == ['a', 'b', 'c']
 
 
 @pytest.mark.parametrize('arguments, words', [

@@ -5,9 +5,10 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from autoreg_vit.errors import ModelError, ShapeError
-from autoreg_vit.models.neck import STRIDES, DetectionBackbone, FeaturePyramid, register_smp_encoder
+from autoreg_vit.models.neck import STRIDES, DetectionBackbone, FeaturePyramid, SmpEncoder, register_smp_encoder
 
 SMALL = {'embed_dim': 32, 'depth': 4, 'num_heads': 2, 'num_classes': 0, 'dynamic_img_size': True}
 
@@ -115,6 +116,45 @@ class TestDoors:
         assert logits.shape == (2, 5, 64, 96)
         (logits * torch.randn_like(logits)).sum().backward()
         assert not [name for name, p in network.named_parameters() if p.grad is None]
+
+    @pytest.mark.parametrize(('head', 'options', 'strides'), [
+        ('Unet', {'decoder_channels': (32, 16, 8, 4)}, [4, 8, 16]), ('Unet', {'decoder_channels': (16, 8, 4)}, [4, 8]),
+        ('UnetPlusPlus', {'decoder_channels': (16, 8)}, [4]), ('MAnet', {'decoder_channels': (16, 8, 4)}, [4, 8]),
+        ('Linknet', {}, [4, 8, 16, 32]), ('PSPNet', {'psp_out_channels': 16}, [4, 8]),
+        ('Segformer', {'decoder_segmentation_channels': 16}, [4, 8, 16, 32]),
+        ('DeepLabV3', {'decoder_channels': 16}, [4, 8, 8, 8]),
+        ('DeepLabV3Plus', {'decoder_channels': 16}, [4, 8, 16, 16]), ('PAN', {'decoder_channels': 8}, [4, 8, 16, 16])])
+    def test_smp_of_other_depths_and_strides(self, head: str, options: dict, strides: list[int]):
+        smp = pytest.importorskip('segmentation_models_pytorch')
+        if head in ('Unet', 'UnetPlusPlus', 'MAnet'):
+            options = {**options, 'encoder_depth': len(options['decoder_channels'])}
+        register_smp_encoder('a_vit', pyramid_of('vit_tiny_randsac'))
+        network = getattr(smp, head)('a_vit', encoder_weights=None, classes=2, **options).eval()
+        images = torch.randn(1, 3, 128, 160)
+        maps = network.encoder(images)[2:]
+        assert [tuple(m.shape[-2:]) for m in maps] == [(128 // s, 160 // s) for s in strides]
+        assert network.encoder.blocks == {1: [3], 2: [1, 3], 3: [1, 2, 3], 4: [0, 1, 2, 3]}[len(strides)]
+        assert network(images).shape == (1, 2, 128, 160)
+
+    def test_smp_finer_maps_are_those_of_the_blocks(self):
+        encoder = SmpEncoder(pyramid_of('vit_tiny_patch4_32_randsac'))
+        images = torch.randn(1, 3, 64, 64)
+        coarse, names = encoder(images), encoder.state_dict().keys()
+        encoder.make_dilated(16)
+        fine = encoder(images)
+        assert encoder.output_stride == 16 and encoder.state_dict().keys() == names
+        for a, b in zip(coarse[:5], fine[:5]):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(nn.functional.max_pool2d(fine[5], 2), coarse[5])
+
+    @pytest.mark.parametrize('depth', [1, 6])
+    def test_smp_depths_that_no_map_has(self, depth: int):
+        smp = pytest.importorskip('segmentation_models_pytorch')
+        register_smp_encoder('a_vit', pyramid_of('vit_tiny_randsac'))
+        with pytest.raises(ModelError, match=f'encoder_depth is 2 to 5, got {depth}'):
+            smp.Unet('a_vit', encoder_weights=None, encoder_depth=depth, decoder_channels=(8,) * depth)
+        with pytest.raises(ModelError, match='encoder_output_stride is one of 4, 8, 16, 32, got 2'):
+            SmpEncoder(pyramid_of('vit_tiny_randsac')).make_dilated(2)
 
     def test_smp_other_channels(self):
         smp = pytest.importorskip('segmentation_models_pytorch')

@@ -49,11 +49,13 @@ def check_sums(folder: Path) -> None:
         verify_checksum(folder / name)
 
 
-def check_card(folder: Path) -> None:
+def check_card(folder: Path, licence: str | None = None) -> None:
     """The card's header is what the Hub reads, and its numbers are those of the files beside it."""
     _, header, body = (folder / 'README.md').read_text(encoding='utf-8').split('---\n', 2)
     header = yaml.safe_load(header)
-    assert header['library_name'] == 'timm' and header['license'] == 'apache-2.0'
+    assert header['library_name'] == 'timm' and header.get('license') == licence
+    assert json.loads((folder / 'config.json').read_text())['pretrained_cfg'].get('license') == licence
+    assert f'These weights: {licence}.' in body if licence else 'None is stated for these weights.' in body
     assert header['pipeline_tag'] == 'image-feature-extraction' and 'timm' in header['tags']
     assert body.strip().startswith(f'# {folder.name}\n')
 
@@ -96,7 +98,7 @@ class TestShipped:
         check_sums(SHIPPED[name])
 
     def test_card(self, name: str):
-        check_card(SHIPPED[name])
+        check_card(SHIPPED[name], 'apache-2.0')
 
     def test_outputs_by_name(self, name: str):
         check_outputs(SHIPPED[name], timm.create_model(name, pretrained=True))
@@ -136,6 +138,11 @@ class TestMadeHere:
         check_sums(folders[part])
         check_card(folders[part])
         check_outputs(folders[part], pretrained.load_folder(folders[part]))
+
+    def test_licence_is_the_one_given(self, folders: tuple[Path, Path], tmp_path: Path):
+        run = folders[0].parent / 'run'
+        assert main(['export', str(run), str(tmp_path), '--tag', 'a', '--license', 'cc-by-4.0', '--no-pretrain']) == 0
+        check_card(tmp_path / f'{ENCODER}.a', 'cc-by-4.0')
 
     def test_recorded_outputs_notice_other_weights(self, folders: tuple[Path, Path]):
         for folder, perturbed in zip(folders, ('patch_embed.proj.weight', 'decoder.blocks.0.mlp.fc2.bias')):

@@ -248,8 +248,7 @@ def default_cfg(size: str, **kwargs) -> dict[str, Any]:
     return {
         'url': '', 'num_classes': 0, 'input_size': (3, pixels, pixels), 'pool_size': None, 'fixed_input_size': True,
         'crop_pct': 0.9 if pixels == 224 else 1.0, 'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD, 'first_conv': 'patch_embed.proj', 'classifier': 'head', 'license': 'apache-2.0',
-        **kwargs,
+        'std': IMAGENET_DEFAULT_STD, 'first_conv': 'patch_embed.proj', 'classifier': 'head', **kwargs,
     }
 
 

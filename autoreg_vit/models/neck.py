@@ -7,7 +7,7 @@ torchvision's detection.
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         patch = _fit(encoder, img_size)
         depth, width = len(encoder.blocks), encoder.embed_dim
-        self.blocks = [math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+        self.blocks = _spread(depth, len(STRIDES))
         encoder.prune_intermediate_layers([depth - 1], prune_norm=True)
         self.encoder = encoder
         self.levels = nn.ModuleList(_resample(width, patch, stride) for stride in STRIDES)
@@ -69,12 +69,27 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Maps [B, C, ceil(H / s), ceil(W / s)] of images [B, in_chans, H, W] for strides s = 4, 8, 16, 32."""
+        return self.maps(images, self.blocks, self.levels, STRIDES)
+
+    def maps(
+            self,
+            images: torch.Tensor,
+            blocks: Sequence[int],
+            levels: Iterable[nn.Module],
+            strides: Sequence[int],
+    ) -> list[torch.Tensor]:
+        """Maps of images [B, in_chans, H, W] after some blocks, each brought to its stride by its level."""
         height, width = images.shape[-2:]
         images = pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
-        taken = sorted(set(self.blocks))  # with fewer than four blocks some serve two levels
+        taken = sorted(set(blocks))  # with fewer blocks than levels some serve two of them
         maps = self.encoder.forward_intermediates(images, indices=taken, intermediates_only=True)
-        maps = [level(maps[taken.index(block)]) for level, block in zip(self.levels, self.blocks)]
-        return [m[..., :-(-height // s), :-(-width // s)] for m, s in zip(maps, STRIDES)]
+        maps = [level(maps[taken.index(block)]) for level, block in zip(levels, blocks)]
+        return [m[..., :-(-height // s), :-(-width // s)] for m, s in zip(maps, strides)]
+
+
+def _spread(depth: int, count: int) -> list[int]:
+    """The last block of each of `count` parts of the depth."""
+    return [math.ceil(depth * part / count) - 1 for part in range(1, count + 1)]
 
 
 def _fit(encoder: VisionTransformer, img_size: int | tuple[int, int] | None) -> int:
@@ -109,18 +124,48 @@ def _resample(width: int, patch: int, stride: int) -> nn.Module:
 
 class SmpEncoder(nn.Module):
     """A FeaturePyramid as an encoder of segmentation-models-pytorch: the image, an empty map of stride 2, as in smp's
-    other transformers, and the pyramid's four.
+    other transformers, and the pyramid's four, or the first ones where a head takes fewer, spread over all blocks.
 
     Args:
         pyramid: The neck with its encoder.
+        depth: smp's `encoder_depth`, maps beside the image: 2 to 5.
+
+    Raises:
+        ModelError: for another depth.
     """
 
-    def __init__(self, pyramid: FeaturePyramid):
+    def __init__(self, pyramid: FeaturePyramid, depth: int = 5):
         super().__init__()
+        if depth not in range(2, len(STRIDES) + 2):
+            raise ModelError(f'A Vision Transformer gives smp maps of strides 4, 8, 16 and 32, beside an empty one of '
+                             f'stride 2: encoder_depth is 2 to 5, got {depth}.')
         self.pyramid = pyramid
+        self.strides = list(STRIDES[:depth - 1])
+        self.blocks = _spread(len(pyramid.encoder.blocks), len(self.strides))
+        self.finer = nn.ModuleDict()  # levels in place of the pyramid's, by number; see make_dilated
         self.in_channels = pyramid.encoder.patch_embed.proj.in_channels
-        self.out_channels = [self.in_channels, 0, *pyramid.feature_info.channels()]
-        self.output_stride = STRIDES[-1]
+        self.out_channels = [self.in_channels, 0, *pyramid.feature_info.channels()[:depth - 1]]
+
+    @property
+    def output_stride(self) -> int:
+        """Stride of the coarsest map."""
+        return self.strides[-1]
+
+    def make_dilated(self, output_stride: int) -> None:
+        """smp's door to maps no coarser than `encoder_output_stride`, which DeepLabV3, DeepLabV3Plus and PAN ask for.
+        Other encoders dilate their convolutions; here the coarser maps are brought to that stride, by levels of their
+        own.
+
+        Raises:
+            ModelError: for a stride that no map has.
+        """
+        if output_stride not in STRIDES:
+            raise ModelError(f'encoder_output_stride is one of {", ".join(map(str, STRIDES))}, got {output_stride}.')
+        encoder = self.pyramid.encoder
+        for number, stride in enumerate(self.strides):
+            if stride > output_stride:
+                self.strides[number] = output_stride
+                self.finer[str(number)] = _resample(encoder.embed_dim, encoder.patch_embed.patch_size[0], output_stride)
 
     def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
         """smp's door to other channels; the encoder brings its own.
@@ -133,9 +178,12 @@ class SmpEncoder(nn.Module):
                              f'with in_chans={in_channels}.')
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Six maps of images [B, in_chans, H, W], of strides 1, 2, 4, 8, 16 and 32."""
+        """Maps of images [B, in_chans, H, W] of strides 1, 2, 4, 8, 16 and 32, up to the depth and output stride."""
         batch, _, height, width = images.shape
-        return [images, images.new_empty(batch, 0, height // 2, width // 2), *self.pyramid(images)]
+        finer = dict(self.finer.items())
+        levels = [finer.get(str(i), level) for i, level in enumerate(self.pyramid.levels)]
+        maps = self.pyramid.maps(images, self.blocks, levels, self.strides)
+        return [images, images.new_empty(batch, 0, height // 2, width // 2), *maps]
 
 
 def layer_groups(encoder: str) -> dict[str, Any]:
@@ -152,7 +200,9 @@ def layer_groups(encoder: str) -> dict[str, Any]:
 
 def register_smp_encoder(name: str, pyramid: FeaturePyramid) -> None:
     """Let segmentation-models-pytorch's models find a pyramid: `smp.UPerNet(name, encoder_weights=None, ...)`, and FPN,
-    Unet and the others alike. Models made with the name share the pyramid; registering another replaces it.
+    Unet and the others alike, but for DPT, which takes smp's own encoders alone, and FPN of less than its depth of 5,
+    which would read the empty map, as of smp's other transformers. Models made with the name share the pyramid;
+    registering another replaces it.
 
     Args:
         name: Of the encoder there.
@@ -160,7 +210,8 @@ def register_smp_encoder(name: str, pyramid: FeaturePyramid) -> None:
     """
     from segmentation_models_pytorch.encoders import encoders
 
-    encoders[name] = {'encoder': lambda depth, output_stride: SmpEncoder(pyramid), 'params': {},
+    # What output_stride asks for, smp calls make_dilated for.
+    encoders[name] = {'encoder': lambda depth, output_stride: SmpEncoder(pyramid, depth), 'params': {},
                       'pretrained_settings': {}}
 
 

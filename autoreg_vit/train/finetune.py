@@ -14,8 +14,8 @@ from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..models.encoders import SinCosVisionTransformer
-from ..models.export import export_encoder
-from ..models.pretrained import WEIGHTS
+from ..models.export import export_encoder, replaced
+from ..models.pretrained import CONFIG, WEIGHTS
 from .batches import Batches
 from .checkpoint import write_checksum, writing
 from .data import ImageSpec
@@ -29,6 +29,9 @@ from .seeding import mix_seed, seed_cpu
 from .supervised import Learner, evaluate, finished, leave_results, scores, train
 from .supervised_config import FinetuneConfig
 from .weights import load_encoder, short_name, source_config
+
+#: Entries of timm's configuration of a model that hold for whatever weights it has.
+OF_THE_ARCHITECTURE = ('num_classes', 'fixed_input_size', 'pool_size', 'first_conv', 'classifier')
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -158,18 +161,24 @@ def export_classifier(
         spec: ImageSpec,
         classes: list[str],
 ) -> None:
-    """Write a classifier as a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
-    if isinstance(model, SinCosVisionTransformer):
-        export_encoder(model, folder, mean=spec.mean, std=spec.std)
-    else:
-        source = source_config(config.weights)
-        args = {**source.get('model_args', {}), **config.model_options(), 'in_chans': spec.channels}
-        save_for_hf(model, str(folder), model_args=args, safe_serialization=True)
-    path = folder / 'config.json'
-    content = json.loads(path.read_text(encoding='utf-8'))
-    # transformers passes num_classes itself and fails on a second one; drop path belongs to this training.
-    for name in ('num_classes', 'drop_path_rate'):
-        content.get('model_args', {}).pop(name, None)
-    path.write_text(json.dumps({**content, 'label_names': classes}, indent=2) + '\n', encoding='utf-8')
-    (folder / WEIGHTS).chmod(0o644)  # safetensors leaves 0600
-    write_checksum(folder / WEIGHTS)
+    """Write a classifier as a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads. It says how
+    the images were prepared that its accuracy was measured on, and nothing of the weights that training began with:
+    their tag, licence and test settings are not those of these."""
+    prepared = {'input_size': [spec.channels, *spec.size], 'mean': list(spec.mean), 'std': list(spec.std),
+                'crop_pct': config.evaluated_part(spec.size), 'crop_mode': 'center', 'interpolation': 'bicubic'}
+    with replaced(folder) as (new,):
+        if isinstance(model, SinCosVisionTransformer):
+            export_encoder(model, new)
+        else:
+            source = source_config(config.weights)
+            args = {**source.get('model_args', {}), **config.model_options(), 'in_chans': spec.channels}
+            save_for_hf(model, str(new), model_args=args, safe_serialization=True)
+        content = json.loads((new / CONFIG).read_text(encoding='utf-8'))
+        cfg = {k: v for k, v in content['pretrained_cfg'].items() if k in OF_THE_ARCHITECTURE}
+        content.update(pretrained_cfg={**cfg, **prepared}, label_names=classes)
+        # transformers passes num_classes itself and fails on a second one; drop path belongs to this training.
+        for name in ('num_classes', 'drop_path_rate'):
+            content.get('model_args', {}).pop(name, None)
+        (new / CONFIG).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        (new / WEIGHTS).chmod(0o644)  # safetensors leaves 0600
+        write_checksum(new / WEIGHTS)

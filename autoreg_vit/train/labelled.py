@@ -90,8 +90,7 @@ def labelled_images(
     if config.dataset is None:
         config.dataset = 'digits' if config.data_dir is None else 'folder'
     augment = augmenting_transform(spec, config.crop_scale, config.hflip, **augmentation)
-    crop_pct = config.crop_pct or (1.0 if min(spec.size) <= 64 else 0.875)  # 0.875 of 256 is 224, as is usual
-    plain = evaluation_transform(spec, crop_pct)
+    plain = evaluation_transform(spec, config.evaluated_part(spec.size))
 
     train, train_labels = _open(config, config.train_split, group, config.max_corrupt)
     names = getattr(train, 'classes', None)

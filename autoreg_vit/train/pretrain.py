@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 
 from .. import ops
-from ..errors import ConfigError
-from ..models import AutoregressiveViT, create_pretraining_model
+from ..errors import ConfigError, ModelError
+from ..models import AutoregressiveViT, create_pretraining_model, pretraining_models
 from ..models.export import export_encoder, export_pretraining
 from . import data
 from .batches import Batches
@@ -56,6 +56,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     prepare(config, group)
 
     # 2. The model.
+    check_untrained(config.model)
     model = create_pretraining_model(config.model, **config.model_options()).to(device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     spec = data.ImageSpec.of(model)
@@ -196,6 +197,14 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
             _report(run)
         run.finish()
         return folder
+
+
+def check_untrained(model: str) -> None:
+    """Raise ModelError for a model's name with a tag, which would pass for where training began."""
+    name, _, tag = model.partition('.')
+    if tag and name in pretraining_models():
+        raise ModelError(f'--model {model}: pretraining begins from random weights and takes no tag. Use --model '
+                         f'{name}, or finetune, probe, segment or detect with the weights of the tag.')
 
 
 def draw_figures(

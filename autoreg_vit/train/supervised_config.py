@@ -111,6 +111,10 @@ class SupervisedConfig(RunConfig):
     def data_name(self) -> str:
         return self.dataset
 
+    def evaluated_part(self, size: tuple[int, int]) -> float:
+        """`crop_pct`, or its default for images of `size` pixels: 0.875 of 256 is 224, as is usual."""
+        return self.crop_pct or (1.0 if min(size) <= 64 else 0.875)
+
     def model_options(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model` that were given."""
         options = {name: getattr(self, name) for name in ('img_size', 'in_chans', 'global_pool')}

@@ -60,6 +60,7 @@ class Source(NamedTuple):
         hardware: What it ran on.
         commit: Of the code, or None where nobody knows.
         limits: A paragraph of its own, or None.
+        license: Of the weights, as the Hub spells it, or None where it is not stated.
         results: Contents of results.json files.
     """
     config: PretrainConfig
@@ -70,6 +71,7 @@ class Source(NamedTuple):
     hardware: str
     commit: str | None
     limits: str | None
+    license: str | None
     results: list[dict[str, Any]]
 
 
@@ -93,7 +95,8 @@ def card(weights: Weights, source: Source, model_config: dict[str, Any]) -> str:
     """The text of README.md; `model_config` is the content of config.json."""
     method, url = PAPERS[source.config.model.partition('_')[0]]
     header = {
-        'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction', 'license': 'apache-2.0',
+        'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction',
+        **({'license': source.license} if source.license else {}),
         'tags': ['timm', 'autoreg-vit', method.lower(), 'self-supervised', 'autoregressive', weights.kind],
         **({'datasets': list(source.data_id)} if source.data_id else {}),
     }
@@ -108,8 +111,7 @@ def card(weights: Weights, source: Source, model_config: dict[str, Any]) -> str:
         '## Measured', _measured(source),
         '## Storage', _storage(weights),
         '## Limits', _limits(source, model_config),
-        '## Licence', 'Apache-2.0, for these weights and for the code that trained them. The images have terms of '
-                      'their own.',
+        '## Licence', _licence(source),
         '## Files', _files(weights),
     ]
     return f'---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n' + '\n\n'.join(sections) + '\n'
@@ -280,6 +282,11 @@ def _limits(source: Source, config: dict[str, Any]) -> str:
     if source.limits:
         parts.append(source.limits)
     return '\n'.join(f'- {part}' for part in parts)
+
+
+def _licence(source: Source) -> str:
+    own = f'These weights: {source.license}.' if source.license else 'None is stated for these weights.'
+    return f'{own} The code that trained them: apache-2.0. The images have terms of their own.'
 
 
 def _files(weights: Weights) -> str:

@@ -21,10 +21,12 @@ class ExportConfig:
     data_id: tuple[str, ...] = option((), 'their names on the Hugging Face Hub: uoft-cs/cifar10')
     hardware: str | None = option(None, 'what the run was trained on, for the card; by default from its log')
     commit: str | None = option(None, 'commit it was trained with, for the card; by default from its log')
+    license: str | None = option(
+        None, 'licence of the weights, as the Hub spells it: apache-2.0; by default none is stated')
     limits: str | None = option(None, 'what else the weights should not be used for, for the card')
     push_to_hub: str | None = option(
         None, 'upload to this repository on the Hugging Face Hub, OWNER/NAME; the whole model to OWNER/NAME-pretrain')
-    private: bool = option(False, 'make a new repository a private one')
+    private: bool = option(True, 'make a new repository a private one; --no-private, one that everyone can read')
 
     def __post_init__(self):
         convert_fields(self)

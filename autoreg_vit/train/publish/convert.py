@@ -184,7 +184,10 @@ def pretraining_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: d
 def write_folder(part: Part, folder: Path, kind: str, source: Path, method: str) -> None:
     """Write one folder: weights, config, card, report and checksums."""
     write = export_encoder if kind == 'encoder' else export_pretraining
-    write(part.model, folder, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    # As both evaluate: 224 of 256 pixels, and larger images whole.
+    size = getattr(part.model, 'encoder', part.model).patch_embed.img_size
+    write(part.model, folder, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+          crop_pct=0.875 if min(size) <= 224 else 1.0)
     origin = {'source': source.name, 'sha256': sha256_of(source), 'method': method}
     (folder / REPORT).write_text(json.dumps({**origin, **part.report()}, indent=1) + '\n', encoding='utf-8')
     header = {'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction', 'tags': ['timm', method.lower()]}
@@ -194,7 +197,8 @@ def write_folder(part: Part, folder: Path, kind: str, source: Path, method: str)
         f'Weights of a published checkpoint in timm\'s layout{whole}: '
         "`timm.create_model('local-dir:FOLDER', pretrained=True)`.\n\n"
         f'SHA-256 of the source: `{origin["sha256"]}`. What became of each of its tensors is in `{REPORT}`. '
-        'Normalisation is taken to be ImageNet\'s, which no tensor shows. The terms of use are those of the source.\n',
+        'Normalisation is taken to be ImageNet\'s, and the crop that of both papers\' evaluation, which no tensor '
+        'shows. The terms of use are those of the source.\n',
         encoding='utf-8')
     write_sums(folder)
 

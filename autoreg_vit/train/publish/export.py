@@ -49,7 +49,7 @@ def export(config: ExportConfig) -> list[Path]:
     if not re.fullmatch(r'[\w-]+', tag, flags=re.ASCII):
         raise ConfigError(f'A tag is letters, digits, - and _, as in cifar10_280ep; got {tag!r}.')
     model, source = read_run(run, config)
-    name, root = source.config.model.partition('.')[0], Path(config.folder)
+    name, root = source.config.model, Path(config.folder)
     architectures = {'encoder': '{1}_{0}'.format(*name.split('_', 1)), 'pretrain': name}
     if not config.pretrain:
         del architectures['pretrain']
@@ -76,6 +76,8 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
         raise ConfigError(f'{run} holds no pretraining run with weights: expected config.yaml and pretrain/, as '
                           'autoreg-vit pretrain writes them at its first checkpoint.')
     settings = make_config(PretrainConfig, load_recipe(str(run / 'config.yaml')), {})
+    # Runs of before a tag was refused: they too began from random weights.
+    settings.model = settings.model.partition('.')[0]
     lines = read_log(run / 'log.jsonl')
     if not lines or lines[0].get('event') != 'start':
         raise ConfigError(f'{run / "log.jsonl"} is missing, or does not begin with the start of a run.')
@@ -99,7 +101,8 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
     return model, Source(
         settings, lines, finished, config.data or data, config.data_id or data_id,
         config.hardware or logged(lines, 'hardware') or logged(lines, 'device'),
-        config.commit or logged(lines, 'commit'), config.limits, [read_results(Path(path)) for path in config.results])
+        config.commit or logged(lines, 'commit'), config.limits, config.license,
+        [read_results(Path(path)) for path in config.results])
 
 
 def write_folder(
@@ -123,12 +126,14 @@ def write_folder(
         repository: On the Hub, or None.
     """
     write, part = (export_encoder, model.encoder) if kind == 'encoder' else (export_pretraining, model)
-    cfg, trained = model.pretrained_cfg, record(part)
-    about = {'mean': cfg['mean'], 'std': cfg['std'], 'license': 'apache-2.0'}
-    write(part, folder, **about)
+    trained = record(part)
+    cfg = {k: model.pretrained_cfg[k] for k in ('mean', 'std', 'crop_pct', 'interpolation')}
+    if config.license:
+        cfg['license'] = config.license
+    write(part, folder, **cfg)
     trained_sum = sha256_of(folder / WEIGHTS)
     for dtype in {None: (torch.float16, torch.float32), True: (torch.float16,), False: (torch.float32,)}[config.half]:
-        write(part, folder, dtype=dtype, **about)
+        write(part, folder, dtype=dtype, **cfg)
         golden = record(load_folder(folder))
         change = deviation(golden, trained)
         if change <= HALF_LIMIT:
