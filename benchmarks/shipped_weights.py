@@ -42,7 +42,7 @@ FAST, FINETUNE = MEASURES['cpu']['fast'][2], MEASURES['cpu']['finetune'][2]
 # What of a results.json is kept.
 KEPT = ('top1', 'top5', 'knn', 'loss', 'held_out_top1', 'train_images', 'test_images', 'epochs', 'learning_rate')
 # Training images, drawn at random, by which blocks are compared; half fits the classifiers.
-BLOCK_IMAGES = 10000
+BLOCK_IMAGES = 8000
 
 
 def main() -> int:
@@ -135,13 +135,14 @@ def settings(args: argparse.Namespace, weights: str) -> dict[str, Any]:
 
 def compute_shards(
         args: argparse.Namespace, name: str, weights: str, part: str, count: int | None, deadline: float) -> bool:
-    """Have the features of the first `count` images of a part, or all, in a drawn order, on disk."""
+    """Have the features of the first `count` images of a part, or all, in a drawn order, on disk; False where the time
+    did not suffice."""
     encoder = load_encoder(weights, num_classes=0).eval().to(DEVICE)
     config = ProbeConfig(**settings(args, weights))
     images = labelled_images(config, ImageSpec.of(encoder, config.in_chans), Processes(torch.device('cpu')))
     dataset = {'train': images.plain, 'test': images.test}[part]
-    order = shuffled(len(dataset))[:count].tolist()
-    for start in range(0, len(order), SHARD):
+    order = shuffled(len(dataset)).tolist()
+    for start in range(0, count or len(order), SHARD):
         path = shard(args, name, part, start)
         if path.is_file():
             continue

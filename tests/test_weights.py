@@ -2,7 +2,6 @@
 recorded; damage is an error that names the file and the remedy."""
 
 import dataclasses
-import dataclasses
 import json
 import re
 import shutil
