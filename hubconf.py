@@ -10,15 +10,16 @@ import inspect as _inspect
 
 import timm as _timm
 
-import autoreg_vit  # noqa: F401  registers the models with timm
+from autoreg_vit import models as _models  # registers them with timm
 
 dependencies = ['torch', 'torchvision', 'timm', 'safetensors', 'huggingface_hub']
 
 
 def _entrypoint(name: str):
     def create(pretrained: bool = False, **kwargs):
-        return _timm.create_model(name, pretrained=pretrained, **kwargs)
+        return make(name, pretrained=pretrained, **kwargs)
 
+    make = _models.create_pretraining_model if name in _models.pretraining_models() else _timm.create_model
     tags = [known.partition('.')[2] for known in _timm.list_models(f'{name}.*', pretrained=True)]
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"""{_inspect.getdoc(_timm.models.model_entrypoint(name))}

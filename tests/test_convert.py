@@ -174,6 +174,45 @@ class TestMae:
         assert sizes['num_heads'] == heads and sizes['img_size'] == [224, 224] and sizes['mlp_ratio'] == 4
 
 
+class TestWrapped:
+    @pytest.mark.parametrize('wrap', [
+        lambda w: {'state_dict': {f'module.{k}': v for k, v in w.items()}},
+        lambda w: {f'_orig_mod.module.{k}': v for k, v in w.items()},
+        lambda w: {'model': {k: v + 1 for k, v in w.items()}, 'model_ema': w},
+        lambda w: {'state_dict': {}, 'state_dict_ema': w, 'epoch': 3}])
+    def test_as_timm_takes_it(self, tmp_path: Path, wrap):
+        weights = mae_checkpoint(decoder=False)
+        torch.save(wrap(weights), tmp_path / 'mae.pth')
+        assert convert(tmp_path / 'mae.pth', tmp_path / 'out') == 0
+        converted = load_file(tmp_path / 'out' / 'encoder' / 'model.safetensors')
+        assert all(torch.equal(weights[name], value) for name, value in converted.items())
+
+    @pytest.mark.parametrize('layout', ['mae', 'saim'])
+    @pytest.mark.parametrize(('wrap', 'prefix'), [
+        (lambda w: {f'backbone.{k}': v for k, v in w.items()} | {'projector.weight': torch.zeros(2)}, 'backbone.'),
+        (lambda w: {'teacher': {f'encoder.{k}': v for k, v in w.items()}, 'epoch': 3}, 'teacher.encoder.'),
+        (lambda w: {'student': {f'module.{k}': v for k, v in w.items()}, 'centre': torch.zeros(1)}, 'student.module.')])
+    def test_a_prefix_is_named_and_its_flag_works(
+            self, tmp_path: Path, capsys: pytest.CaptureFixture, wrap, prefix: str, layout: str):
+        weights = mae_checkpoint(decoder=False) if layout == 'mae' else published_checkpoint(2)
+        torch.save(wrap(weights), tmp_path / 'weights.pth')
+        arguments = [tmp_path / 'weights.pth', tmp_path / 'out', '--num-heads', 2]
+        assert convert(*arguments) == 2
+        advice = re.search(r'give (--prefix \S+),', error_of(capsys))[1]
+        assert advice == f'--prefix {prefix}' and not (tmp_path / 'out').exists()
+        assert convert(*arguments, *advice.split()) == 0
+        report = json.loads((tmp_path / 'out' / 'encoder' / 'conversion.json').read_text())
+        assert sorted([*report['kept'], *report['renamed'], *report['dropped']]) == sorted(weights)
+        assert report.get('outside', []) == [k for k in ('centre', 'projector.weight') if k in wrap({})]
+        assert convert(*arguments, '--prefix', 'nothing.') == 2
+        assert f'give {advice},' in error_of(capsys)
+
+    def test_a_prefix_that_is_none(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        save(tmp_path / 'mae.pth', mae_checkpoint())
+        assert convert(tmp_path / 'mae.pth', tmp_path / 'out', '--prefix', 'backbone.') == 2
+        assert 'leave --prefix out' in error_of(capsys)
+
+
 class TestErrors:
     """One line that names the file, whatever is wrong with it, and nothing written."""
 

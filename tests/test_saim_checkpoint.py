@@ -244,7 +244,7 @@ def test_untrained_classifier_is_named(tmp_path, caplog):
 @pytest.mark.parametrize('name', [NAME, ENCODER])
 def test_tensors_of_something_else_are_refused_by_name(tmp_path, name):
     weights = published_checkpoint() | {'something_else.weight': torch.zeros(1)}
-    with pytest.raises((CheckpointError, RuntimeError), match=r'something_else\.weight'):
+    with pytest.raises(CheckpointError, match=r'something_else\.weight'):
         timm.create_model(name, **SIZES, depth=3, pretrained=True, pretrained_cfg_overlay=write(tmp_path, weights))
 
 
@@ -279,9 +279,9 @@ def test_incomplete_attention_is_refused(tmp_path, name, lacks):
 @pytest.mark.parametrize('classes', [0, 10])
 @pytest.mark.parametrize(('sizes', 'named'), [
     ({'depth': 4}, r'blocks\.3\.'), ({'depth': 2}, r'blocks\.2\.'),
-    ({'depth': 3, 'embed_dim': 64}, r'size mismatch for (cls_token|patch_embed|blocks\.0)')])
+    ({'depth': 3, 'embed_dim': 64}, r'cls_token is \[1, 1, 32\].* with embed_dim=32,')])
 def test_encoder_of_another_size_is_refused(tmp_path, sizes, named, classes):
-    with pytest.raises((CheckpointError, RuntimeError), match=named):
+    with pytest.raises(CheckpointError, match=named):
         timm.create_model(ENCODER, **{**SIZES, **sizes}, num_classes=classes, pretrained=True,
                           pretrained_cfg_overlay=write(tmp_path, published_checkpoint()))
 

@@ -7,10 +7,10 @@ stochastic autoregressive image modeling for visual representation".
 import timm
 import torch
 from timm.models import build_model_with_cfg, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
-from ..errors import CheckpointError, ModelError, suggest
-from .encoders import ENCODER_OPTIONS, SIZES, check_keys, check_options, default_cfg, method_options
+from ..errors import ModelError, suggest
+from .encoders import ENCODER_OPTIONS, SIZES, check_options, default_cfg, method_options
+from .fitting import check_fit, loading, resample, unwrap
 from .pretrained import check_tag, register_weights, weights_options
 from .pretraining import PRETRAINING_OPTIONS, AutoregressiveViT, compose
 from .saim_checkpoint import convert_saim_pretraining
@@ -24,28 +24,15 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Autoregress
     Raises:
         CheckpointError: for tensors that are missing, foreign or of other sizes.
     """
-    state_dict = convert_saim_pretraining(state_dict)
-    prefix = 'encoder.'
-    encoder = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    fitted = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
-    fitted.update({prefix + k: v for k, v in vit_checkpoint_filter_fn(encoder, model.encoder).items()})
+    content, prefix = convert_saim_pretraining(unwrap(state_dict)), 'encoder.'
+    encoder = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
+    encoder, problem = resample(encoder, model.encoder)
+    fitted = {k: v for k, v in content.items() if not k.startswith(prefix)}
+    fitted.update({prefix + k: v for k, v in encoder.items()})
     if 'decoder.pos_embed' in fitted:
         fitted['decoder.pos_embed'] = model.decoder.pos_embed  # fixed: a function of the grid alone
-    check_keys(fitted, model)
-    _check_sizes(fitted, model)
+    check_fit(fitted, content, model, problem)
     return fitted
-
-
-def _check_sizes(state_dict: dict[str, torch.Tensor], model: AutoregressiveViT) -> None:
-    """Raise CheckpointError for weights of other sizes than the model's. timm fits the patch embedding to the channels
-    by itself; a decoder and its head are those of one model."""
-    for name, own in model.state_dict().items():
-        given = state_dict.get(name, own)
-        if given.shape != own.shape and not name.startswith('encoder.patch_embed.'):
-            raise CheckpointError(
-                f'{name} is {list(given.shape)} in the weights and {list(own.shape)} in the model. Create the model '
-                'with the in_chans, patch_size and decoder that the weights were trained with, or only its encoder, '
-                'which takes any number of channels.')
 
 
 # Decoders of the papers: CIFAR-10 (RandSAC A.1), low-data (5), ImageNet-100 (A.1: twice the heads), ImageNet-1K (5).
@@ -72,6 +59,8 @@ default_cfgs = register_weights({
 
 
 def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+    # None is the model's default, as where timm.create_model drops it, but of the blur, where it is an answer.
+    kwargs = {k: v for k, v in kwargs.items() if v is not None or k == 'blur'}
     # What belongs to an encoder's classifier has no place here.
     classifier = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
     known = [option for option in PRETRAINING_OPTIONS + ENCODER_OPTIONS if option not in classifier]
@@ -92,14 +81,15 @@ def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> Aut
     if kwargs.get('serialization', options['serialization']) == 'blobs':
         options['segments'] = (11, 7, 3) if size in ('vit_base', 'vit_large') else (11, 5)
     options.update(kwargs)
-    model = build_model_with_cfg(
-        compose,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=('num_classes',),
-        **options,
-    )
+    with loading(variant, pretrained):
+        model = build_model_with_cfg(
+            compose,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            kwargs_filter=('num_classes',),
+            **options,
+        )
     model.init_args = {k: v for k, v in options.items() if k in known}
     return model
 
@@ -110,7 +100,8 @@ def pretraining_models() -> list[str]:
 
 
 def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
-    """`timm.create_model` for pretraining models.
+    """`timm.create_model` for pretraining models, where `blur=None` is no blur; timm's own door drops it, which leaves
+    the model's default. Of every other option None is the default, here and there.
 
     Raises:
         ModelError: for a name or tag that is not registered, naming the nearest ones.
@@ -121,6 +112,8 @@ def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
         raise ModelError(f'Unknown pretraining model {name!r}.{encoder} {suggest(base, pretraining_models())}')
     if tag:
         check_tag(base, tag, default_cfgs[base])
+    if kwargs.get('blur', False) is None:
+        kwargs['blur'] = False
     return timm.create_model(name, **kwargs)
 
 

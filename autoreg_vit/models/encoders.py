@@ -14,10 +14,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc, to_2tuple
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from ..errors import CheckpointError, ModelError, ShapeError, UsageError, suggest
+from ..errors import ModelError, ShapeError, UsageError, suggest
+from .fitting import check_fit, loading, resample, unwrap
 from .pretrained import register_weights, weights_options
 from .saim_checkpoint import convert_saim_encoder
 
@@ -220,26 +220,25 @@ ENCODER_OPTIONS = [p for p in inspect.signature(VisionTransformer.__init__).para
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights in this package's, timm's or SAIM's published layout, fitted to the model's patch and image size."""
-    fitted = vit_checkpoint_filter_fn(convert_saim_encoder(state_dict, model), model)
+    """Weights in this package's, timm's or SAIM's published layout, fitted to the model's patch and image size.
+
+    Raises:
+        CheckpointError: for weights of another model, naming what differs or the prefix that they stand under.
+    """
+    content = convert_saim_encoder(unwrap(state_dict), model)
+    fitted, problem = resample(content, model)
     classifier = [key for key in fitted if key.startswith('head.')]
     if classifier and isinstance(model.head, nn.Identity):
         _logger.warning('The model has no classifier; the checkpoint\'s is left out: %s', ', '.join(classifier))
         fitted = {key: value for key, value in fitted.items() if key not in classifier}
-    check_keys(fitted, model, aside=('head.',))
+    elif classifier and torch.is_tensor(weight := fitted.get('head.weight')):
+        # timm goes by what the configuration says, and begins a new one without a word.
+        model.pretrained_cfg['num_classes'] = len(weight)
+        if len(weight) != model.num_classes:
+            _logger.warning('The checkpoint\'s classifier of %d classes is left out; the model\'s, of %d, is new.',
+                            len(weight), model.num_classes)
+    check_fit(fitted, content, model, problem, aside=('head.',))
     return fitted
-
-
-def check_keys(state_dict: dict[str, torch.Tensor], model: nn.Module, aside: tuple[str, ...] = ()) -> None:
-    """Raise CheckpointError unless the state dict has the model's parameters and no others, names that begin as one of
-    `aside` left out of it. timm itself only warns where it adapts a classifier, and before 1.0.31 fails with a bare
-    KeyError where the patch embedding is missing."""
-    own, given = ({key for key in keys if not key.startswith(aside)} for keys in (model.state_dict(), state_dict))
-    if own != given:
-        missing, unexpected = (', '.join(sorted(keys)) or 'none' for keys in (own - given, given - own))
-        raise CheckpointError(
-            f'The checkpoint is of another architecture. Missing: {missing}. Unexpected: {unexpected}. Create the '
-            'model with the depth and options that it was trained with.')
 
 
 def default_cfg(size: str, **kwargs) -> dict[str, Any]:
@@ -261,14 +260,15 @@ def _create_encoder(variant: str, pretrained: bool = False, **kwargs) -> SinCosV
     size, method = variant.rsplit('_', 1)
     kwargs = {**SIZES[size], **method_options(method, kwargs), **kwargs}
     out_indices = _feature_indices(kwargs.pop('out_indices', None), kwargs['depth'])
-    return build_model_with_cfg(
-        SinCosVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    with loading(variant, pretrained):
+        return build_model_with_cfg(
+            SinCosVisionTransformer,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **kwargs,
+        )
 
 
 def _feature_indices(indices: int | Sequence[int] | None, depth: Any) -> int | Sequence[int]:

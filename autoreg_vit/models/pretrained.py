@@ -85,6 +85,8 @@ def weights_options(
     cfg = resolve_pretrained_cfg(architecture, source, overlay)
     if source is None and registered.is_pretrained and not (cfg.has_weights or cfg.state_dict):
         raise ModelError(_ambiguous(architecture, [tag for tag in registered.tags if tag != cfg.tag]))
+    if cfg.state_dict:
+        return {}
     shipped = shipped_weights().get(f'{architecture}.{cfg.tag}')
     if cfg.file:
         path = Path(cfg.file)

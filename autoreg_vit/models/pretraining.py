@@ -288,8 +288,9 @@ def compose(
             blobs are encoded whole.
         head: 'linear' or 'mlp' (SAIM).
         norm_pix: Normalise target patches (RandSAC 5, Tables 12-14; SAIM's published command).
-        blur: Gaussian kernel size and sigma on the target image (SAIM Eq. 7, Table 3), or False. timm drops arguments
-            that are None, so turning SAIM's blur off through timm.create_model takes False.
+        blur: Gaussian kernel size and sigma on the target image (SAIM Eq. 7, Table 3), or None or False for none.
+            timm.create_model drops arguments that are None, so that there None is the model's default, a blur of
+            SAIM's: turn it off with False.
         **encoder_options: Arguments of timm's VisionTransformer: img_size, patch_size, in_chans, embed_dim, depth, ...
 
     Raises:

@@ -38,6 +38,7 @@ class ConvertConfig:
 
     source: str = argument('a published checkpoint of SAIM or MAE, pretrained or fine-tuned')
     folder: str = argument('folder to write FOLDER/encoder in, and for SAIM\'s pretraining FOLDER/pretrain')
+    prefix: str = option('', 'what its tensors\' names begin with: backbone., or teacher. for an entry of the file')
     num_heads: int | None = option(
         None, 'heads of the encoder, which no tensor\'s shape shows; by default width / 64, for ViT-H 16')
 

@@ -24,6 +24,7 @@ from ...errors import CheckpointError, ConfigError
 from ...models.designs import create_pretraining_model
 from ...models.encoders import METHODS, SIZES, SinCosVisionTransformer
 from ...models.export import export_encoder, export_pretraining, replaced
+from ...models.fitting import flat, inside, prefixes, unwrap
 from ...models.pretraining import AutoregressiveViT
 from ...models.saim_checkpoint import encoder_name, is_saim_layout, pretraining_name, rename
 from ..checkpoint import load_file, load_into, writing
@@ -71,7 +72,7 @@ def convert(config: ConvertConfig) -> Path:
         ConfigError: for heads that do not divide the width, or a folder that holds something else.
     """
     source, root = Path(config.source), Path(config.folder)
-    state_dict = read_checkpoint(source)
+    state_dict, outside = read_checkpoint(source, config.prefix)
     method = 'SAIM' if is_saim_layout(state_dict) else 'MAE'
     sizes = encoder_sizes(state_dict, source, config.num_heads)
     parts = {'encoder': encoder_part(state_dict, source, sizes, method)}
@@ -87,7 +88,9 @@ def convert(config: ConvertConfig) -> Path:
         f'{_by(sizes["img_size"])}')
     with writing(root), replaced(*(root / kind for kind in parts)) as folders:
         for folder, (kind, part) in zip(folders, parts.items()):
-            write_folder(part, folder, kind, source, method)
+            write_folder(part, folder, kind, source, method, outside)
+    if outside:
+        say(f'{len(outside)} tensors do not begin with {config.prefix!r} and are left out: {_groups(outside)}')
     for kind, part in parts.items():
         report = part.report()
         say(f'{root / kind}: {", ".join(f"{len(names)} {what}" for what, names in report.items())}'
@@ -96,12 +99,20 @@ def convert(config: ConvertConfig) -> Path:
     return root
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a published checkpoint. Nothing but tensors and plain values is loaded, since a pickle can run
-    code.
+def read_checkpoint(path: Path, prefix: str = '') -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of a published checkpoint, as timm takes them: a moving average where there is one, without what
+    torch.compile and DistributedDataParallel put before names. Nothing but tensors and plain values is loaded, since a
+    pickle can run code.
+
+    Args:
+        path: A file.
+        prefix: Of the names of the tensors to take, and to take off them. Entries that hold others count as prefixes.
+
+    Returns:
+        The tensors, and the names of those that do not begin with the prefix.
 
     Raises:
-        CheckpointError: for a file that is missing, damaged or something else.
+        CheckpointError: for a file that is missing, damaged or something else, or tensors under another prefix.
     """
     if not path.is_file():
         raise CheckpointError(f'There is no file {path}: name a published checkpoint, a .pth or .safetensors file.')
@@ -114,13 +125,20 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         # Training scripts save their arguments beside the weights, a plain Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = load_file(path)
-    for key in ('model', 'state_dict'):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    if isinstance(content, dict):
+        if entries := inside(content)[1]:
+            say(f'{path}: weights of the entry {" in ".join(map(repr, reversed(entries)))}')
+        content = unwrap(content)
+        found = prefixes(content)
+        if found and (prefix or '') not in found:
+            raise CheckpointError(f'{path} has its tensors under {" and ".join(repr(p) for p in found)}: ' + (
+                f'give --prefix {found[0]}, which takes them off.' if found[0] else 'leave --prefix out.'))
+        content = flat(content) if prefix else content
     if not isinstance(content, dict) or not content or not all(
-            isinstance(k, str) and torch.is_tensor(v) for k, v in content.items()):
+            isinstance(k, str) and torch.is_tensor(v) for k, v in content.items() if str(k).startswith(prefix)):
         raise CheckpointError(f'{path} holds no tensors by name: {EXPECTED}.')
-    return content
+    outside = sorted(k for k, v in content.items() if not k.startswith(prefix) and torch.is_tensor(v))
+    return {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}, outside
 
 
 def encoder_sizes(state_dict: dict[str, torch.Tensor], source: Path, num_heads: int | None) -> dict[str, Any]:
@@ -181,15 +199,16 @@ def pretraining_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: d
     return Part(model, {key: pretraining_name(key) for key in state_dict})
 
 
-def write_folder(part: Part, folder: Path, kind: str, source: Path, method: str) -> None:
-    """Write one folder: weights, config, card, report and checksums."""
+def write_folder(part: Part, folder: Path, kind: str, source: Path, method: str, outside: list[str]) -> None:
+    """Write one folder: weights, config, card, report, which names those `outside` the prefix too, and checksums."""
     write = export_encoder if kind == 'encoder' else export_pretraining
     # As both evaluate: 224 of 256 pixels, and larger images whole.
     size = getattr(part.model, 'encoder', part.model).patch_embed.img_size
     write(part.model, folder, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
           crop_pct=0.875 if min(size) <= 224 else 1.0)
     origin = {'source': source.name, 'sha256': sha256_of(source), 'method': method}
-    (folder / REPORT).write_text(json.dumps({**origin, **part.report()}, indent=1) + '\n', encoding='utf-8')
+    report = {**origin, **part.report(), **({'outside': outside} if outside else {})}
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
     header = {'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction', 'tags': ['timm', method.lower()]}
     whole = ', encoder and decoder; `import autoreg_vit` before loading it' if kind == 'pretrain' else ''
     (folder / 'README.md').write_text(
