@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 pytest.importorskip('sklearn')
@@ -23,6 +24,7 @@ from autoreg_vit.models.pretrained import load_folder
 from autoreg_vit.train.checkpoint import save_checkpoint
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.config import PretrainConfig
+from autoreg_vit.train.data import ImageSpec, evaluation_transform
 from autoreg_vit.train.publish import export as exporting
 from autoreg_vit.train.publish.card import command, training_hours
 
@@ -53,6 +55,13 @@ def test_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loaded = load_folder(whole)
     assert deviation(record(loaded), record(trained)) < exporting.HALF_LIMIT
     assert loaded.pretrained_cfg['mean'] == trained.pretrained_cfg['mean']
+    # What the run's own accuracies were measured on.
+    seen = evaluation_transform(ImageSpec.of(trained)).transforms[1].transforms
+    for model in (trained, loaded, timm.create_model(f'local-dir:{tmp_path / "run" / "encoder"}')):
+        cfg = model.pretrained_cfg
+        assert seen[0].size == int(cfg['input_size'][-1] / cfg['crop_pct'])
+        assert seen[0].interpolation.value == cfg['interpolation']
+        assert seen[-1].mean.tolist() == pytest.approx(list(cfg['mean']))
     alone = load_folder(encoder)
     assert deviation({'features': record(loaded)['features']}, record(alone)) < 1e-4
 

@@ -55,8 +55,9 @@ def _create(name: str, weights: str, pretrained: bool, options: dict[str, Any]) 
         model = timm.create_model(name, pretrained=pretrained, **options)
     except UsageError:
         raise
-    except TypeError as error:
-        raise ModelError(f'{weights!r} cannot be created with {_show(options)}: {_line(error)}') from error
+    except (AssertionError, TypeError) as error:  # what timm says of options that it does not take
+        raise ModelError(f'{weights!r} cannot be created with {_show(options)}: '
+                         f'{_line(error) or "timm refuses them"}') from error
     except Exception as error:  # by the kind of damage: OSError, RuntimeError, SafetensorError, KeyError, ...
         if pretrained and 'No pretrained weights exist' in str(error):
             raise CheckpointError(f'{weights!r} has no trained weights: name a folder that pretraining wrote, or start '
