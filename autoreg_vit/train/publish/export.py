@@ -84,11 +84,10 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
     check_files(run / 'pretrain')
     try:
         model = load_folder(run / 'pretrain')
-    except UsageError:
-        raise
-    except Exception as error:  # by the kind of damage: OSError, SafetensorError, KeyError, RuntimeError, ...
-        raise CheckpointError(f'Cannot load {run / "pretrain"} ({type(error).__name__}: '
-                              f'{" ".join(str(error).split())[:300]}).') from error
+    except Exception as error:  # by the kind of damage: CheckpointError, OSError, KeyError, RuntimeError, ...
+        kind = '' if isinstance(error, UsageError) else f'{type(error).__name__}: '
+        raise CheckpointError(
+            f'Cannot load {run / "pretrain"} ({kind}{" ".join(str(error).split())[:300]}).') from error
     finished = lines[-1]['event'] == 'finish' or max(line.get('epoch', 0) for line in lines) >= settings.epochs
     if not finished:
         state = load_checkpoint(run / CHECKPOINT, say)
