@@ -1,4 +1,4 @@
-"""The weights in weights/: trained, measured once on the test images, and exported, beside MAE at equal epochs.
+"""Weights for CIFAR-10: trained, measured once on the test images, and exported, beside MAE at equal epochs.
 
     python -m benchmarks.cifar10_weights --scale gpu --data-dir FOLDER --minutes 9.5     # again, until nothing is left
     python -m benchmarks.cifar10_weights --scale gpu --data-dir FOLDER --export weights  # when everything is finished

@@ -34,7 +34,8 @@ def write_run(folder: Path, lines: list[dict] = LINES, **settings) -> Autoregres
     model = create_pretraining_model(config.model, **config.model_options()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            if parameter.requires_grad:  # tables of positions are the same in every run
+                parameter += 0.1 * torch.randn_like(parameter)
     export_encoder(model.encoder, folder / 'encoder', mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     export_pretraining(model, folder / 'pretrain', mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     save_config(config, folder / 'config.yaml')

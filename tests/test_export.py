@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import product
@@ -18,6 +19,7 @@ from exporting import ENCODER, LINES, MODEL, write_run
 from launching import SETTINGS, flags, log_of
 from safetensors.torch import load_file
 
+from autoreg_vit.checksums import sha256_of
 from autoreg_vit.models.golden import deviation, record
 from autoreg_vit.models.pretrained import load_folder
 from autoreg_vit.train.checkpoint import save_checkpoint
@@ -72,7 +74,7 @@ def test_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                  '--output-dir', str(tmp_path / 'probe')]) == 0
     assert export(tmp_path / 'run', tmp_path / 'weights', '--tag', 'digits_1ep', '--no-pretrain',
                   '--results', tmp_path / 'probe' / 'results.json') == 0
-    assert '| linear probe on cached features, 10 classes |' in card_of(encoder)[1]
+    assert '| linear probe of the mean of tokens on cached features, 10 classes |' in card_of(encoder)[1]
 
 
 class TestFolders:
@@ -96,7 +98,7 @@ class TestFolders:
         assert '- Not for cats.' in body
         assert 'commit 0123456789ab, torch 2.11.0, timm 1.0.23' in body
         assert 'A processor, avx2; 2 processes of 1 thread, float32' in body
-        assert '| time | 0.1 hours of training steps |' in body
+        assert '| time | 5.0 minutes of training steps |' in body
         assert 'mean squared error of normalised pixels: 0.7500 in the first line of the log, 0.5000' in body
         assert 'somewhere' not in body + (tmp_path / 'out' / f'{ENCODER}.cifar10-4ep' / 'config.yaml').read_text()
         assert "create_model('local-dir:FOLDER', pretrained=True)" in body
@@ -170,6 +172,31 @@ class TestFolders:
         (other / 'mine.txt').write_text('mine')
         assert export(run, tmp_path / 'out', '--tag', 'b') == 2
         assert 'is no folder of exported weights' in capsys.readouterr().err and (other / 'mine.txt').exists()
+
+
+    @pytest.mark.parametrize(('losses', 'sentence'), [
+        ([1.0, 0.5, 0.9, 0.505, 0.4], 'was from 0.5000 (epoch 2, step 20) to 0.9000 (epoch 3, step 30); it was within '
+                                      '1 % of the former again at epoch 4, step 40.'),
+        ([1.0, 0.5, 0.7, 0.8, 0.6], 'was from 0.5000 (epoch 2, step 20) to 0.8000 (epoch 4, step 40); it did not come '
+                                    'back to within 1 % of the former.'),
+        ([1.0, 0.5, 0.505, 0.45, 0.4], None)])
+    def test_a_card_says_where_the_loss_rose(self, tmp_path: Path, losses: list[float], sentence: str | None):
+        steps = [{**LINES[2], 'step': 10 * n, 'epoch': float(n), 'images': 1000 * n, 'loss': loss}
+                 for n, loss in enumerate(losses, 1)]
+        write_run(tmp_path / 'run', [*LINES[:2], *steps, *LINES[4:]], epochs=5)
+        assert export(tmp_path / 'run', tmp_path / 'out', '--no-pretrain') == 0
+        body = card_of(tmp_path / 'out' / f'{ENCODER}.run')[1]
+        assert sentence in body if sentence else 'greatest rise' not in body
+
+    def test_needs_neither_the_encoder_nor_a_checkpoint_of_a_finished_run(self, run: Path, tmp_path: Path):
+        """Both are in pretrain/: the card has the sum that the encoder's file would have."""
+        encoder = sha256_of(run / 'encoder' / 'model.safetensors')
+        shutil.rmtree(run / 'encoder')
+        assert not (run / 'last.pt').exists()
+        assert export(run, tmp_path / 'out', '--tag', 'a', '--half') == 0
+        assert f'As float32 the file has the SHA-256 `{encoder}`.' in card_of(tmp_path / 'out' / f'{ENCODER}.a')[1]
+        whole = sha256_of(run / 'pretrain' / 'model.safetensors')
+        assert f'As float32 the file has the SHA-256 `{whole}`.' in card_of(tmp_path / 'out' / f'{MODEL}.a')[1]
 
 
 class TestHalf:

@@ -17,6 +17,7 @@ pytest.importorskip('sklearn')
 import yaml
 from exporting import ENCODER, MODEL, write_weights
 from safetensors import safe_open
+from safetensors.torch import load_file
 from timm.models import DefaultCfg
 from torch import nn
 
@@ -27,7 +28,10 @@ from autoreg_vit.models.golden import deviation, golden_images, record
 from autoreg_vit.train.cli import main
 from autoreg_vit.train.run import read_log
 
-SHIPPED = pretrained.shipped_weights()
+REPOSITORY = Path(__file__).parents[1]
+# But for those that lie on the Hub, which tests do not ask.
+SHIPPED = {name: folder for name, folder in pretrained.shipped_weights().items()
+           if not pretrained.hub_repository(folder)}
 
 
 @pytest.fixture(scope='module')
@@ -63,6 +67,9 @@ def check_card(folder: Path, licence: str | None = None) -> None:
         if line['event'] == 'evaluation':
             assert f'| {line["images"]:,} | {line["linear"]:.1f} % | {line["knn"]:.1f} % |' in body
     losses = [line['loss'] for line in log if line['event'] in ('step', 'epoch')]
+    for rise in re.findall(r'rise on the way was from ([\d.]+) \(epoch ([\d.]+), .*?\) to ([\d.]+) \(epoch', body):
+        lines = {f'{line["epoch"]:g}': line['loss'] for line in log if line['event'] in ('step', 'epoch')}
+        assert f'{lines[rise[1]]:.4f}' == rise[0] and float(rise[2]) > 1.01 * float(rise[0])
     assert f'{losses[0]:.4f} in the first' in body and f'{losses[-1]:.4f} in the last' in body
     assert re.search(r'commit [0-9a-f]{7,}', body)
     assert f'autoreg-vit {log[0]["version"]}' in body and f'torch {log[0]["torch"]}' in body
@@ -103,6 +110,27 @@ class TestShipped:
     def test_registered(self, name: str):
         assert name in timm.list_models(pretrained=True)
         assert Path(timm.models.get_pretrained_cfg(name).file).parent == SHIPPED[name]
+
+
+class TestDefaults:
+    @pytest.mark.parametrize(('method', 'tag'), [('randsac', 'cifar10_280ep'), ('saim', 'cifar10_210ep')])
+    def test_bare_names_mean_the_longest_runs(self, method: str, tag: str):
+        for name in (f'vit_tiny_patch4_32_{method}', f'{method}_vit_tiny_patch4_32'):
+            assert timm.models.get_pretrained_cfg(name).tag == tag
+            assert f'{name}.{tag}' in SHIPPED and f'{name}.{tag}' in timm.list_pretrained(f'*{method}*')
+            assert timm.models.get_pretrained_cfg(name).license == 'apache-2.0'
+
+    @pytest.mark.parametrize('name', [name for name in SHIPPED if name.startswith('vit_')])
+    def test_an_encoder_is_that_of_its_model(self, name: str):
+        size, method, tag = re.fullmatch(r'(\w+)_([a-z]+)\.(\w+)', name).groups()
+        records = [json.loads((SHIPPED[n] / 'golden.json').read_text())['outputs']['features']
+                   for n in (name, f'{method}_{size}.{tag}')]
+        assert records[0] == records[1]
+
+    def test_they_fit_a_wheel(self):
+        """PyPI takes files of up to 100 MB. Above it, model.safetensors of a tag moves to the Hub, as README says."""
+        root = REPOSITORY / 'weights'
+        assert sum(path.stat().st_size for path in root.rglob('*') if path.is_file()) < 100e6
 
 
 class TestMadeHere:
@@ -189,6 +217,41 @@ def test_without_checksums_is_an_error_of_shipped_weights_alone(
     monkeypatch.setattr(pretrained, 'ROOTS', (tmp_path / 'weights',))
     with pytest.raises(CheckpointError, match=SUMS):
         pretrained.check_files(folder)
+
+
+@pytest.fixture
+def on_hub(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of weights/ whose weights were moved to the Hub, as README says."""
+    monkeypatch.setattr(pretrained, 'ROOTS', (tmp_path / 'weights',))
+    folder = Path(shutil.copytree(folders[1], tmp_path / 'weights' / folders[1].name))
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf',
+                        lambda name, **options: {'owner/name': load_file(folders[1] / 'model.safetensors')}[name])
+    (folder / 'model.safetensors').unlink()
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg']['hf_hub_id'] = 'owner/name'
+    (folder / 'config.json').write_text(json.dumps(config))
+    write_sums(folder)
+    return folder
+
+
+def create_from(folder: Path) -> nn.Module:
+    """The model of a folder of weights/, by the configuration that timm's registry has of it."""
+    tag = folder.name.partition('.')[2]
+    cfg = pretrained.register_weights({MODEL: {'num_classes': 0}})[MODEL].cfgs[tag]
+    return timm.create_model(MODEL, pretrained=True, pretrained_cfg=dataclasses.replace(cfg, tag=tag))
+
+
+def test_weights_on_the_hub_load_by_name_with_what_they_were_trained_with(on_hub: Path):
+    model = create_from(on_hub)
+    assert model.target.norm_pix is False and model.encoder.embed_dim == 32
+    check_outputs(on_hub, model)
+
+
+def test_damage_beside_weights_on_the_hub_is_refused(on_hub: Path):
+    config = on_hub / 'config.json'
+    config.write_text(config.read_text().replace('"norm_pix": false', '"norm_pix": true'))
+    with pytest.raises(CheckpointError, match=re.escape(f'{config} does not match its checksum in SHA256SUMS')):
+        create_from(on_hub)
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{"pretrained_cfg": 3}', '{"pretrained_cfg": {"mean": [0.5]}, "a": 1}'])

@@ -42,7 +42,7 @@ def register_weights(untrained: dict[str, dict[str, Any]]) -> dict[str, DefaultC
             # A damaged file is an error where the weights are asked for, not here, where everything is registered.
             saved = _mapping(_read(folder / CONFIG).get('pretrained_cfg'))
             saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
-            cfgs[name] = {**cfg, **saved, 'file': str(folder / WEIGHTS)}
+            cfgs[name] = {**cfg, **saved, **({} if hub_repository(folder) else {'file': str(folder / WEIGHTS)})}
     cfgs.update({f'{architecture}.untrained': cfg for architecture, cfg in untrained.items()})
     defaults = {architecture: default_tags(architecture) for architecture in untrained}
     marked = {f'{architecture}.{tags[0] if len(tags) == 1 else "untrained"}' for architecture, tags in defaults.items()}
@@ -85,14 +85,26 @@ def weights_options(
     cfg = resolve_pretrained_cfg(architecture, source, overlay)
     if source is None and registered.is_pretrained and not (cfg.has_weights or cfg.state_dict):
         raise ModelError(_ambiguous(architecture, [tag for tag in registered.tags if tag != cfg.tag]))
-    if cfg.state_dict or not cfg.file:
+    if cfg.state_dict:
         return {}
-    path = Path(cfg.file)
+    shipped = shipped_weights().get(f'{architecture}.{cfg.tag}')
+    if cfg.file:
+        path = Path(cfg.file)
+    elif shipped and hub_repository(shipped):
+        path = shipped / CONFIG
+    else:
+        return {}
     if pretrained:
         check_files(path)
-    if path.parent != shipped_weights().get(f'{architecture}.{cfg.tag}'):
-        return {}
-    return _mapping(_read(path.parent / CONFIG).get('model_args'))
+    return _mapping(_read(shipped / CONFIG).get('model_args')) if path.parent == shipped else {}
+
+
+def hub_repository(folder: Path) -> str | None:
+    """Where the weights of a folder of weights/ lie on the Hugging Face Hub, if they are not in the folder itself:
+    `hf_hub_id` of its config.json."""
+    if (folder / WEIGHTS).exists():
+        return None
+    return _mapping(_read(folder / CONFIG).get('pretrained_cfg')).get('hf_hub_id')
 
 
 def load_folder(folder: Path, **options: Any) -> nn.Module:
@@ -130,7 +142,8 @@ def check_files(path: Path) -> None:
         clone = (folder.parents[1] / '.git').exists()
         listed, remedy = True, 'Restore it: ' + (
             f'git checkout -- weights/{folder.name}' if clone else 'pip install --force-reinstall autoreg-vit')
-    names = [n for n in (SUMS, CONFIG, WEIGHTS) if listed or checksum_path(folder / n).exists()]
+    expected = (SUMS, CONFIG) if hub_repository(folder) else (SUMS, CONFIG, WEIGHTS)
+    names = [n for n in expected if listed or checksum_path(folder / n).exists()]
     for file in dict.fromkeys([folder / name for name in names] + ([] if path == folder else [path])):
         if not file.is_file():
             raise CheckpointError(f'There is no file {file}. {remedy}')

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,17 +73,22 @@ def cached_features(
         return _read(path, key) if run.group.is_main else (None, None)
     sets = tuple(gather_features(encoder, part, config, run.group) for part in (images.plain, images.test))
     if run.group.is_main:
-        with writing(path):
-            scratch = path.with_name(path.name + '.new')
-            save_file({f'{name}.{field}': value.contiguous() for name, part in zip(('train', 'test'), sets)
-                       for field, value in part._asdict().items()}, scratch, metadata={'encoder': key})
-            scratch.chmod(0o644)  # safetensors leaves 0600
-            scratch.replace(path)
-            write_checksum(path)
+        keep_features(path, key, *sets)
     return sets
 
 
-def _read(path, key: str) -> tuple[Features, Features] | None:
+def keep_features(path: Path, key: str, train_set: Features, test: Features) -> None:
+    """Write features as `cached_features` finds them, to CACHE in a run's folder; `key`: the encoder's fingerprint."""
+    with writing(path):
+        scratch = path.with_name(path.name + '.new')
+        save_file({f'{name}.{field}': value.contiguous() for name, part in (('train', train_set), ('test', test))
+                   for field, value in part._asdict().items()}, scratch, metadata={'encoder': key})
+        scratch.chmod(0o644)  # safetensors leaves 0600
+        scratch.replace(path)
+        write_checksum(path)
+
+
+def _read(path: Path, key: str) -> tuple[Features, Features] | None:
     if not path.exists():
         return None
     verify_checksum(path)

@@ -103,7 +103,7 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
                 path.chmod(0o644)  # safetensors leaves 0600
                 write_checksum(path)
         leave_results(run, config, result, images.classes, train_images=len(images.train), fast=config.fast,
-                      batch_norm=config.batch_norm, **more)
+                      batch_norm=config.batch_norm, global_pool=getattr(encoder, 'global_pool', None), **more)
         return run.folder
 
 

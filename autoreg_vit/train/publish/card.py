@@ -1,6 +1,7 @@
 """The model card of exported weights: where they come from, what they are worth, and what they are not for."""
 
 import dataclasses
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -30,6 +31,7 @@ class Weights(NamedTuple):
         parameters: How many.
         dtype: What they are stored in.
         deviation: Of outputs from those of the run's own weights, as `golden.deviation` gives it.
+        trained: SHA-256 of model.safetensors as it is with the run's own weights, float32.
         repository: On the Hub, or None.
         sums: SHA-256 of config.json and model.safetensors by name.
     """
@@ -39,6 +41,7 @@ class Weights(NamedTuple):
     parameters: int
     dtype: str
     deviation: float
+    trained: str
     repository: str | None
     sums: dict[str, str]
 
@@ -115,8 +118,8 @@ def card(weights: Weights, source: Source, model_config: dict[str, Any]) -> str:
 def training_hours(lines: list[dict[str, Any]]) -> float:
     """Time spent in training steps: pauses, evaluations and interruptions are left out."""
     seconds, images = 0.0, 0
-    for line in lines:
-        if line['event'] in ('step', 'epoch') and line.get('images_per_second'):
+    for line in _steps(lines):
+        if line.get('images_per_second'):
             seconds += (line['images'] - images) / line['images_per_second']
             images = line['images']
     return seconds / 3600
@@ -162,7 +165,7 @@ def _use(weights: Weights, config: dict[str, Any]) -> str:
 
 def _training(source: Source) -> str:
     config, first = source.config, source.lines[0]
-    steps = [line for line in source.lines if line['event'] in ('step', 'epoch')]
+    steps = _steps(source.lines)
     seen = steps[-1]['images'] if steps else 0
     epochs = _plural(config.epochs, 'epoch') if source.finished else (
         f'{steps[-1]["epoch"] if steps else 0:g} of {config.epochs} epochs (the run is not finished)')
@@ -182,7 +185,7 @@ def _training(source: Source) -> str:
         'hardware': f'{source.hardware}; {_plural(first.get("processes", 1), "process", "processes")}'
                     + (f' of {_plural(first["threads"], "thread")}' if first['device'] == 'cpu' else '')
                     + f', {logged(source.lines, "precision")}',
-        'time': f'{training_hours(source.lines):.1f} hours of training steps',
+        'time': f'{_duration(training_hours(source.lines))} of training steps',
         'software': f'autoreg-vit {logged(source.lines, "version")}, commit {source.commit or "not recorded"}, torch '
                     f'{logged(source.lines, "torch")}, timm {logged(source.lines, "timm")}',
     }
@@ -193,13 +196,13 @@ def _training(source: Source) -> str:
 
 def _measured(source: Source) -> str:
     config = source.config
-    losses = [line['loss'] for line in source.lines if line['event'] in ('step', 'epoch')]
+    losses = [line['loss'] for line in _steps(source.lines)]
     evaluations = [line for line in source.lines if line['event'] == 'evaluation']
     parts = []
     if losses:
         unit = 'of patches normalised to variance 1' if config.norm_pix in (None, True) else 'of normalised pixels'
         parts.append(f'Loss, the mean squared error {unit}: {losses[0]:.4f} in the first line of the log, '
-                     f'{losses[-1]:.4f} in the last.')
+                     f'{losses[-1]:.4f} in the last.{_greatest_rise(source.lines)}')
     if evaluations:
         images = (f'the split {config.eval_split}' if config.eval_split else
                   'a fifth of the training images, held out from the classifiers but not from pretraining')
@@ -218,13 +221,37 @@ def _measured(source: Source) -> str:
     return '\n\n'.join(parts) or 'Nothing.'
 
 
+def _steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines that have a loss."""
+    return [line for line in lines if line['event'] in ('step', 'epoch')]
+
+
+def _greatest_rise(lines: list[dict[str, Any]]) -> str:
+    """A sentence about where the loss rose most above its least value so far, if by more than a hundredth of it."""
+    steps = _steps(lines)
+    least = list(itertools.accumulate(steps, lambda a, b: min(a, b, key=lambda line: line['loss'])))
+    low, high = max(zip(least, steps), key=lambda pair: pair[1]['loss'] / pair[0]['loss'])
+    if high['loss'] <= 1.01 * low['loss']:
+        return ''
+    later = (line for line in steps if line['images'] > high['images'])
+    back = next((line for line in later if line['loss'] <= 1.01 * low['loss']), None)
+    return (f' Its greatest rise on the way was from {low["loss"]:.4f} ({_place(low)}) to {high["loss"]:.4f} '
+            f'({_place(high)}); ' + (f'it was within 1 % of the former again at {_place(back)}.' if back else
+                                     'it did not come back to within 1 % of the former.'))
+
+
+def _place(line: dict[str, Any]) -> str:
+    return f'epoch {line["epoch"]:g}' + (f', step {line["step"]:,}' if 'step' in line else '')
+
+
 def _protocol(result: dict[str, Any]) -> str:
+    pool = {'token': ' of the class token', 'avg': ' of the mean of tokens'}.get(result.get('global_pool'), '')
     classes = f', {result["num_classes"]} classes' if 'num_classes' in result else ''
     untrained = '' if result.get('pretrained', True) else ', untrained encoder'
     epochs = f', {result["epochs"]} epochs' if 'epochs' in result else ''
     optimizer = f', {result["optimizer"]}' if 'optimizer' in result else ''
     if 'fast' in result:
-        kind = 'linear probe on cached features' if result['fast'] else f'linear probe{optimizer}{epochs}'
+        kind = f'linear probe{pool}' + (' on cached features' if result['fast'] else f'{optimizer}{epochs}')
     elif 'top1' in result:
         kind = f'fine-tuning{epochs}'
     else:
@@ -237,7 +264,8 @@ def _storage(weights: Weights) -> str:
     if weights.dtype == 'float32':
         return f'Weights are float32, as trained. {again}'
     return (f'Weights are stored as {weights.dtype} and load as float32. Outputs for two synthetic images differ from '
-            f'those of the float32 weights by {100 * weights.deviation:.2g} % (root mean square, relative). {again}')
+            f'those of the float32 weights by {100 * weights.deviation:.2g} % (root mean square, relative). As float32 '
+            f'the file has the SHA-256 `{weights.trained}`. {again}')
 
 
 def _limits(source: Source, config: dict[str, Any]) -> str:
@@ -270,6 +298,10 @@ def _count(result: dict[str, Any], name: str) -> str:
 
 def _plural(count: int, one: str, many: str | None = None) -> str:
     return f'{count} {one if count == 1 else many or one + "s"}'
+
+
+def _duration(hours: float) -> str:
+    return f'{hours:.1f} hours' if hours >= 1 else f'{60 * hours:.1f} minutes'
 
 
 def _plain(value: Any) -> str:

@@ -11,7 +11,7 @@ class ExportConfig:
 
     run: str = argument('folder of a pretraining run')
     folder: str = argument('folder to write FOLDER/ARCHITECTURE.TAG in, for the encoder and for the whole model')
-    tag: str | None = option(None, 'name of data and schedule, cifar10_10ep; by default that of the run\'s folder')
+    tag: str | None = option(None, 'name of data and schedule, cifar10_280ep; by default that of the run\'s folder')
     default_tag: bool = option(False, 'declare it the tag that the model\'s bare name means, among several in weights/')
     pretrain: bool = option(True, 'write the whole model, encoder and decoder, besides the encoder')
     half: bool | None = option(

@@ -47,7 +47,7 @@ def export(config: ExportConfig) -> list[Path]:
     run = Path(config.run)
     tag = re.sub(r'[^\w-]+', '_', run.resolve().name, flags=re.ASCII) if config.tag is None else config.tag
     if not re.fullmatch(r'[\w-]+', tag, flags=re.ASCII):
-        raise ConfigError(f'A tag is letters, digits, - and _, as in cifar10_10ep; got {tag!r}.')
+        raise ConfigError(f'A tag is letters, digits, - and _, as in cifar10_280ep; got {tag!r}.')
     model, source = read_run(run, config)
     name, root = source.config.model, Path(config.folder)
     architectures = {'encoder': '{1}_{0}'.format(*name.split('_', 1)), 'pretrain': name}
@@ -84,11 +84,10 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
     check_files(run / 'pretrain')
     try:
         model = load_folder(run / 'pretrain')
-    except UsageError:
-        raise
-    except Exception as error:  # by the kind of damage: OSError, SafetensorError, KeyError, RuntimeError, ...
-        raise CheckpointError(f'Cannot load {run / "pretrain"} ({type(error).__name__}: '
-                              f'{" ".join(str(error).split())[:300]}).') from error
+    except Exception as error:  # by the kind of damage: CheckpointError, OSError, KeyError, RuntimeError, ...
+        kind = '' if isinstance(error, UsageError) else f'{type(error).__name__}: '
+        raise CheckpointError(
+            f'Cannot load {run / "pretrain"} ({kind}{" ".join(str(error).split())[:300]}).') from error
     finished = lines[-1]['event'] == 'finish' or max(line.get('epoch', 0) for line in lines) >= settings.epochs
     if not finished:
         state = load_checkpoint(run / CHECKPOINT, say)
@@ -130,6 +129,8 @@ def write_folder(
     cfg = {k: model.pretrained_cfg[k] for k in ('mean', 'std', 'crop_pct', 'interpolation')}
     if config.license:
         cfg['license'] = config.license
+    write(part, folder, **cfg)
+    trained_sum = sha256_of(folder / WEIGHTS)
     for dtype in {None: (torch.float16, torch.float32), True: (torch.float16,), False: (torch.float32,)}[config.half]:
         write(part, folder, dtype=dtype, **cfg)
         golden = record(load_folder(folder))
@@ -150,7 +151,7 @@ def write_folder(
         (folder / CONFIG).write_text(json.dumps(model_config, indent=2) + '\n', encoding='utf-8')
     sums = {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)}
     weights = Weights(target.name, kind, target, sum(p.numel() for p in part.parameters()),
-                      str(dtype).removeprefix('torch.'), change, repository, sums)
+                      str(dtype).removeprefix('torch.'), change, trained_sum, repository, sums)
     (folder / 'README.md').write_text(card(weights, source, model_config), encoding='utf-8')
     write_sums(folder)
 
