@@ -9,7 +9,7 @@ import torch
 from timm.models import build_model_with_cfg, register_model
 
 from ..errors import ModelError, suggest
-from .encoders import ENCODER_OPTIONS, SIZES, check_options, default_cfg, method_options
+from .encoders import ENCODER_OPTIONS, SIZES, check_options, default_cfg, method_options, python_numbers
 from .fitting import check_fit, loading, resample, unwrap
 from .pretrained import check_tag, register_weights, weights_options
 from .pretraining import PRETRAINING_OPTIONS, AutoregressiveViT, compose
@@ -60,7 +60,7 @@ default_cfgs = register_weights({
 
 def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> AutoregressiveViT:
     # None is the model's default, as where timm.create_model drops it, but of the blur, where it is an answer.
-    kwargs = {k: v for k, v in kwargs.items() if v is not None or k == 'blur'}
+    kwargs = python_numbers({k: v for k, v in kwargs.items() if v is not None or k == 'blur'})
     # What belongs to an encoder's classifier has no place here.
     classifier = ('num_classes', 'global_pool', 'fc_norm', 'final_norm', 'drop_rate')
     known = [option for option in PRETRAINING_OPTIONS + ENCODER_OPTIONS if option not in classifier]

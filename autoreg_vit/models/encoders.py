@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc, to_2tuple
@@ -254,7 +255,18 @@ def default_cfg(size: str, **kwargs) -> dict[str, Any]:
 default_cfgs = register_weights({f'{size}_{method}': default_cfg(size) for method in METHODS for size in SIZES})
 
 
+def python_numbers(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with Python's own numbers in place of NumPy's, which JSON does not take."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+    return {name: plain(value) for name, value in options.items()}
+
+
 def _create_encoder(variant: str, pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+    kwargs = python_numbers(kwargs)
     check_options(variant, kwargs, ENCODER_OPTIONS)
     kwargs = {**weights_options(variant, default_cfgs[variant], pretrained, kwargs), **kwargs}
     size, method = variant.rsplit('_', 1)

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import unwrap_model
 
 from ..checksums import sync
 from ..errors import ModelError
@@ -28,11 +30,15 @@ def export_encoder(
     """Write an encoder as a stock timm ViT, which loads where this package is not installed.
 
     Args:
-        encoder: Stand-alone, or `model.encoder` of a pretraining model.
-        folder: Replaced if it exists.
+        encoder: Stand-alone, or `model.encoder` of a pretraining model; also inside DataParallel or torch.compile.
+        folder: Replaced if it exists, once what was written has been loaded.
         dtype: What weights are stored in; they load as float32.
         **pretrained_cfg: Entries of timm's configuration to set, such as mean and std.
+
+    Raises:
+        ModelError: for a model that was changed into one that its arguments do not describe.
     """
+    encoder = unwrap_model(encoder)
     # For a width of no stock model any of them serves as a base: every size is written out in the arguments.
     architecture = STOCK_ARCHITECTURES.get(encoder.embed_dim, STOCK_ARCHITECTURES[192])
     args = {**encoder.init_args, **_current_size(encoder), 'global_pool': encoder.global_pool}
@@ -52,6 +58,7 @@ def export_pretraining(
 ) -> None:
     """Write a whole pretraining model, encoder and decoder; this package must be imported where it is loaded. Arguments
     are those of `export_encoder`."""
+    model = unwrap_model(model)
     if not hasattr(model, 'init_args'):
         raise ModelError('Only models made by timm.create_model can be exported: others have no name to load by.')
     args = {**model.init_args, **_current_size(model.encoder)}
@@ -60,6 +67,17 @@ def export_pretraining(
     _write(folder, model.state_dict(), model.pretrained_cfg['architecture'], args, {
         'first_conv': 'encoder.patch_embed.proj', 'classifier': None, **pretrained_cfg,
     }, model.encoder, dtype)
+
+
+def _check_loads(folder: Path) -> None:
+    """Raise ModelError unless the model of a folder loads: what is exported is what the model is."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # a run draws on as if nothing had been initialised
+            timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except Exception as error:  # by what does not fit: RuntimeError, ModelError, CheckpointError, TypeError, ...
+        raise ModelError(f'The model was changed after it was made, into one that its arguments do not describe '
+                         f'({" ".join(str(error).split())[:300]}): export it as it was made, or save its state_dict '
+                         'yourself.') from error
 
 
 def _plain(model_args: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +99,7 @@ def _plain(model_args: dict[str, Any]) -> dict[str, Any]:
 def _current_size(encoder: VisionTransformer) -> dict[str, Any]:
     embed = encoder.patch_embed
     return {'img_size': list(embed.img_size), 'patch_size': list(embed.patch_size),
-            'in_chans': embed.proj.in_channels}
+            'in_chans': embed.proj.in_channels, 'depth': len(encoder.blocks)}
 
 
 def _write(
@@ -123,6 +141,7 @@ def _write(
         save_file(tensors, new / 'model.safetensors')
         os.chmod(new / 'model.safetensors', 0o644)
         (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        _check_loads(new)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from ..models.pretrained import WEIGHTS
 
 #: Names under which timm looks for the weights in a folder.
 WEIGHT_FILES = (WEIGHTS, 'pytorch_model.bin')
+#: What names the parts of weights that transformers divided.
+SHARDS = f'{WEIGHTS}.index.json'
 
 
 def load_encoder(weights: str, pretrained: bool = True, **options: Any) -> nn.Module:
@@ -101,6 +103,10 @@ def _resolve(weights: str, pretraining: bool = False) -> str:
         if folder is None:
             raise CheckpointError(f'{path} holds no encoder: expected config.json and model.safetensors, as '
                                   'pretraining writes to runs/NAME/encoder.')
+        if (folder / SHARDS).is_file() and not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f'{folder} holds its weights in shards, as transformers writes large ones, and timm '
+                                  'reads one file: join them, by saving the model again with '
+                                  "save_pretrained(FOLDER, max_shard_size='100GB').")
         if _architecture(folder) in pretraining_models() and not pretraining:
             raise ModelError(f'{folder} holds a pretraining model, encoder and decoder: name the folder '
                              f'{folder.with_name("encoder")} beside it.')
@@ -131,10 +137,13 @@ def _architecture(folder: Path) -> str:
     """timm's name of the model in a folder, without its tag."""
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        return config['architecture'].partition('.')[0]
+        if 'architecture' in config or not ('model_type' in config or 'architectures' in config):
+            return config['architecture'].partition('.')[0]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f'{folder / "config.json"} is damaged: it names no architecture ({_line(error)}).'
                               ) from error
+    raise ModelError(f'{folder} holds a model of transformers ({config.get("model_type") or config["architectures"]}), '
+                     'not one of timm: --weights takes encoders that pretraining wrote, and models of timm.')
 
 
 def _tags(base: str) -> list[str]:
