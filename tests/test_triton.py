@@ -17,6 +17,7 @@ import triton
 from test_ops import arguments, assert_near, expected_results, results
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import autoreg_vit.ops.triton  # noqa: F401 (registers the operator)
 from autoreg_vit import ops
 from autoreg_vit.errors import ModelError
 from autoreg_vit.ops import segment_attention, segment_attention_kvpacked, segment_attention_qkvpacked

@@ -1,4 +1,5 @@
-"""The tuner: what it tries, in what order, what it keeps of it, and what it makes of the table of launches."""
+"""The tuner: what it tries, in what order, what it keeps of it, and what it makes of the table of launches; the floor
+that times are measured by."""
 
 import argparse
 import json
@@ -9,6 +10,7 @@ import torch
 
 from autoreg_vit.ops.triton import launches
 from benchmarks import tune_attention
+from benchmarks.attention import floors, make_case
 from benchmarks.candidates import longest
 
 TIMED = 'NVIDIA H100, Triton 3.6'
@@ -108,3 +110,12 @@ def test_taking_rows_bounds_those_that_spill_here(tmp_path, monkeypatch):
     version = '.'.join(map(str, launches.TRITON))
     assert json.loads(table.read_text())['launches'] == [
         row(64, 32, below=version, timed_on=TIMED), row(None, 64, timed_on=TIMED)]
+
+
+@pytest.mark.parametrize('name, tokens, read_and_written', [('randsac', 64, 4 + 7), ('saim', 64, 4 + 8)])
+def test_the_floor_is_of_what_must_move(name, tokens, read_and_written):
+    case = make_case(name, tokens, 32, 1, 1, torch.float16, 'cpu')
+    tensor, rows = case.grad.numel() * 2, case.grad.shape[1] * 4 * 2
+    floor = floors(case, bandwidth=1e6, rate=math.inf)
+    assert floor[False] == pytest.approx(4 * tensor + rows)
+    assert floor[True] == pytest.approx(read_and_written * tensor + 2 * rows)
