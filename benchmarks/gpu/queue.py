@@ -16,6 +16,9 @@ from .jobs import ROOT
 from .sitting import FULL, ORDER, TOY, Sitting, unpacked
 from .state import State, misfits
 
+#: Seconds without which no part is begun.
+LEAST = 5
+
 
 def go(args: argparse.Namespace, began: float) -> int:
     """Do what fits into the minutes, and what earlier calls have left; the exit status, 1 where a part failed."""
@@ -43,9 +46,7 @@ def go(args: argparse.Namespace, began: float) -> int:
         for name in ORDER:
             if name == 'launches':
                 workers.settle(parts.READY_WITHIN)
-            if name not in shares:
-                continue
-            if sitting.limit(name) < 5:
+            if name not in shares or sitting.limit(name) < LEAST:
                 continue
             if name == 'steps':
                 parts.steps(sitting, workers)
