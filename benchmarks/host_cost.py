@@ -1,6 +1,6 @@
 """What a call of segment attention costs the host, with kernels that do nothing.
 
-    python -m benchmarks.host_cost [--rounds 25] [--calls 50] [--output FILE]
+    python -m benchmarks.host_cost [--rounds 100] [--calls 16] [--output FILE]
 
 Needs no GPU: without one, tensors are on the CPU and what stands in for the kernels is the same. Four ways to the same
 launchers, for each layout, forward and with backward:
@@ -11,8 +11,8 @@ launchers, for each layout, forward and with backward:
   and torch.compile still see it;
 - compiled: one of 8 calls in a graph of torch.compile.
 
-Times are the process's CPU time, which other programs disturb less than the clock. Rounds go through all ways in turn,
-and a ratio is that of two times of one round.
+Times are the process's CPU time, which other programs disturb less than the clock. Rounds are short and go through all
+ways in turn, and a ratio is that of two times of one round.
 """
 
 import argparse
@@ -176,8 +176,8 @@ def _spread(name: str, values: list[float], digits: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=25, help='at least 2')
-    parser.add_argument('--calls', type=int, default=50, help='calls of each way in a round')
+    parser.add_argument('--rounds', type=int, default=100, help='at least 2')
+    parser.add_argument('--calls', type=int, default=16, help='calls of each way in a round')
     parser.add_argument('--output', type=Path)
     args = parser.parse_args()
     if args.rounds < 2 or args.calls < 1:

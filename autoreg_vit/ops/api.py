@@ -83,13 +83,11 @@ def choose_implementation(q: torch.Tensor, k: torch.Tensor) -> str:
     both in the precision that the machine trains in). float64 is for checking, where the oracle is wanted, and it
     alone has forward-mode derivatives.
     """
-    return _choose(q.shape, k.shape, q.dtype, q.device)
+    return _forced if _forced != 'auto' else _choose(q.shape, k.shape, q.dtype, q.device)
 
 
 def _choose(q: Sequence[int], k: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
-    """`choose_implementation` for the shapes of queries and keys."""
-    if _forced != 'auto':
-        return _forced
+    """`choose_implementation` for the shapes of queries and keys, where none is forced."""
     if dtype == torch.float64 or forward_ad._current_level >= 0:
         return 'eager'
     kind = device.type
@@ -138,13 +136,18 @@ def _attend(projections: list[torch.Tensor], limits: torch.Tensor, scale: float 
         projections = [x.to(torch.get_autocast_dtype(kind)) for x in projections]
     q, k, v = shapes(projections)
     _check(q, k, v, projections, limits)
-    if impl == 'auto':
-        impl = _choose(q, k, projections[0].dtype, device)
+    dtype = projections[0].dtype
+    impl = _forced if impl == 'auto' else impl
+    chosen = impl == 'auto'
+    if chosen:
+        impl = _choose(q, k, dtype, device)
     scale = q[-1] ** -0.5 if scale is None else float(scale)
     if impl == 'triton':
         if not TRITON_INSTALLED:
             raise ModelError("impl='triton' needs the package triton: pip install triton. impl='auto' does without.")
         from . import triton
+        if not chosen and (reason := triton.reason_unsupported(q, k, dtype, device)):
+            raise ModelError(f"impl='triton' takes {reason}. impl='auto' chooses one that fits.")
         return triton.segment_attention(projections, limits, scale)
     _check_implementation(impl)
     return {'eager': eager, 'sdpa': sdpa}[impl].segment_attention(*split(projections), limits, scale)

@@ -26,6 +26,7 @@ from .launches import capability
 
 HEAD_DIMS = (32, 64)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LOG2_E = math.log2(math.e)
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 INTERPRETED = not isinstance(_forward.one_loop_kernel, triton.JITFunction)
 
@@ -55,15 +56,8 @@ def reason_unsupported(
 
 
 def segment_attention(projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> torch.Tensor:
-    """See `autoreg_vit.ops.segment_attention`; projections are [qkv], [q, kv] or [q, k, v], taken as already checked.
-
-    Raises:
-        ModelError: for a head dimension, dtype, device, size or transformation that the kernel cannot take.
-    """
-    q, k, _ = shapes(projections)
-    reason = reason_unsupported(q, k, projections[0].dtype, projections[0].device)
-    if reason:
-        raise ModelError(f"impl='triton' takes {reason}. impl='auto' chooses one that fits.")
+    """See `autoreg_vit.ops.segment_attention`; projections are [qkv], [q, kv] or [q, k, v], taken as already checked,
+    and such as `reason_unsupported` has nothing against."""
     if observed(limits, *projections):
         return _attend_operator(projections, limits, scale)[0]
     return _SegmentAttention.apply(limits, scale, *projections)
@@ -73,7 +67,7 @@ def _attend(
         projections: Sequence[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = addressable(projections, split(projections))
     with torch.cuda.device_of(q):
-        return _forward.forward(q, k, v, limits.contiguous(), scale * math.log2(math.e))
+        return _forward.forward(q, k, v, limits.contiguous(), scale * LOG2_E)
 
 
 def _differentiate(
@@ -173,8 +167,8 @@ _differentiate_operator.register_autograd(_refuse_second_derivative)
 
 def observed(*tensors: torch.Tensor) -> bool:
     """Whether anything but autograd wants to see which operators run on these tensors."""
-    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing() or
-            tensors[0].is_meta or not _PLAIN.issuperset(map(type, tensors)))
+    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._is_tracing() or
+            not _PLAIN.issuperset(map(type, tensors)) or (INTERPRETED and tensors[0].is_meta))
 
 
 def _transformation() -> str | None:
