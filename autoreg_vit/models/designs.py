@@ -81,7 +81,7 @@ def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> Aut
     if kwargs.get('serialization', options['serialization']) == 'blobs':
         options['segments'] = (11, 7, 3) if size in ('vit_base', 'vit_large') else (11, 5)
     options.update(kwargs)
-    with loading(variant, pretrained):
+    with loading(variant, pretrained, options):
         model = build_model_with_cfg(
             compose,
             variant,

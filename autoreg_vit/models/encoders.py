@@ -272,7 +272,7 @@ def _create_encoder(variant: str, pretrained: bool = False, **kwargs) -> SinCosV
     size, method = variant.rsplit('_', 1)
     kwargs = {**SIZES[size], **method_options(method, kwargs), **kwargs}
     out_indices = _feature_indices(kwargs.pop('out_indices', None), kwargs['depth'])
-    with loading(variant, pretrained):
+    with loading(variant, pretrained, kwargs):
         return build_model_with_cfg(
             SinCosVisionTransformer,
             variant,

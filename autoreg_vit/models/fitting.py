@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.models import adapt_input_conv
+from timm.models import adapt_input_conv, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
@@ -103,8 +103,9 @@ def check_fit(
 
 
 @contextmanager
-def loading(name: str, pretrained: bool) -> Iterator[None]:
-    """Turn whatever else goes wrong inside, where weights are loaded, into CheckpointError."""
+def loading(architecture: str, pretrained: bool, options: dict[str, Any]) -> Iterator[None]:
+    """Turn whatever else goes wrong inside, where weights are loaded, into CheckpointError; `options` are arguments of
+    `timm.create_model`, which say where the weights are."""
     try:
         yield
     except UsageError:
@@ -112,8 +113,10 @@ def loading(name: str, pretrained: bool) -> Iterator[None]:
     except Exception as error:  # by the kind of damage: RuntimeError, UnpicklingError, SafetensorError, KeyError, ...
         if not pretrained or 'No pretrained weights exist' in str(error):
             raise
-        raise CheckpointError(f'Cannot load weights into {name!r} ({type(error).__name__}: '
-                              f'{" ".join(str(error).split())[:300]}).') from error
+        cfg = resolve_pretrained_cfg(architecture, options.get('pretrained_cfg'), options.get('pretrained_cfg_overlay'))
+        raise CheckpointError(f'Cannot load {cfg.file or cfg.hf_hub_id or cfg.url or "the weights"} into '
+                              f'{architecture!r} ({type(error).__name__}: {" ".join(str(error).split())[:300]}).'
+                              ) from error
 
 
 def prefixes(content: Mapping[str, Any]) -> list[str]:
