@@ -4,6 +4,10 @@ Projections are packed, so that their strides are not those of tensors of their 
 """
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +143,37 @@ def test_gradients_repeat_bit_for_bit(design, launch, tokens):
     case = Case(tokens, tokens, 'ragged')
     for first, second in zip(case.backward(design, launch), case.backward(design, launch)):
         assert torch.equal(first, second)
+
+
+COMPILE = '''
+import torch
+from autoreg_vit.ops.triton.backward.paired import paired_backward
+from autoreg_vit.ops.triton.bordered import bordered_backward, bordered_forward
+from autoreg_vit.ops.triton.launches import Launch
+from autoreg_vit.ops.triton.two_heads import two_heads_backward, two_heads_forward
+from benchmarks.compiling import compile_call, meta_tensors, record_calls, resources
+
+for design, launch, tokens, head_dim in (
+        (paired_backward, Launch(64, 32, 4, 3), 196, 64),
+        (bordered_backward, Launch(64, 64, 4, 1, 168), 65, 64), (bordered_forward, Launch(64, 64, 4, 1), 65, 64),
+        (two_heads_backward, Launch(64, 64, 8, 1), 64, 32), (two_heads_forward, Launch(64, 64, 8, 1), 64, 32)):
+    tensors = meta_tensors(tokens, head_dim, torch.bfloat16)
+    if design in (bordered_forward, two_heads_forward):
+        arguments = [tensors[name] for name in ('q', 'k', 'v', 'limits', 'out', 'lse')] + [0.1]
+    else:
+        arguments = [*tensors.values(), 0.1, 0.1]
+    for call in record_calls(lambda: design(*arguments, launch)):
+        used = resources(compile_call(call, 90))
+        print(call.name, used['spill_bytes'], used['transposed'])
+'''
+
+
+@pytest.mark.slow
+def test_designs_compile_for_hopper_without_spills_or_transposed_accumulators():
+    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, '-c', COMPILE], capture_output=True, text=True, cwd=root,
+                          env={**environment, 'PYTHONPATH': str(root)})
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 5, done.stderr
+    assert all(row[1:] == ['0', '0'] for row in rows), rows

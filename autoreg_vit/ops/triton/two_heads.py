@@ -1,4 +1,4 @@
-"""Two neighbouring heads of dimension 32 a program, where a tile holds all queries and all keys of both.
+"""Two neighbouring heads a program, where a tile holds all queries and all keys of both: for head dimension 32.
 
 A design that the tuner may choose; not a default before it has been timed on a GPU.
 
