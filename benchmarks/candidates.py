@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autoreg_vit.ops.triton import backward
+from autoreg_vit.ops.triton import backward, forward
 from autoreg_vit.ops.triton.launches import Launch, Plan, kind_of, plan_of
 
 Launches = list[tuple[Launch, ...]]
@@ -33,14 +33,18 @@ FORWARD_FLOAT32 = single((32, 32, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (32, 32
 
 # By pass and bits of the dtype: the launches of each design.
 CANDIDATES: dict[tuple[str, int], dict[str, Launches]] = {
-    ('forward', 16): {'one_loop': FORWARD, 'two_loops': FORWARD},
+    ('forward', 16): {'one_loop': FORWARD, 'two_loops': FORWARD, 'bordered': single((64, 64, 4, 1), (64, 64, 8, 1)),
+                      'two_heads': single((64, 64, 8, 1), (64, 64, 4, 1))},
     ('backward', 16): {
         'fused': single((64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 4, 1, 128)),
         'rows': single((128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 1)),
+        'paired': single((64, 32, 4, 3), (64, 32, 4, 2, 128), (64, 32, 4, 1, 128), (64, 32, 4, 3, 128), (64, 32, 4, 1)),
+        'bordered': single((64, 64, 4, 1, 168), (64, 64, 8, 1), (64, 64, 4, 1)),
         'split': pairs([(64, 32, 4, 3, 96), (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)],
                        [(64, 32, 4, 1, 128), (64, 32, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1, 128), (128, 32, 8, 2)]),
         'tiled': single((64, 32, 4, 1, 128), (128, 32, 8, 1), (64, 32, 4, 2), (64, 32, 4, 1), (128, 32, 8, 2)),
         'fused_from_out': single((64, 64, 4, 1), (128, 128, 8, 1), (64, 64, 8, 1)),
+        'two_heads': single((64, 64, 8, 1), (64, 64, 4, 1)),
     },
     ('forward', 32): {'one_loop': FORWARD_FLOAT32, 'two_loops': FORWARD_FLOAT32},
     ('backward', 32): {
@@ -54,7 +58,8 @@ CANDIDATES: dict[tuple[str, int], dict[str, Launches]] = {
 
 def longest(direction: str, plan: Plan) -> float:
     """How many queries and keys a plan can take; infinity where any."""
-    return math.inf if direction == 'forward' else plan.launches[0].block + backward.DESIGNS[plan.design].spare
+    designs = forward.DESIGNS if direction == 'forward' else backward.DESIGNS
+    return plan.launches[0].block + designs[plan.design].spare
 
 
 def candidate_plans(direction: str, dtype: torch.dtype, tokens: int) -> list[Plan]:

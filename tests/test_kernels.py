@@ -81,6 +81,8 @@ def check_backward(plan, case):
 
 
 def name_of(value):
+    if callable(value):
+        return value.__name__.removeprefix('check_')
     if isinstance(value, Plan):
         return '-'.join([value.design, *('x'.join(map(str, launch[:2])) for launch in value.launches)])
     return str(value).removeprefix('torch.')
@@ -102,7 +104,7 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize('case', QUICK, ids=name_of)
-@pytest.mark.parametrize('plan', [FORWARDS[0], FORWARDS[-1]], ids=name_of)
+@pytest.mark.parametrize('plan', [FORWARDS[0], FORWARDS[3]], ids=name_of)
 def test_forward(plan, case, poisoned):
     check_forward(plan, case_of(*case, QUICK_DTYPE))
 
@@ -120,19 +122,19 @@ def test_backward(plan, case, poisoned):
 def test_every_design(case, dtype, poisoned):
     arguments_and_results = case_of(*case, dtype, head_dim=64)
     for plan in FORWARDS:
-        check_forward(plan, arguments_and_results)
+        if max(case[:2]) <= longest('forward', plan):
+            check_forward(plan, arguments_and_results)
     for plan in BACKWARDS:
         if max(case[:2]) <= longest('backward', plan):
             check_backward(plan, arguments_and_results)
 
 
 @pytest.mark.parametrize('scale', [-0.4, 0.0, 1e-6])
-@pytest.mark.parametrize('plan', [*FORWARDS[::2], *BACKWARDS[:-2]], ids=name_of)
-def test_scales_that_are_not_positive(plan, scale, poisoned):
+@pytest.mark.parametrize('check, plan', [*((check_forward, plan) for plan in FORWARDS[::2]),
+                                         *((check_backward, plan) for plan in BACKWARDS[:-2])], ids=name_of)
+def test_scales_that_are_not_positive(check, plan, scale, poisoned):
     # The first queries see nothing of the first step, so that a maximum over nothing meets the scale.
-    case = case_of(40, 40, 'ragged', QUICK_DTYPE, scale)
-    check = check_forward if plan.design in forward.DESIGNS else check_backward
-    check(plan, case)
+    check(plan, case_of(40, 40, 'ragged', QUICK_DTYPE, scale))
 
 
 @pytest.mark.skipif(DEVICE != 'cuda', reason='needs a GPU')

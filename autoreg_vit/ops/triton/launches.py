@@ -9,6 +9,8 @@ every row ahead of time, and `benchmarks/ptx_equality.py` shows which rows were 
 
 import functools
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,13 @@ class Launch(NamedTuple):
         """What Triton takes beside a kernel's own arguments."""
         options = {'num_warps': self.num_warps, 'num_stages': self.num_stages, 'enable_fp_fusion': FP_FUSION}
         return options if self.maxnreg is None else {**options, 'maxnreg': self.maxnreg}
+
+
+class Design(NamedTuple):
+    """How a pass is computed. `fill` takes tensors, scales and a launch for each kernel that is tuned, and fills its
+    outputs for `spare` queries or keys at most beyond the block of its first launch (infinity: for any number)."""
+    fill: Callable[..., None]
+    spare: float = math.inf
 
 
 class Plan(NamedTuple):

@@ -5,30 +5,27 @@ which one serves. A new design is such a function, a line here, and rows of the 
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
-from ..launches import plan_for
+from ..bordered import bordered_backward
+from ..launches import Design, plan_for
+from ..two_heads import two_heads_backward
+from .paired import paired_backward
 from .split import split
 from .tiled import tiled
 from .whole import fused, fused_from_out, rows
 
-
-class Design(NamedTuple):
-    """`fill(q, k, v, limits, out, grad, lse, dq, dk, dv, scale, scale_log2, *launches)` computes the gradients of
-    `spare` queries or keys at most beyond the block of its first launch (infinity: of any number)."""
-    fill: Callable[..., None]
-    spare: float = math.inf
-
-
+# fill(q, k, v, limits, out, grad, lse, dq, dk, dv, scale, scale_log2, *launches); those below `tiled` wait to be timed.
 DESIGNS = {
     'fused': Design(fused, spare=0),
     'fused_from_out': Design(fused_from_out, spare=0),
     'rows': Design(rows, spare=0),
     'split': Design(split),
     'tiled': Design(tiled),
+    'paired': Design(paired_backward),
+    'bordered': Design(bordered_backward, spare=1),
+    'two_heads': Design(two_heads_backward, spare=0),
 }
 
 
