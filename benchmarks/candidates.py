@@ -33,18 +33,19 @@ FORWARD_FLOAT32 = single((32, 32, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (32, 32
 
 # By pass and bits of the dtype: the launches of each design.
 CANDIDATES: dict[tuple[str, int], dict[str, Launches]] = {
-    ('forward', 16): {'one_loop': FORWARD, 'two_loops': FORWARD, 'bordered': single((64, 64, 4, 1), (64, 64, 8, 1)),
+    ('forward', 16): {'one_loop': FORWARD, 'two_loops': FORWARD, 'bordered': single((64, 64, 4, 1), (64, 64, 4, 1, 96)),
                       'two_heads': single((64, 64, 8, 1), (64, 64, 4, 1))},
     ('backward', 16): {
         'fused': single((64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 4, 1, 128)),
         'rows': single((128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 1)),
-        'paired': single((64, 32, 4, 3), (64, 32, 4, 2, 128), (64, 32, 4, 1, 128), (64, 32, 4, 3, 128), (64, 32, 4, 1)),
+        'paired': single((64, 32, 4, 3, 128), (128, 32, 8, 3, 128), (64, 32, 4, 2, 128), (64, 32, 4, 3, 168),
+                         (64, 32, 4, 3), (64, 32, 8, 2), (64, 16, 4, 2)),
         'bordered': single((64, 64, 4, 1, 168), (64, 64, 8, 1), (64, 64, 4, 1)),
         'split': pairs([(64, 32, 4, 3, 96), (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)],
                        [(64, 32, 4, 1, 128), (64, 32, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1, 128), (128, 32, 8, 2)]),
         'tiled': single((64, 32, 4, 1, 128), (128, 32, 8, 1), (64, 32, 4, 2), (64, 32, 4, 1), (128, 32, 8, 2)),
         'fused_from_out': single((64, 64, 4, 1), (128, 128, 8, 1), (64, 64, 8, 1)),
-        'two_heads': single((64, 64, 8, 1), (64, 64, 4, 1)),
+        'two_heads': single((64, 64, 8, 1), (64, 64, 8, 1, 80)),
     },
     ('forward', 32): {'one_loop': FORWARD_FLOAT32, 'two_loops': FORWARD_FLOAT32},
     ('backward', 32): {

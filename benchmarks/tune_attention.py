@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,8 +235,19 @@ def compiled(jobs: list[Job], arch: int, processes: int, deadline: float) -> Ite
                 return
 
 
-def tune(args: argparse.Namespace, device: torch.device, deadline: float) -> None:
-    """Time candidates until the deadline."""
+def is_lost(device: torch.device) -> bool:
+    """Whether a candidate has broken the process's GPU context, which refuses everything after an illegal access."""
+    if device.type != 'cuda':
+        return False
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def tune(args: argparse.Namespace, device: torch.device, deadline: float) -> bool:
+    """Time candidates until the deadline; False where a candidate broke the process, and another must go on."""
     gpu = torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'
     head = {**provenance(), 'triton': VERSION}
     path = args.out or RESULTS / f'tune_attention-{device_name(device)}.json'
@@ -258,6 +270,9 @@ def tune(args: argparse.Namespace, device: torch.device, deadline: float) -> Non
         save()
         tqdm.write(f'{job.plan} {job.tokens} tokens, {job.dtype} x{job.head_dim}: '
                    f'{timing["refused"] or timing["median_us"]}')
+        if timing['refused'] and is_lost(device):
+            return False
+    return True
 
 
 def main() -> None:
@@ -273,7 +288,10 @@ def main() -> None:
             print(f'{plan}: {fault}')
         print(f'{len(jobs)} candidates, {len(faults)} plans at fault')
     elif torch.cuda.is_available():
-        tune(args, torch.device('cuda'), deadline)
+        if not tune(args, torch.device('cuda'), deadline):
+            minutes = (deadline + MARGIN - time.monotonic()) / 60
+            os.execv(sys.executable, [sys.executable, '-m', 'benchmarks.tune_attention', *sys.argv[1:],
+                                      '--minutes', f'{minutes:.2f}'])
     else:
         raise SystemExit('Tuning needs a CUDA GPU; --dry-run compiles the candidates without one.')
 
