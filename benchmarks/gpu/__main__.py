@@ -15,12 +15,10 @@ triton 3.6, 16 cores, an H100 or an H200, and no network.
 import argparse
 import importlib.util
 import os
-import signal
 import sys
 import time
 import zipfile
 from pathlib import Path
-from types import FrameType
 
 from . import plan
 
@@ -93,10 +91,6 @@ def main() -> int:
     use_wheels()
     from autoreg_vit.errors import UsageError
 
-    def stop(number: int, _: FrameType | None) -> None:
-        sys.exit(128 + number)  # through every finally: commands are ended, results written
-
-    signal.signal(signal.SIGTERM, stop)
     try:
         if args.pack:
             from .pack import pack

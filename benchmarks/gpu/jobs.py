@@ -1,5 +1,6 @@
 """Commands of the queue, each in a process of its own that can be ended without harm to the others."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -11,7 +12,32 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 #: Seconds that a command has to end by itself once it was told to.
-GRACE = 10
+GRACE = 6
+_received: list[int] = []
+
+
+def listen() -> None:
+    """Have SIGTERM end the queue at the next `pause`: an exception out of the handler itself would be lost in callbacks
+    that Python lets nothing out of, as at a fork."""
+    signal.signal(signal.SIGTERM, lambda number, _: _received.append(number))
+
+
+def pause(seconds: float) -> None:
+    """Sleep, and leave, through every `finally`, once SIGTERM has come."""
+    time.sleep(seconds)
+    if _received:
+        sys.exit(128 + _received[0])
+
+
+def end(jobs: Sequence['Job']) -> None:
+    """End commands and their children, all at once."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        for job in jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.process.pid, sign)
+        stop = time.monotonic() + GRACE
+        while time.monotonic() < stop and any(job.process.poll() is None for job in jobs):
+            time.sleep(0.02)
 
 
 class Job:
@@ -38,7 +64,7 @@ class Job:
         try:
             while self.process.poll() is None and time.monotonic() < stop:
                 poll()
-                time.sleep(0.5 if limit > 5 else 0.05)
+                pause(0.5 if limit > 5 else 0.05)
         finally:
             stopped = self.stop()
             poll()
@@ -55,14 +81,7 @@ class Job:
     def stop(self) -> bool:
         """Whether it was still running; it and its children are not any more."""
         running = self.process.poll() is None
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, sign)
-                self.process.wait(GRACE)
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
+        end([self])
         return running
 
     def last_words(self, count: int = 3) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..tune_attention import MARGIN
 from . import outcomes
-from .jobs import ROOT, Job
+from .jobs import ROOT, Job, end, pause
 from .sitting import Sitting
 from .steps import VARIANTS
 
@@ -214,15 +214,11 @@ class Workers:
             busy = [job for job in jobs if job.process.poll() is None]
             if all(time.monotonic() - job.began > READY_WITHIN for job in busy):
                 break
-            time.sleep(0.2)
-        for key in self.preparing():
-            self.jobs.pop(key).stop()
-        if self.peers is not None:
-            self.peers.stop()
+            pause(0.2)
+        end([self.jobs.pop(key) for key in self.preparing()] + [self.peers] * (self.peers is not None))
 
-    def stop(self) -> None:
-        for job in [*self.jobs.values(), *[self.peers] * (self.peers is not None)]:
-            job.stop()
+    def all(self) -> list[Job]:
+        return [*self.jobs.values(), *[self.peers] * (self.peers is not None)]
 
 
 def left_to_time(sitting: Sitting, name: str, batch: int) -> list[str]:

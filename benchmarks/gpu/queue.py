@@ -12,7 +12,7 @@ from autoreg_vit.errors import ConfigError
 
 from ..report import provenance
 from . import cards, parts, plan, pretraining
-from .jobs import ROOT
+from .jobs import ROOT, end, listen, pause
 from .sitting import FULL, ORDER, TOY, Sitting, unpacked
 from .state import State, misfits
 
@@ -25,6 +25,7 @@ def go(args: argparse.Namespace, began: float) -> int:
     if not args.toy and not torch.cuda.is_available():
         raise ConfigError('The queue needs a CUDA GPU, and PyTorch sees none here: --plan says what it would do, --toy '
                           'tries all of it on a CPU.')
+    listen()
     sitting = open_sitting(args, began)
     state, shares = sitting.state, sitting.shares
     print(plan.describe(args.minutes, [p for p in args.parts if p != 'run' or sitting.data], state.done), flush=True)
@@ -58,9 +59,7 @@ def go(args: argparse.Namespace, began: float) -> int:
             else:
                 getattr(parts, name)(sitting)
     finally:
-        workers.stop()
-        if pace:
-            pace.job.stop()
+        end([*workers.all(), *([pace.job] if pace else [])])
         state.content['goals'] = cards.judge(state.content)
         state.save()
     return report(sitting)
@@ -119,7 +118,7 @@ class Pace:
         """Wait until it has ended, for as long as the run may take."""
         stop = time.monotonic() + self.sitting.limit('run')
         while not self.look() and time.monotonic() < stop:
-            time.sleep(0.1)
+            pause(0.1)
         if not self.look():
             self.job.stop()
             self.sitting.finish('run', self.job.began, 'its steps could not be timed in time', complete=False)
