@@ -130,7 +130,7 @@ STEPS = {'blocks': measure_blocks, 'features': measure_features, 'finetune': mea
 
 def settings(args: argparse.Namespace, weights: str) -> dict[str, Any]:
     return {'weights': weights, 'dataset': 'folder', 'data_dir': args.data_dir, 'eval_split': 'test', 'check_images': 0,
-            'precision': 'float32'}
+            'precision': 'float32', 'workers': 0 if DEVICE.type == 'cpu' else 2}
 
 
 def compute_shards(
