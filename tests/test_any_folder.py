@@ -66,19 +66,41 @@ class Node:
 GOOD, BAD = ('grey', 'colour', '16 bits', 'float', 'alpha'), ('cut', 'empty', 'text', 'wide float', 'int32')
 
 
+def named(endings: tuple[str, ...], node: st.SearchStrategy, names: tuple[str, ...] = NAMES) -> st.SearchStrategy:
+    return st.tuples(st.builds(str.__add__, st.sampled_from(names), st.sampled_from(endings)), node)
+
+
+def folders(children: st.SearchStrategy[dict]) -> st.SearchStrategy[Node]:
+    return st.builds(Node, st.just('folder'), st.just(''), children)
+
+
+def merged(*parts: st.SearchStrategy[dict]) -> st.SearchStrategy[dict]:
+    return st.tuples(*parts).map(lambda found: {k: v for part in found for k, v in part.items()})
+
+
+IMAGE = named(ENDINGS, st.builds(Node, st.just('image'), st.sampled_from(GOOD)))
+
+
 def trees(depth: int) -> st.SearchStrategy[dict]:
     """What a folder holds by name: as a rule images, now and then something else."""
-    def named(endings: tuple[str, ...], node: st.SearchStrategy) -> st.SearchStrategy:
-        return st.tuples(st.builds(str.__add__, st.sampled_from(NAMES), st.sampled_from(endings)), node)
-
-    image = named(ENDINGS, st.builds(Node, st.just('image'), st.sampled_from(GOOD)))
     link = st.builds(Node, st.just('link'), st.sampled_from(('.', '..', 'outside', 'nowhere', 'a', 'b', 'a.png')))
     others = [named(ENDINGS, st.builds(Node, st.just('image'), st.sampled_from(BAD))),
               named(('.txt', ''), st.builds(Node, st.just('file'))), named(('', '.png'), link)]
-    folder = [] if depth == 0 else [named(('',), st.builds(
-        Node, st.just('folder'), st.just(''), trees(depth - 1)))] * 3
-    one = st.one_of(*[image] * (3 if depth < 2 else 1), *folder, *others)
-    return st.lists(one, max_size=5).map(dict)
+    folder = [] if depth == 0 else [named(('',), folders(trees(depth - 1)))] * 2
+    return st.lists(st.one_of(*[IMAGE] * 4, *folder, *others), max_size=4).map(dict)
+
+
+def class_trees() -> st.SearchStrategy[dict]:
+    """Class folders of which each holds an image, beside whatever else."""
+    filled = folders(merged(trees(1), st.lists(IMAGE, min_size=1, max_size=4).map(dict)))
+    several = st.lists(named(('',), filled, NAMES[:8]), min_size=2, max_size=4, unique_by=lambda pair: pair[0])
+    return merged(trees(0), several.map(dict))
+
+
+def roots() -> st.SearchStrategy[dict]:
+    """What a data set's folder holds: anything, class folders, or splits of them."""
+    split = st.lists(named(('',), folders(class_trees()), (*TRAIN, *OTHERS)), min_size=1, max_size=3).map(dict)
+    return st.one_of(trees(2), class_trees(), merged(trees(1), split))
 
 
 def write(node: Node, path: Path) -> None:
@@ -190,7 +212,7 @@ def check(children: dict, max_corrupt: float, model) -> None:
 
 @pytest.mark.parametrize('examples', [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_any_folder_trains_or_names_what_is_wrong(examples: int, model):
-    @given(trees(2), st.sampled_from([0.0, 0.5]))
+    @given(roots(), st.sampled_from([0.0, 0.5]))
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     def run(children: dict, max_corrupt: float) -> None:
         check(children, max_corrupt, model)

@@ -146,7 +146,7 @@ class TestSplits:
         ('train', 'train'), ('Training', 'train'), ('TRAIN', 'train'), ('train_set', 'train'), ('train2017', 'train'),
         ('val', 'val'), ('valid', 'val'), ('Validation', 'val'), ('test', 'test'), ('Testing', 'test'),
         ('test_images', 'test'), ('trainer', None), ('trains', None), ('value', None), ('tester', None), ('dev', None),
-        ('train_1', None), ('contest', None)])
+        ('train_1', None), ('contest', None), ('trainid', None), ('valing', None)])
     def test_spellings(self, name: str, kind: str | None):
         assert kind_of_split(name) == kind
 

@@ -4,9 +4,10 @@ Links to files and folders are followed. What is hidden is no data: names that b
 and archives leave.
 """
 
+import bisect
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,29 +19,32 @@ from ..errors import DataError
 from .images import image_extensions, open_image
 
 _SYSTEM_FOLDERS = {'__MACOSX', '__pycache__', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'}
-_SPLIT = re.compile(r'(train|val|test)(?:ing|id|idation)?[\W_]*(?:set|split|data|images)?[\W_]*(?:(?:19|20)\d\d)?')
-
+_SPLIT = re.compile(r'(?:(train)(?:ing)?|(val)(?:id(?:ation)?)?|(test)(?:ing)?)'
+                    r'[\W_]*(?:set|split|data|images)?[\W_]*(?:(?:19|20)\d\d)?')
 
 #: Why something is left out, in words for one and for several.
 Reason = tuple[str, str]
 
 
 class LeftOut:
-    """What of a folder is not taken."""
+    """What of a folder is not taken: how many things for which reason, and the first three of them."""
 
     def __init__(self):
-        self.paths: dict[Reason, list[str]] = defaultdict(list)
+        self.counts: Counter[Reason] = Counter()
+        self.first: dict[Reason, list[str]] = defaultdict(list)
 
     def add(self, reason: Reason, path: str) -> None:
-        self.paths[reason].append(path)
+        self.counts[reason] += 1
+        bisect.insort(self.first[reason], path)
+        del self.first[reason][3:]
 
-    def describe(self, root: Path, most: int = 3) -> str | None:
-        """How many things are left out of `root` for which reason, with the first names; None where there are none."""
+    def describe(self, root: Path) -> str | None:
+        """What is left out of `root`, in words; None where nothing is."""
         parts = []
-        for (one, several), paths in self.paths.items():
-            names = [os.path.relpath(path, root) for path in sorted(paths)]
-            more = f'; and {len(names) - most} more' if len(names) > most else ''
-            parts.append(f'{len(names)} {one if len(names) == 1 else several} ({"; ".join(names[:most])}{more})')
+        for (one, several), count in self.counts.items():
+            names = [os.path.relpath(path, root) for path in self.first[one, several]]
+            more = f'; and {count - len(names)} more' if count > len(names) else ''
+            parts.append(f'{count} {one if count == 1 else several} ({"; ".join(names)}{more})')
         return f'Left out of {root}: {", ".join(parts)}.' if parts else None
 
 
@@ -137,7 +141,7 @@ def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFo
 def kind_of_split(name: str) -> str | None:
     """'train', 'val' or 'test' for a usual spelling of one (Training, valid, test_images, train2017), else None."""
     found = _SPLIT.fullmatch(name.casefold())
-    return found[1] if found else None
+    return found[found.lastindex] if found else None
 
 
 def find_split(root: Path, folders: list[str], split: str) -> str | None:

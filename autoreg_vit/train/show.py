@@ -86,7 +86,10 @@ def load_images(paths: tuple[str, ...], spec: ImageSpec, patch_size: tuple[int, 
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = FlatFolder(path, transform).samples
+            folder = FlatFolder(path, transform)
+            if text := folder.left_out.describe(path):
+                print(text)
+            found = folder.samples
             files += [found[i] for i in _spread(len(found), count)]
         elif path.is_file():
             files.append(path)

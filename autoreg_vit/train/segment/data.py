@@ -78,7 +78,6 @@ class MaskFormat:
             raise DataError(f'the mask {path} is empty: all its pixels are ignored')
         return values.masked_fill_(ignored, IGNORED)
 
-
     def explain(self) -> str:
         """What the values of masks mean, in words."""
         first, last = int(self.reduce_zero_label), len(self.classes) - 1 + int(self.reduce_zero_label)
@@ -278,15 +277,15 @@ def _names(classes: Any) -> list[str]:
     return [str(name) for name in classes]
 
 
-def find_pairs(root: Path, split: str, say: Callable[[str], None] = _ignore) -> list[tuple[Path, Path]]:
+def find_pairs(root: Path, split: str, tell: Callable[[str], None] = _ignore) -> list[tuple[Path, Path]]:
     """Images under images/SPLIT and the masks of the same names, but for the ending, under annotations/SPLIT.
-    `say` takes what is left out, in words.
+    `tell` takes what is left out, in words.
 
     Raises:
         DataError: for a folder that is not there or is empty, for files without a counterpart, and for two of the same
             name but for the ending, naming them.
     """
-    images, masks = (_files_by_name(root / kind, split, extensions, say)
+    images, masks = (_files_by_name(root / kind, split, extensions, tell)
                      for kind, extensions in (('images', None), ('annotations', MASK_EXTENSIONS)))
     for some, others, text in ((images, masks, 'images without a mask'), (masks, images, 'masks without an image')):
         alone = sorted(some.keys() - others.keys())
@@ -301,7 +300,7 @@ def _files_by_name(
         parent: Path,
         split: str,
         extensions: tuple[str, ...] | None,
-        say: Callable[[str], None],
+        tell: Callable[[str], None],
 ) -> dict[str, Path]:
     """Files of a split by their names without the ending, from the folder of all splits."""
     splits = list_folder(parent).folders if parent.is_dir() else []
@@ -321,7 +320,7 @@ def _files_by_name(
         raise no_files(parent.name, folder, ', '.join(extensions or ('.jpg', '.png', '.tif or what else Pillow reads')),
                        left_out)
     if text := left_out.describe(folder):
-        say(text)
+        tell(text)
     return found
 
 
