@@ -53,9 +53,10 @@ def launches_of(row: dict, dtype: torch.dtype) -> list[tuple[str, tuple, dict]]:
     limits = torch.empty(8, tokens, dtype=torch.int32, device='meta')
     launch = Launch(*(row[field] for field in Launch._fields))
     recorded = {name: [] for name in KERNELS}
-    with mock.patch.multiple(forward, forward_kernel=Recorder(recorded['forward_kernel'])), mock.patch.multiple(
+    with mock.patch.multiple(forward, forward_kernel=Recorder(recorded['forward_kernel']),
+                             find_launch=lambda *args: launch), mock.patch.multiple(
             backward, **{name: Recorder(recorded[name]) for name, module in KERNELS.items() if module is backward}):
-        out, lse = forward.forward(*split([qkv]), limits, 0.1, launch)
+        out, lse = forward.forward(*split([qkv]), limits, 0.1)
         if row['kernel'] != 'forward':
             recorded['forward_kernel'].clear()
             function = getattr(backward, row['kernel'])
