@@ -52,9 +52,9 @@ def one_loop_kernel(
         if start >= unmasked:
             scores = tl.where(columns[None, :] < limits[:, None], scores, -float('inf'))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        shift = new_maximum * scale_log2
-        weights = tl.exp2(scores * scale_log2 - shift[:, None])
-        decay = tl.exp2(maximum * scale_log2 - shift)
+        weights = tl.exp2(scores * scale_log2 - (new_maximum * scale_log2)[:, None])
+        # The difference comes before the product: fused, the rounding of two equal products of LOWEST is no zero.
+        decay = tl.exp2((maximum - new_maximum) * scale_log2)
         total = total * decay + tl.sum(weights, 1)
         value = load_rows(v_ptr, columns, keys, v_stride_n, HEAD_DIM)
         accumulated = accumulated * decay[:, None]
