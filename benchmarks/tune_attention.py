@@ -104,6 +104,8 @@ class Arguments(NamedTuple):
 @functools.lru_cache(maxsize=len(CASES))
 def arguments_of(name: str, tokens: int, head_dim: int, dtype: torch.dtype, images: int, device: str) -> Arguments:
     case = make_case(name, tokens, head_dim, images, HEADS, dtype, torch.device(device))
+    # Rows that see nothing, of one image: a kernel once gave NaN there on a card, and nowhere else.
+    case.limits[0, 3::7] = 0
     first = case.first(IMAGES_CHECKED)
     double = Case(name, [x.detach().double().requires_grad_() for x in first.projections], first.limits,
                   first.grad.double(), first.causal)

@@ -3,6 +3,7 @@
 Triton's kernels run in its interpreter where there is no GPU (see conftest).
 """
 
+import functools
 import math
 
 import pytest
@@ -337,10 +338,13 @@ def test_auto_is_what_it_chose(dtype, queries, keys, device):
     q, k, v, limits, grad = arguments((1, queries, keys, 2, 16), dtype=dtype, device=device)
     chosen = choose_implementation(q, k)
     assert chosen in IMPLEMENTATIONS
+    # On a GPU PyTorch's own backward pass adds in no fixed order.
+    same = torch.equal if chosen != 'sdpa' or device == 'cpu' else functools.partial(
+        torch.allclose, rtol=1e-5, atol=1e-6)
     expected = results(segment_attention, q, k, v, limits, grad, impl=chosen)
     for options in ({}, {'impl': 'auto'}):
         for got, want in zip(results(segment_attention, q, k, v, limits, grad, **options), expected):
-            assert torch.equal(got, want)
+            assert same(got, want)
     packed = segment_attention_kvpacked(q, torch.stack([k, v], dim=2), limits)
     torch.testing.assert_close(packed, expected[0])
 

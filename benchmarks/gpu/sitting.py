@@ -48,7 +48,8 @@ FULL = Size(
     attention=('--device', 'cuda', '--cases', 'randsac', 'saim', '--tokens', '64', '196', '1024', '--head-dims', '64'),
     launches=(),
     # By name of file, then those with the marker wherever they are.
-    tests=((('tests/test_*.py',), 'gpu and not slow'), (('tests/test_triton*.py', 'tests/test_ops.py'), 'not slow')),
+    tests=((('tests/test_*.py',), 'gpu and not slow'),
+           (('tests/test_kernels.py', 'tests/test_triton*.py', 'tests/test_ops.py'), 'not slow')),
     steps=(('randsac_vit_base', 64, {}, 10), ('saim_vit_base', 64, {}, 16),
            ('randsac_vit_base', 256, {}, 32), ('saim_vit_base', 256, {}, 56)),
     run={'compile': True, 'cuda_graph': True, 'cache_on_device': True, 'check_images': 0,
