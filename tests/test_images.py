@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pictures import GREY_KINDS, write_grey, write_turned
 from PIL import Image
-from timm.data import ImageDataset
 
 pytest.importorskip('sklearn')
 
@@ -107,19 +106,17 @@ class TestOrientation:
         content = io.BytesIO((tmp_path / f'x{suffix}').read_bytes())
         assert is_upright(ToMode(3)(ToMode(1)(Image.open(content))), upright)
 
-    def test_every_door(self, orientation: int, upright: Image.Image, tmp_path: Path, monkeypatch):
-        """Folders, flat and of classes, timm's readers, torchvision's data sets and images on the device agree."""
+    def test_every_door(self, orientation: int, upright: Image.Image, tmp_path: Path):
+        """Folders, flat and of classes, torchvision's data sets and images on the device agree."""
         for name in 'ab':
             (tmp_path / 'classes' / name).mkdir(parents=True)
             write_turned(tmp_path / 'classes' / name / 'x.jpg', upright, orientation)
         (tmp_path / 'flat').mkdir()
         write_turned(tmp_path / 'flat' / 'x.jpg', upright, orientation)
-        monkeypatch.setattr(data, 'create_dataset', lambda name, root, **_: ImageDataset(root))
         transform = data.evaluation_transform(SPEC)
-        for name, folder in (('folder', 'flat'), ('folder', 'classes'), ('hfds/x', 'classes')):
+        for name, folder in (('folder', 'flat'), ('folder', 'classes')):
             pixels = data.open_dataset(name, str(tmp_path / folder), 'train', transform)[0][0]
             assert pixels[:, :3].min() > 0.8 and pixels[:, 4:, 2:].max() < 0.2 and 0.3 < pixels[0, 5, 0] < 0.6
-        monkeypatch.undo()
         for name in ('folder', 'torch/image_folder'):
             plain = data.open_dataset(name, str(tmp_path / 'classes'), 'train', lambda image: image)
             assert is_upright(plain[0][0], upright)
@@ -138,17 +135,13 @@ def test_damaged_exif_data_leave_the_picture(upright: Image.Image, tmp_path: Pat
     assert is_upright(open_image(tmp_path / 'x.jpg'), upright)
 
 
-@pytest.mark.parametrize('name', ['hfds/x', 'torch/image_folder'])
-def test_depth_survives_timm_and_torchvision(name: str, tmp_path: Path, monkeypatch):
-    """Both convert to RGB, which cuts 16 bits off at 255, unless they are told not to."""
+def test_depth_survives_torchvision(tmp_path: Path):
+    """It converts to RGB, which cuts 16 bits off at 255, unless it is told not to."""
     ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     for label in 'ab':
         (tmp_path / label).mkdir()
         Image.fromarray(ramp).save(tmp_path / label / 'x.png')
-    if name.startswith('hfds'):
-        monkeypatch.setattr(data, 'create_dataset', lambda name, root, input_img_mode, **_: ImageDataset(
-            root, input_img_mode=input_img_mode))
-    image, _ = data.open_dataset(name, str(tmp_path), 'train', ToMode(3))[0]
+    image, _ = data.open_dataset('torch/image_folder', str(tmp_path), 'train', ToMode(3))[0]
     assert (np.asarray(image)[..., 1].ravel() == np.arange(256)).all()
 
 

@@ -290,7 +290,7 @@ class TestLabels:
             for name in names:
                 (tmp_path / split / name).mkdir(parents=True)
                 Image.new('L', (8, 8)).save(tmp_path / split / name / '0.png')
-        with pytest.raises(UsageError, match='other classes: c, d are in one alone'):
+        with pytest.raises(UsageError, match='other class folders: c, d are in one alone'):
             probe(ProbeConfig(weights=encoder, data_dir=str(tmp_path), eval_split='test', batch_size=2))
 
     def test_damaged_images(self, encoder: str, tmp_path: Path, monkeypatch, capsys):

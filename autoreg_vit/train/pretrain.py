@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 from .. import ops
 from ..errors import ConfigError, ModelError
@@ -20,7 +21,7 @@ from .distributed import Processes, check_divisible, processes
 from .evaluate import Readable, accuracies
 from .figures import pictures, plots
 from .graph import GraphedStep, check_graph
-from .labelled import Images, NoLabels, open_splits, say_untrained
+from .labelled import Images, NoLabels, open_splits, say_untrained, some_of
 from .loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
 from .losses import Losses
 from .metrics import METRICS
@@ -249,7 +250,7 @@ def training_batches(
         group.on_main(lambda: data.check_images(dataset, config.check_images, config.max_corrupt))
         if config.train_images is None or isinstance(dataset, IterableDataset):
             return dataset
-        return data.sample(dataset, config.train_images, config.seed)
+        return Subset(dataset, some_of(np.arange(len(dataset)), config.train_images, config.seed).tolist())
 
     if config.cache_on_device:
         images = DeviceImages(load(lambda image: image), spec, group.device, config.max_corrupt)
