@@ -33,7 +33,6 @@ from .report import RESULTS, provenance, write_rows
 # A design of this package: its prototype's name, and for each of its kernels the word in the names of the settings that
 # launch it, and what else it must have been timed with (None: without).
 PROTOTYPES = {
-    'one_loop': ('lean', [('', {'merged': True, 'tail': None})]),
     'fused': ('fused64', [('', {'dv_first': False})]),
     'rows': ('single_rows', [('', {})]),
     'split': ('split', [('dq', {'merged': True, 'tail': None}), ('kv', {'split': 2})]),

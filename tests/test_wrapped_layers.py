@@ -112,3 +112,15 @@ def test_export_takes_every_batch(design: str):
     images, ranks = torch.randn(5, 3, 16, 16), model.draw_ranks(5)
     with torch.no_grad():
         torch.testing.assert_close(program(images, ranks).pred, model(images, ranks).pred, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('design', DESIGNS)
+def test_hooks_fire_as_documented(design: str):
+    model, fired = make(design), set()
+    for name, module in model.encoder.blocks[0].named_modules(prefix='block'):
+        module.register_forward_hook(lambda module, args, out, name=name: fired.add(name))
+    model(torch.randn(2, 3, 16, 16))
+    assert {'block.norm1', 'block.attn.qkv', 'block.attn.proj', 'block.norm2', 'block.mlp', 'block.mlp.fc1'} <= fired
+    assert not fired & {'block', 'block.attn'}
+    model.encoder(torch.randn(2, 3, 16, 16))
+    assert {'block', 'block.attn'} <= fired

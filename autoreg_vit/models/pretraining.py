@@ -42,6 +42,10 @@ class PretrainOutput(NamedTuple):
 class AutoregressiveViT(nn.Module):
     """Autoregressive pretraining of a Vision Transformer over segments of an image.
 
+    Its forward pass takes the encoder's blocks apart, to give attention its limits. Forward hooks on
+    `model.encoder.blocks[i]` and its `attn` fire when the encoder runs by itself, and not here; those on layers within
+    (`norm1`, `attn.qkv`, `attn.proj`, `mlp`, ...) fire in both.
+
     Args:
         encoder: A timm VisionTransformer; its position embedding is frozen here. `model.encoder` stays a model of its
             own, with plain attention.
