@@ -1,5 +1,6 @@
 """Loader processes, within what the machine's shared memory holds."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -62,6 +63,7 @@ def fitting(load: Callable[[int, int], Iterable], workers: int) -> Iterator:
             say(f'Shared memory (/dev/shm) is too small for {workers} loader processes: going on with {workers // 2}. '
                 f'{REMEDY}')
             workers //= 2
+        gc.collect()  # of the failed processes, before others are forked, which would inherit what ends them
 
 
 def plainly(loader: Iterable) -> Iterator:
