@@ -31,7 +31,7 @@ setup(
     package_data={
         'autoreg_vit.weights': ['*/*'],
         'autoreg_vit.ops.triton': ['launches.json'],
-        'autoreg_vit.train': ['recipes/*.yaml', 'recipes/*/*.yaml'],
+        'autoreg_vit.commands': ['recipes/*.yaml', 'recipes/*/*.yaml'],
     },
     install_requires=[
         'torch>=2.11',
@@ -42,7 +42,7 @@ setup(
         'triton>=3.6; platform_system == "Linux"',
     ],
     extras_require={'train': train, 'dense': dense, 'dev': dev},
-    entry_points={'console_scripts': ['autoreg-vit = autoreg_vit.train.cli:main']},
+    entry_points={'console_scripts': ['autoreg-vit = autoreg_vit.commands.cli:main']},
     classifiers=[
         'Intended Audience :: Science/Research',
         'Programming Language :: Python :: 3',

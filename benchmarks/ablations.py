@@ -5,8 +5,9 @@
     python -m benchmarks.ablations --scale cpu --data-dir FOLDER --final     # the same rows on the test split, once
 
 FOLDER holds CIFAR-10 as class folders under train/ and test/; the scale smoke takes scikit-learn's digits instead. A
-row is trained by `autoreg_vit.train.pretrain`, and its frozen encoder is probed by `autoreg_vit.train.probe` on images
-held out of the training split, from pretraining too. The test split is read with --final alone.
+row is trained by `autoreg_vit.commands.pretraining`, and its frozen encoder is probed by
+`autoreg_vit.commands.probing` on images held out of the training split, from pretraining too. The test split is read
+with --final alone.
 
 Rows are independent and resumable: each has a folder of its own under --work-dir, with every log. Finished ones are
 left alone, and a row that another process is training is passed over, so that the same command may run several times at
@@ -27,19 +28,21 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from autoreg_vit.commands.pretraining import pretrain
+from autoreg_vit.commands.probing import probe
+from autoreg_vit.data.labelled import hold_out
+from autoreg_vit.data.sources import Digits, open_dataset
+from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.engine.locks import FolderLock
+from autoreg_vit.engine.log import read_log
+from autoreg_vit.engine.losses import NonFiniteLoss
+from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import ConfigError, UsageError, suggest
+from autoreg_vit.evaluation.cached import CACHE
+from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models import create_pretraining_model
-from autoreg_vit.models.export import export_encoder
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.data import Digits, ImageSpec, open_dataset
-from autoreg_vit.train.features import CACHE
-from autoreg_vit.train.labelled import hold_out
-from autoreg_vit.train.losses import NonFiniteLoss
-from autoreg_vit.train.pretrain import pretrain
-from autoreg_vit.train.probe import probe
-from autoreg_vit.train.run import read_log
-from autoreg_vit.train.runtime import FolderLock, Stopped
-from autoreg_vit.train.supervised_config import ProbeConfig
+from autoreg_vit.settings.classification import ProbeConfig
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 from .ablations_mae import MaeConfig, pretrain_mae
 from .ablations_report import write_report

@@ -9,21 +9,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from autoreg_vit.commands.pretraining import training_batches
+from autoreg_vit.data.order import check_divisible
+from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.engine.graph import GraphedStep, check_graph
+from autoreg_vit.engine.loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
+from autoreg_vit.engine.losses import Losses
+from autoreg_vit.engine.machine import autocast
+from autoreg_vit.engine.parallel import get_state, replicate, set_state, settle_buckets
+from autoreg_vit.engine.processes import Processes, processes
+from autoreg_vit.engine.run import Run
+from autoreg_vit.engine.seeding import mix_seed
 from autoreg_vit.errors import ConfigError
+from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models import AutoregressiveViT, create_pretraining_model
 from autoreg_vit.models.encoders import SinCosVisionTransformer, init_xavier, sincos_position_embedding
-from autoreg_vit.models.export import export_encoder
-from autoreg_vit.train.config import PretrainConfig, option
-from autoreg_vit.train.data import ImageSpec
-from autoreg_vit.train.distributed import Processes, check_divisible, processes
-from autoreg_vit.train.graph import GraphedStep, check_graph
-from autoreg_vit.train.loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
-from autoreg_vit.train.losses import Losses
-from autoreg_vit.train.parallel import get_state, replicate, set_state, settle_buckets
-from autoreg_vit.train.pretrain import training_batches
-from autoreg_vit.train.run import Run
-from autoreg_vit.train.runtime import autocast
-from autoreg_vit.train.seeding import mix_seed
+from autoreg_vit.settings.base import option
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 _REMEDY = 'pip install "transformers>=5.23", or choose --rows without mae.'
 
@@ -91,8 +93,8 @@ def to_timm(model: nn.Module, sizes: AutoregressiveViT) -> SinCosVisionTransform
 
 
 def pretrain_mae(config: MaeConfig) -> Path:
-    """Pretrain MAE, or resume its run: `autoreg_vit.train.pretrain.pretrain` with another model. Leaves `encoder/`, a
-    timm folder."""
+    """Pretrain MAE, or resume its run: `autoreg_vit.commands.pretraining.pretrain` with another model. Leaves
+    `encoder/`, a timm folder."""
     with processes(config.device) as group:
         return _pretrain(dataclasses.replace(config), group)
 

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from autoreg_vit.train.run import logged, read_log
+from autoreg_vit.engine.log import logged, read_log
 
 from .ablations_rows import CLAIMS, CURVES, ROWS, SCALES, Cite, Claim, Row
 from .report import provenance

@@ -20,8 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from autoreg_vit.train.dense import learning_figure
-from autoreg_vit.train.run import logged
+from autoreg_vit.engine.log import logged
+from autoreg_vit.figures.plots import learning_figure
 
 from .report import RESULTS, provenance
 

@@ -25,18 +25,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from autoreg_vit.commands.finetuning import finetune
+from autoreg_vit.commands.pretraining import pretrain
+from autoreg_vit.commands.probing import probe
+from autoreg_vit.commands.recipes import load_recipe
+from autoreg_vit.engine.log import logged, read_log
+from autoreg_vit.engine.losses import NonFiniteLoss
+from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import UsageError
-from autoreg_vit.train.config import PretrainConfig, load_recipe
-from autoreg_vit.train.finetune import finetune
-from autoreg_vit.train.losses import NonFiniteLoss
-from autoreg_vit.train.pretrain import pretrain
-from autoreg_vit.train.probe import probe
-from autoreg_vit.train.publish.card import training_hours
-from autoreg_vit.train.publish.config import ExportConfig
-from autoreg_vit.train.publish.export import export
-from autoreg_vit.train.run import logged, read_log
-from autoreg_vit.train.runtime import Stopped
-from autoreg_vit.train.supervised_config import FinetuneConfig, ProbeConfig
+from autoreg_vit.hub.card import training_hours
+from autoreg_vit.hub.publishing import export
+from autoreg_vit.settings.classification import FinetuneConfig, ProbeConfig
+from autoreg_vit.settings.pretraining import PretrainConfig
+from autoreg_vit.settings.weights import ExportConfig
 
 from .ablations_mae import MaeConfig, pretrain_mae
 from .flops import training_gflops

@@ -37,7 +37,7 @@ ENCODER = 'vit_base_randsac'
 
 def segment(batch_size: int, grad_checkpointing: bool) -> tuple[nn.Module, list[Any], str]:
     """UPerNet on 512 x 512 pixels, 150 classes (RandSAC C)."""
-    from autoreg_vit.models.segmenter import Segmenter
+    from autoreg_vit.models.dense.segmenter import Segmenter
 
     encoder = timm.create_model(ENCODER, num_classes=0, dynamic_img_size=True, drop_path_rate=0.1)
     encoder.set_grad_checkpointing(grad_checkpointing)
@@ -47,7 +47,7 @@ def segment(batch_size: int, grad_checkpointing: bool) -> tuple[nn.Module, list[
 
 def detect(batch_size: int, grad_checkpointing: bool, attention: str = 'windowed') -> tuple[nn.Module, list[Any], str]:
     """Mask R-CNN on 1024 x 1024 pixels, 80 classes, eight objects an image (SAIM on COCO, Li et al. 2021)."""
-    from autoreg_vit.models.detector import ViTMaskRCNN
+    from autoreg_vit.models.dense.detector import ViTMaskRCNN
 
     encoder = timm.create_model(ENCODER, num_classes=0, dynamic_img_size=True, drop_path_rate=0.1)
     encoder.set_grad_checkpointing(grad_checkpointing)

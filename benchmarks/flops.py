@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoreg_vit import ops
 from autoreg_vit.models import create_pretraining_model
-from autoreg_vit.train.config import PretrainConfig
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 from .ablations_mae import MaeConfig, build_mae
 

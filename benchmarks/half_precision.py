@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import autoreg_vit  # noqa: F401  registers the models
-from autoreg_vit.train.data import ImageSpec
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.labelled import labelled_images
-from autoreg_vit.train.supervised_config import ProbeConfig
-from autoreg_vit.train.weights import features_of
+from autoreg_vit.data.labelled import labelled_images
+from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.evaluation.features import features_of
+from autoreg_vit.settings.classification import ProbeConfig
 
 from .report import RESULTS, provenance
 

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_image
 
 from autoreg_vit import serialization
-from autoreg_vit.train.data import ImageSpec
-from autoreg_vit.train.figures.panels import COLOURS, show_image, show_ranks
+from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.figures.panels import COLOURS, show_image, show_ranks
 
 from .report import RESULTS
 

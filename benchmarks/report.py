@@ -12,7 +12,7 @@ import timm
 import torch
 
 import autoreg_vit
-from autoreg_vit.train.provenance import hardware, source_commit
+from autoreg_vit.engine.provenance import hardware, source_commit
 
 RESULTS = Path(__file__).parent / 'results'
 

@@ -22,16 +22,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Subset
 
-from autoreg_vit.train.data import ImageSpec
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.evaluate import knn_accuracy, linear_accuracy
-from autoreg_vit.train.features import CACHE, Features, fingerprint, keep_features
-from autoreg_vit.train.finetune import finetune
-from autoreg_vit.train.labelled import labelled_images
-from autoreg_vit.train.probe import probe
-from autoreg_vit.train.supervised import images_at_once
-from autoreg_vit.train.supervised_config import FinetuneConfig, ProbeConfig
-from autoreg_vit.train.weights import load_encoder
+from autoreg_vit.commands.finetuning import finetune
+from autoreg_vit.commands.probing import probe
+from autoreg_vit.data.labelled import labelled_images
+from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.evaluation.cached import CACHE, fingerprint, keep_features
+from autoreg_vit.evaluation.classifiers import knn_accuracy, linear_accuracy
+from autoreg_vit.evaluation.features import Features, images_at_once
+from autoreg_vit.hub.lookup import load_encoder
+from autoreg_vit.settings.classification import FinetuneConfig, ProbeConfig
 
 from .cifar10_weights import MEASURES, in_process
 from .report import RESULTS, provenance

@@ -30,11 +30,11 @@ import timm
 import torch
 
 from autoreg_vit import ops
+from autoreg_vit.engine.graph import GraphedStep
+from autoreg_vit.engine.machine import autocast, keep_freed_memory, resolve_precision
 from autoreg_vit.models import AutoregressiveViT
 from autoreg_vit.serialization import Layout
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.graph import GraphedStep
-from autoreg_vit.train.runtime import autocast, keep_freed_memory, resolve_precision
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 from .flops import training_gflops
 from .report import RESULTS, device_name, provenance

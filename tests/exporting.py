@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
+from autoreg_vit.commands.cli import main
+from autoreg_vit.hub.folders import export_encoder, export_pretraining
 from autoreg_vit.models.designs import create_pretraining_model
-from autoreg_vit.models.export import export_encoder, export_pretraining
 from autoreg_vit.models.pretraining import AutoregressiveViT
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import PretrainConfig, save_config
+from autoreg_vit.settings.base import save_config
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 MODEL, ENCODER = 'randsac_vit_tiny_patch4_32', 'vit_tiny_patch4_32_randsac'
 SETTINGS = {'model': MODEL, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'decoder_depth': 1, 'memory': 'last',

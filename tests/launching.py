@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 # The parts of a run that it would otherwise import in every process.
-from autoreg_vit.train import pretrain as pretraining
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import load_recipe
+from autoreg_vit.commands import pretraining as pretraining
+from autoreg_vit.commands.cli import main
+from autoreg_vit.commands.recipes import load_recipe
 
 HERE = Path(__file__).parent
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import timm
 
-from autoreg_vit.models.export import export_encoder
-from autoreg_vit.train import loop
-from autoreg_vit.train.runtime import StopSignals
+from autoreg_vit.engine import loop
+from autoreg_vit.engine.signals import StopSignals
+from autoreg_vit.hub.folders import export_encoder
 
 #: An encoder of scikit-learn's digits, 16 tokens of 2 x 2 pixels.
 TINY = {'img_size': 8, 'patch_size': 2, 'in_chans': 1, 'embed_dim': 32, 'depth': 2, 'num_heads': 2}

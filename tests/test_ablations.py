@@ -16,9 +16,9 @@ pytest.importorskip('matplotlib')
 
 from launching import free_port, log_of
 
+from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.models import create_pretraining_model
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.runtime import Stopped
+from autoreg_vit.settings.pretraining import PretrainConfig
 from benchmarks import ablations, ablations_report
 from benchmarks.ablations_rows import BASES, CLAIMS, CURVES, ROWS, SCALES, Claim, Row
 

@@ -17,12 +17,12 @@ pytest.importorskip('sklearn')
 
 from exporting import ENCODER, MODEL, write_run
 
+from autoreg_vit.commands.cli import main
+from autoreg_vit.engine.checkpoints import load_checkpoint, save_checkpoint
 from autoreg_vit.errors import UsageError
+from autoreg_vit.hub.lookup import load_encoder
 from autoreg_vit.models import create_pretraining_model
-from autoreg_vit.models.neck import FeaturePyramid, SmpEncoder
-from autoreg_vit.train.checkpoint import load_checkpoint, save_checkpoint
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.weights import load_encoder
+from autoreg_vit.models.dense.neck import FeaturePyramid, SmpEncoder
 
 TINY = dict(img_size=16, embed_dim=32, depth=1, num_heads=1)
 NECK = dict(dynamic_img_size=True, num_classes=0)
@@ -152,7 +152,7 @@ class TestFolders:
         model = write_run(tmp_path / 'run')
         with torch.no_grad():
             model.encoder.norm.bias.fill_(1e5)
-        from autoreg_vit.models.export import export_pretraining
+        from autoreg_vit.hub.folders import export_pretraining
         export_pretraining(model, tmp_path / 'run' / 'pretrain')
         arguments = ['export', str(tmp_path / 'run'), str(tmp_path / 'out'), '--no-pretrain']
         assert main([*arguments, '--half']) == 2

@@ -15,14 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from autoreg_vit.data.transforms import ImageSpec
+
 pytest.importorskip('sklearn')
 
+from autoreg_vit.commands import pretraining as pretrain
+from autoreg_vit.commands.cli import main
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.evaluation.classifiers import accuracies
 from autoreg_vit.models import create_pretraining_model
-from autoreg_vit.train import data, pretrain
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.evaluate import accuracies
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 ONE = Processes(torch.device('cpu'))
 TINY = {'img_size': 8, 'patch_size': 4, 'in_chans': 1, 'depth': 2, 'embed_dim': 32, 'num_heads': 1, 'decoder_depth': 1,
@@ -199,7 +201,7 @@ def check(children: dict, max_corrupt: float, model) -> None:
             assert not Path(folder, 'run').exists()
             return
         with contextlib.redirect_stdout(io.StringIO()):
-            spec = data.ImageSpec.of(model)
+            spec = ImageSpec.of(model)
             batches = pretrain.training_batches(config, spec, ONE)
             found = batches.dataset.dataset
             assert (getattr(found, 'classes', None), len(found)) == (classes, len(images))

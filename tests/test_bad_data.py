@@ -11,19 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
+from autoreg_vit.data.checks import check_images
+from autoreg_vit.data.transforms import ImageSpec, training_transform
+
 pytest.importorskip('sklearn')
 
 from launching import SETTINGS, log_of
 
+from autoreg_vit.commands.pretraining import pretrain
+from autoreg_vit.data import sources as data
+from autoreg_vit.data.batches import Batches
+from autoreg_vit.engine.processes import Processes
 from autoreg_vit.errors import ConfigError, DataError
-from autoreg_vit.train import data
-from autoreg_vit.train.batches import Batches
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.pretrain import pretrain
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 ONE = Processes(torch.device('cpu'))
-TRANSFORM = data.training_transform(data.ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), (0.5, 1.0), 0.5)
+TRANSFORM = training_transform(ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), (0.5, 1.0), 0.5)
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ class TestCorruptImages:
         damage(folder / 'a' / '04.png')
         dataset = data.open_dataset('folder', str(folder), 'train', TRANSFORM)
         messages = []
-        names = data.check_images(dataset, 100, 0.1, messages.append)
+        names = check_images(dataset, 100, 0.1, messages.append)
         assert names == [str(folder / 'a' / '04.png')] and '1 of 20 images cannot be read' in messages[0]
         for workers in (0, 1):
             batches = Batches(dataset, 20, 0, ONE, workers=workers, max_corrupt=0.1)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autoreg_vit.errors import CheckpointError, ModelError
-from autoreg_vit.models.export import export_encoder, export_pretraining
-from autoreg_vit.train.weights import load_encoder
+from autoreg_vit.hub.folders import export_encoder, export_pretraining
+from autoreg_vit.hub.lookup import load_encoder
 
 SMALL = dict(img_size=16, patch_size=4, embed_dim=32, depth=4, num_heads=2)
 IMAGES = torch.randn(2, 3, 16, 16)

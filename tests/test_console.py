@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from autoreg_vit.train.console import patient_streams, printable
-from autoreg_vit.train.progress import progress_bar, say
+from autoreg_vit.engine.console import patient_streams, printable
+from autoreg_vit.engine.progress import progress_bar, say
 
 
 @pytest.mark.parametrize('encoding, shown', [
@@ -41,8 +41,8 @@ def test_streams_that_are_none_or_closed(monkeypatch):
 
 SCRIPT = '''
 import sys
-from autoreg_vit.train.console import patient_streams
-from autoreg_vit.train.progress import progress_bar, say
+from autoreg_vit.engine.console import patient_streams
+from autoreg_vit.engine.progress import progress_bar, say
 with patient_streams():
     for number in progress_bar(range(2000)):
         say(f'line {number} ' + 'x' * 200)
@@ -62,7 +62,7 @@ def test_a_reader_who_leaves(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='descriptors are closed before the start by a shell')
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
-    script = ('import os, sys\nfrom autoreg_vit.train.console import patient_streams\nwith patient_streams():\n'
+    script = ('import os, sys\nfrom autoreg_vit.engine.console import patient_streams\nwith patient_streams():\n'
               '    file = open(sys.argv[1], "w")\n    file.write(str(file.fileno()))\n    print("lost")\n')
     command = f'"{sys.executable}" -c \'{script}\' "{tmp_path / "file"}" >&- 2>&-'
     subprocess.run(['sh', '-c', command], check=True, timeout=120)

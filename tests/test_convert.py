@@ -15,8 +15,8 @@ pytest.importorskip('sklearn')
 from safetensors.torch import load_file, save_file
 from test_saim_checkpoint import Reference, published_checkpoint
 
-from autoreg_vit.checksums import sha256_of, verify_checksum
-from autoreg_vit.train.cli import main
+from autoreg_vit.artifacts import sha256_of, verify_checksum
+from autoreg_vit.commands.cli import main
 
 WIDTH, DEPTH, PATCH, GRID = 128, 2, 4, 3
 
@@ -157,7 +157,7 @@ class TestMae:
 
     def test_continues_in_probing(self, tmp_path: Path):
         """The folder is one that --weights takes, as a run's is."""
-        from autoreg_vit.train.weights import load_encoder
+        from autoreg_vit.hub.lookup import load_encoder
 
         weights = mae_checkpoint()
         assert convert(save(tmp_path / 'mae.pth', weights), tmp_path / 'out') == 0
@@ -165,7 +165,7 @@ class TestMae:
 
     @pytest.mark.parametrize(('width', 'heads'), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
     def test_heads_of_the_usual_widths(self, width: int, heads: int):
-        from autoreg_vit.train.publish.convert import encoder_sizes
+        from autoreg_vit.hub.conversion import encoder_sizes
 
         weights = {'cls_token': torch.empty(1, 1, width), 'pos_embed': torch.empty(1, 257, width),
                    'patch_embed.proj.weight': torch.empty(width, 3, 14, 14),

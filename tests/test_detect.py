@@ -26,22 +26,23 @@ from launching import flags, launch_together
 from pictures import write_turned
 from supervising import log_of, results_of, stop_after
 
+from autoreg_vit.commands.cli import main
+from autoreg_vit.commands.detecting import _detect, detect
+from autoreg_vit.commands.recipes import load_recipe
+from autoreg_vit.data.batches import Batches
+from autoreg_vit.data.boxes import CocoImages, LargeScaleJitter, Part, collate, open_data
+from autoreg_vit.data.labelled import some_of
+from autoreg_vit.engine.loop import create_optimizer, scaled_lr
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, ConfigError, DataError, ModelError, ShapeError
-from autoreg_vit.models.detector import Canvas, ViTMaskRCNN, load_detector
-from autoreg_vit.models.export import export_encoder
-from autoreg_vit.models.windowed import WindowedAttention, use_windows
-from autoreg_vit.train.batches import Batches
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import load_recipe, make_config
-from autoreg_vit.train.detect.command import _detect, detect
-from autoreg_vit.train.detect.config import DetectConfig
-from autoreg_vit.train.detect.data import CocoImages, LargeScaleJitter, Part, collate, open_data
-from autoreg_vit.train.detect.evaluate import KINDS, SCORES, coco_results, encode_masks, evaluate, summary
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.labelled import some_of
-from autoreg_vit.train.loop import create_optimizer, scaled_lr
-from autoreg_vit.train.metrics import METRICS
-from autoreg_vit.train.runtime import Stopped
+from autoreg_vit.evaluation.box_scores import KINDS, SCORES, coco_results, encode_masks, evaluate, summary
+from autoreg_vit.evaluation.metrics import METRICS
+from autoreg_vit.hub.folders import export_encoder
+from autoreg_vit.models.dense.detector import Canvas, ViTMaskRCNN, load_detector
+from autoreg_vit.models.dense.windowed import WindowedAttention, use_windows
+from autoreg_vit.settings.base import make_config
+from autoreg_vit.settings.detecting import DetectConfig
 
 CPU = Processes(torch.device('cpu'))
 SMALL = {'embed_dim': 32, 'depth': 8, 'num_heads': 2, 'num_classes': 0, 'dynamic_img_size': True}

@@ -7,19 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
+from autoreg_vit.data.transforms import ImageSpec
+
 pytest.importorskip('sklearn')
 
 from launching import SETTINGS, log_of, weights_of
 
+from autoreg_vit.commands.pretraining import pretrain
+from autoreg_vit.data.on_device import DeviceBatches, DeviceImages, draw_boxes
+from autoreg_vit.engine.processes import Processes
 from autoreg_vit.errors import ConfigError, DataError
-from autoreg_vit.train import data
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.device_data import DeviceBatches, DeviceImages, draw_boxes
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.pretrain import pretrain
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 CPU = torch.device('cpu')
-SPEC = data.ImageSpec((16, 12), 3, (0.5,) * 3, (0.25,) * 3)
+SPEC = ImageSpec((16, 12), 3, (0.5,) * 3, (0.25,) * 3)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -57,7 +58,7 @@ def test_crop_is_pils_crop_and_resize():
     """The left upper quarter, enlarged: away from the crop's border, where PIL does not look beyond, they agree."""
     smooth = Pictures(1, (64, 64))
     smooth.pixels = np.asarray(Image.fromarray(smooth.pixels[0]).resize((8, 8)).resize((64, 64), Image.BICUBIC))[None]
-    spec = data.ImageSpec((64, 64), 3, (0.0,) * 3, (1.0,) * 3)
+    spec = ImageSpec((64, 64), 3, (0.0,) * 3, (1.0,) * 3)
     out = DeviceImages(smooth, spec, CPU).augment(torch.tensor([0]), boxes_of((0.5, 0.5, -0.5, -0.5)))
     expected = Image.fromarray(smooth.pixels[0]).crop((0, 0, 32, 32)).resize((64, 64), Image.BICUBIC)
     expected = torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1) / 255

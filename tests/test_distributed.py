@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from autoreg_vit.data.order import EpochSampler
+
 pytest.importorskip('sklearn')
 
 from launching import SETTINGS, Launch, launch_together, log_of, weights_of
 from safetensors.torch import load_file
 
+from autoreg_vit.commands.pretraining import pretrain
+from autoreg_vit.engine import processes as distributed
+from autoreg_vit.engine.log import read_log
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.train import distributed
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.pretrain import pretrain
-from autoreg_vit.train.run import read_log
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 # Plain SGD, since Adam would magnify rounding; no drop path, which each process draws for its own images.
 PLAIN = {**SETTINGS, 'opt': 'sgd', 'lr': 0.1, 'warmup_epochs': 0, 'drop_path_rate': 0.0, 'eval_every': 0,
@@ -120,9 +122,9 @@ class TestErrors:
 
 
 class TestSampler:
-    def sampler(self, rank: int = 0, world_size: int = 1, **options) -> distributed.EpochSampler:
+    def sampler(self, rank: int = 0, world_size: int = 1, **options) -> EpochSampler:
         group = distributed.Processes(torch.device('cpu'), rank, world_size)
-        return distributed.EpochSampler(100, 12, seed=3, group=group, **options)
+        return EpochSampler(100, 12, seed=3, group=group, **options)
 
     def test_processes_share_out_what_one_would_see(self):
         one = list(self.sampler())

@@ -19,15 +19,15 @@ from exporting import ENCODER, LINES, MODEL, write_run
 from launching import SETTINGS, flags, log_of
 from safetensors.torch import load_file
 
-from autoreg_vit.checksums import sha256_of
-from autoreg_vit.models.golden import deviation, record
+from autoreg_vit.artifacts import sha256_of
+from autoreg_vit.commands.cli import main
+from autoreg_vit.data.transforms import ImageSpec, evaluation_transform
+from autoreg_vit.engine.checkpoints import save_checkpoint
+from autoreg_vit.hub import publishing as exporting
+from autoreg_vit.hub.card import command, training_hours
+from autoreg_vit.hub.golden import deviation, record
 from autoreg_vit.models.pretrained import load_folder
-from autoreg_vit.train.checkpoint import save_checkpoint
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.data import ImageSpec, evaluation_transform
-from autoreg_vit.train.publish import export as exporting
-from autoreg_vit.train.publish.card import command, training_hours
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def card_of(folder: Path) -> tuple[dict, str]:
 
 def test_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """From pretraining by the command line to the weights in timm."""
-    monkeypatch.setattr('autoreg_vit.train.pretrain.draw_figures', lambda *arguments: None)
+    monkeypatch.setattr('autoreg_vit.commands.pretraining.draw_figures', lambda *arguments: None)
     assert main(flags({**SETTINGS, 'epochs': 1, 'output_dir': tmp_path / 'run'})) == 0
     assert export(tmp_path / 'run', tmp_path / 'weights', '--tag', 'digits_1ep') == 0
 

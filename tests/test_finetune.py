@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,18 +18,20 @@ pytest.importorskip('sklearn')
 from launching import launch_together
 from supervising import log_of, results_of, stop_after, write_encoder
 
+from autoreg_vit.commands import supervised
+from autoreg_vit.commands.cli import main
+from autoreg_vit.commands.finetuning import add_classifier, check_pairs, export_classifier, finetune, mixing_loss
+from autoreg_vit.commands.recipes import load_recipe
+from autoreg_vit.data import labelled
+from autoreg_vit.data.transforms import ImageSpec, evaluation_transform
+from autoreg_vit.engine import loop
+from autoreg_vit.engine.loop import adam_options
+from autoreg_vit.engine.losses import NonFiniteLoss
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.train import labelled, loop, supervised
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import load_recipe
-from autoreg_vit.train.data import ImageSpec, evaluation_transform
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.finetune import add_classifier, check_pairs, export_classifier, finetune, mixing_loss
-from autoreg_vit.train.loop import adam_options
-from autoreg_vit.train.losses import NonFiniteLoss
-from autoreg_vit.train.runtime import Stopped
-from autoreg_vit.train.supervised_config import FinetuneConfig
-from autoreg_vit.train.weights import load_encoder
+from autoreg_vit.hub.lookup import load_encoder
+from autoreg_vit.settings.classification import FinetuneConfig
 
 CPU = Processes(torch.device('cpu'))
 SHORT = {'dataset': 'digits', 'eval_split': 'test', 'epochs': 2, 'batch_size': 64, 'train_images': 256,
@@ -95,7 +98,7 @@ class TestRun:
                 finetune(config)
         # Killed in the evaluation at the end, the second time.
         with monkeypatch.context() as patch:
-            patch.setattr('autoreg_vit.train.finetune.evaluate', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr('autoreg_vit.commands.finetuning.evaluate', mock.Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 finetune(config)
         parts = finetune(config)

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from autoreg_vit.errors import CheckpointError
-from autoreg_vit.models.export import export_encoder, export_pretraining
+from autoreg_vit.hub.folders import export_encoder, export_pretraining
+from autoreg_vit.hub.lookup import load_encoder
 from autoreg_vit.models.fitting import prefixes, unwrap
-from autoreg_vit.train.weights import load_encoder
 
 HUB = runpy.run_path(str(Path(__file__).parents[1] / 'hubconf.py'))
 ENCODER, MODEL = 'vit_tiny_patch4_32_randsac', 'randsac_vit_tiny_patch4_32'

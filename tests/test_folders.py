@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from autoreg_vit.data.checks import check_images
+
 pytest.importorskip('sklearn')
 
+from autoreg_vit.data import sources as data
+from autoreg_vit.data.folders import ClassFolders, FlatFolder, kind_of_split, open_folder
 from autoreg_vit.errors import DataError
-from autoreg_vit.train import data
-from autoreg_vit.train.folders import ClassFolders, FlatFolder, kind_of_split, open_folder
 
 
 def draw(path: Path) -> Path:
@@ -38,7 +40,7 @@ def names(dataset: ClassFolders | FlatFolder) -> list[str]:
 
 def said(dataset: ClassFolders | FlatFolder, check: int = 0) -> str:
     messages = []
-    data.check_images(dataset, check, 1.0, messages.append)
+    check_images(dataset, check, 1.0, messages.append)
     return '\n'.join(messages)
 
 
@@ -124,7 +126,7 @@ class TestLinks:
         os.symlink('/nowhere/x.png', tmp_path / 'all' / 'x.png')
         found = opened(tmp_path)
         with pytest.raises(DataError, match=r'1 of 5 images cannot be read.*x\.png \(a link to nowhere\)'):
-            data.check_images(found, 10, 0.0)
+            check_images(found, 10, 0.0)
         assert '1 of 5 images cannot be read' in said(found, 10)
 
     def test_a_folder_that_cannot_be_listed(self, tmp_path: Path, monkeypatch):

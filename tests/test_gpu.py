@@ -16,7 +16,7 @@ pytest.importorskip('matplotlib')
 from launching import SETTINGS, Launch, free_port, launch_together, log_of, weights_of
 from safetensors.torch import load_file
 
-from autoreg_vit.train import loop
+from autoreg_vit.engine import loop
 from benchmarks.gpu.equality import MODELS, compare
 
 pytestmark = pytest.mark.gpu

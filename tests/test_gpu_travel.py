@@ -16,11 +16,11 @@ pytest.importorskip('matplotlib')
 from exporting import write_run
 
 from autoreg_vit import __version__
-from autoreg_vit.checksums import sha256_of
+from autoreg_vit.artifacts import sha256_of
+from autoreg_vit.engine import provenance
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.models.export import export_encoder
+from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.ops.triton import launches
-from autoreg_vit.train import provenance
 from benchmarks import tune_attention
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cards, pack, pretraining, sitting, state, take

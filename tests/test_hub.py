@@ -19,7 +19,7 @@ pytest.importorskip('sklearn')
 
 from exporting import ENCODER, MODEL, write_weights
 
-from autoreg_vit.models.golden import golden_images
+from autoreg_vit.hub.golden import golden_images
 
 REPOSITORY = Path(__file__).parents[1]
 

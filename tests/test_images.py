@@ -13,14 +13,17 @@ from hypothesis.extra import numpy as arrays
 from pictures import GREY_KINDS, write_grey, write_turned
 from PIL import Image
 
+from autoreg_vit.data.checks import check_images
+from autoreg_vit.data.transforms import ImageSpec, evaluation_transform
+
 pytest.importorskip('sklearn')
 
+from autoreg_vit.data import sources as data
+from autoreg_vit.data.images import ToMode, image_extensions, open_image
+from autoreg_vit.data.on_device import DeviceImages
 from autoreg_vit.errors import DataError
-from autoreg_vit.train import data
-from autoreg_vit.train.device_data import DeviceImages
-from autoreg_vit.train.images import ToMode, image_extensions, open_image
 
-SPEC = data.ImageSpec((6, 4), 3, (0.0,) * 3, (1.0,) * 3)
+SPEC = ImageSpec((6, 4), 3, (0.0,) * 3, (1.0,) * 3)
 CPU = torch.device('cpu')
 
 
@@ -71,9 +74,9 @@ def test_unknown_ranges_are_refused_by_name_before_training(values: np.ndarray, 
     Image.fromarray(values).save(tmp_path / 'x.tif')
     with pytest.raises(DataError, match=words):
         ToMode(1)(open_image(tmp_path / 'x.tif'))
-    dataset = data.open_dataset('folder', str(tmp_path), 'train', data.evaluation_transform(SPEC))
+    dataset = data.open_dataset('folder', str(tmp_path), 'train', evaluation_transform(SPEC))
     with pytest.raises(DataError, match=rf'1 of 5 images cannot be read.*x\.tif \(.*{words}'):
-        data.check_images(dataset, 10, 0.0)
+        check_images(dataset, 10, 0.0)
 
 
 def test_endings_are_those_that_pillow_decodes():
@@ -113,7 +116,7 @@ class TestOrientation:
             write_turned(tmp_path / 'classes' / name / 'x.jpg', upright, orientation)
         (tmp_path / 'flat').mkdir()
         write_turned(tmp_path / 'flat' / 'x.jpg', upright, orientation)
-        transform = data.evaluation_transform(SPEC)
+        transform = evaluation_transform(SPEC)
         for name, folder in (('folder', 'flat'), ('folder', 'classes')):
             pixels = data.open_dataset(name, str(tmp_path / folder), 'train', transform)[0][0]
             assert pixels[:, :3].min() > 0.8 and pixels[:, 4:, 2:].max() < 0.2 and 0.3 < pixels[0, 5, 0] < 0.6

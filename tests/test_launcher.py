@@ -2,8 +2,8 @@
 
 import pytest
 
+from autoreg_vit.engine.launcher import FIRST_PORT, Place, find_place, first_host, shown_rank
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.train.launcher import FIRST_PORT, Place, find_place, first_host, shown_rank
 
 NAMES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'SLURM_PROCID', 'SLURM_STEP_NUM_TASKS',
          'SLURM_LOCALID', 'SLURM_NODELIST', 'SLURM_STEP_NODELIST', 'SLURM_JOB_ID', 'SLURM_STEP_ID', 'SLURM_PTY_PORT',

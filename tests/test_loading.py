@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from autoreg_vit.data.batches import Batches
+from autoreg_vit.data.loaders import InOrder, all_or_none, fitting, lacks_shared_memory
+from autoreg_vit.engine.processes import Processes
 from autoreg_vit.errors import DataError
-from autoreg_vit.train.batches import Batches
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.loading import InOrder, all_or_none, fitting, lacks_shared_memory
 
 FULL = RuntimeError('unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)')
 DATA = TensorDataset(torch.arange(40), torch.zeros(40))
@@ -65,9 +65,9 @@ def test_in_order():
 SCRIPT = '''
 import torch
 from torch.utils.data import TensorDataset
-from autoreg_vit.train.batches import Batches
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.loading import InOrder
+from autoreg_vit.data.batches import Batches
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.data.loaders import InOrder
 data = TensorDataset(torch.arange(64.0)[:, None].expand(64, 4096).clone(), torch.zeros(64))
 stream = Batches(data, 16, 0, Processes(torch.device("cpu")), workers=2).start_at(0)
 print("training", [int(x) for _ in range(5) for x in next(stream)[0][:, 0]])

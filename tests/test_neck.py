@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autoreg_vit.errors import ModelError, ShapeError
-from autoreg_vit.models.neck import STRIDES, DetectionBackbone, FeaturePyramid, SmpEncoder, register_smp_encoder
+from autoreg_vit.models.dense.neck import STRIDES, DetectionBackbone, FeaturePyramid, SmpEncoder, register_smp_encoder
 
 SMALL = {'embed_dim': 32, 'depth': 4, 'num_heads': 2, 'num_classes': 0, 'dynamic_img_size': True}
 

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 
 from autoreg_vit.errors import ModelError, UsageError
-from autoreg_vit.models.export import export_encoder, export_pretraining
+from autoreg_vit.hub.folders import export_encoder, export_pretraining
 
 ENCODERS = ['vit_tiny_randsac', 'vit_tiny_patch4_32_saim']
 PRETRAINING = ['randsac_vit_tiny_patch4_32', 'saim_vit_tiny']

@@ -36,7 +36,7 @@ def test_holds_every_file(contents: tuple[set[str], dict[str, bytes]]):
     files, held = contents
     assert not files - held.keys()
     assert {'hubconf.py', 'pyproject.toml', 'LICENSE', 'tests/launching.py', 'benchmarks/kernel_resources.py',
-            'autoreg_vit/train/recipes/digits.yaml', 'weights/model.tag/config.json'} <= files
+            'autoreg_vit/commands/recipes/digits.yaml', 'weights/model.tag/config.json'} <= files
     assert {name for name in held.keys() - files if '.egg-info/' not in name} == {'PKG-INFO', 'setup.cfg'}
 
 

@@ -15,10 +15,10 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from autoreg_vit.errors import CheckpointError, ModelError, SerializationError, ShapeError, UsageError
+from autoreg_vit.hub.folders import export_encoder, export_pretraining
 from autoreg_vit.models import AutoregressiveViT, PretrainOutput, create_pretraining_model, pretraining_models
 from autoreg_vit.models import attention as attention_module
 from autoreg_vit.models.decoders import MaskedDecoder
-from autoreg_vit.models.export import export_encoder, export_pretraining
 from autoreg_vit.models.targets import PixelTarget, patchify
 from autoreg_vit.serialization import Layout, Serialization
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,16 +16,20 @@ pytest.importorskip('sklearn')
 from launching import launch_together
 from supervising import log_of, results_of, stop_after, write_encoder
 
+from autoreg_vit.commands import supervised
+from autoreg_vit.commands.cli import main
+from autoreg_vit.commands.pretraining import _labelled_sets
+from autoreg_vit.commands.probing import LinearHead, frozen_features, lars_groups, optimizer_options, probe
+from autoreg_vit.data import labelled
+from autoreg_vit.engine import loop
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, DataError, UsageError
-from autoreg_vit.train import features, labelled, loop, supervised
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.features import Bank, Features
-from autoreg_vit.train.pretrain import _labelled_sets
-from autoreg_vit.train.probe import LinearHead, frozen_features, lars_groups, optimizer_options, probe
-from autoreg_vit.train.runtime import Stopped
-from autoreg_vit.train.supervised_config import ProbeConfig
+from autoreg_vit.evaluation import cached as features
+from autoreg_vit.evaluation.classifiers import Bank
+from autoreg_vit.evaluation.features import Features
+from autoreg_vit.settings.classification import ProbeConfig
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 CPU = Processes(torch.device('cpu'))
 SHORT = {'dataset': 'digits', 'eval_split': 'test', 'epochs': 2, 'batch_size': 128, 'train_images': 512,
@@ -165,7 +170,7 @@ class TestFast:
             train, test = cached(*arguments)
             return train, Features(test.features, test.labels.roll(1))
 
-        monkeypatch.setattr('autoreg_vit.train.probe.cached_features', with_false_labels)
+        monkeypatch.setattr('autoreg_vit.commands.probing.cached_features', with_false_labels)
         false = probe(ProbeConfig(**FAST, weights=encoder, output_dir=str(tmp_path / 'false')))
         assert results_of(honest)['sweep'] == results_of(false)['sweep']
         assert (honest / 'classifier.safetensors').read_bytes() == (false / 'classifier.safetensors').read_bytes()
@@ -174,7 +179,7 @@ class TestFast:
     def test_features_are_kept_for_the_same_weights_alone(self, encoder: str, tmp_path: Path, monkeypatch, capsys):
         config = ProbeConfig(**FAST, weights=encoder, output_dir=str(tmp_path / 'run'))
         with monkeypatch.context() as patch:
-            patch.setattr('autoreg_vit.train.probe.fit_features', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr('autoreg_vit.commands.probing.fit_features', mock.Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 probe(config)
         capsys.readouterr()
@@ -245,7 +250,7 @@ def test_errors_are_one_line_before_any_work(arguments, words, encoder: str, tmp
 class TestWeights:
     def test_a_runs_folder_stands_for_its_encoder(self, encoder: str, tmp_path: Path):
         run = Path(encoder).parent
-        from autoreg_vit.train.weights import load_encoder
+        from autoreg_vit.hub.lookup import load_encoder
 
         assert load_encoder(str(run)).embed_dim == 32
         with pytest.raises(CheckpointError, match='holds no encoder'):
@@ -255,8 +260,8 @@ class TestWeights:
 
     @pytest.mark.parametrize('damage', ['cut', 'flip', 'json', 'gone'])
     def test_damaged_folders(self, damage: str, tmp_path: Path):
-        from autoreg_vit.train.checkpoint import write_checksum
-        from autoreg_vit.train.weights import load_encoder
+        from autoreg_vit.artifacts import write_checksum
+        from autoreg_vit.hub.lookup import load_encoder
 
         folder = write_encoder(tmp_path / 'encoder')
         for file in list(folder.glob('*model*')):

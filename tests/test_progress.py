@@ -10,10 +10,10 @@ from torch.utils.data import Dataset
 
 pytest.importorskip('sklearn')
 
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.evaluate import extract_features
-from autoreg_vit.train.progress import with_progress
-from autoreg_vit.train.supervised import own_part
+from autoreg_vit.data.loaders import own_part
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.engine.progress import with_progress
+from autoreg_vit.evaluation.features import extract_features
 
 
 class SlowImages(Dataset):

@@ -13,10 +13,13 @@ from timm.optim import create_optimizer_v2
 
 pytest.importorskip('sklearn')
 
+from autoreg_vit.commands.cli import COMMANDS, main
+from autoreg_vit.commands.recipes import FOLDER as RECIPES
+from autoreg_vit.commands.recipes import bundled_recipes, load_recipe
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.train.cli import COMMANDS, main
-from autoreg_vit.train.config import RECIPES, PretrainConfig, bundled_recipes, load_recipe, make_config
-from autoreg_vit.train.supervised_config import FinetuneConfig, ProbeConfig
+from autoreg_vit.settings.base import make_config
+from autoreg_vit.settings.classification import FinetuneConfig, ProbeConfig
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 PAPERS = [name for name in bundled_recipes() if name != 'digits']
 
@@ -131,7 +134,7 @@ def test_help_lists_them(command: str, capsys):
     assert all(name in text for name in bundled_recipes(command)) and bundled_recipes(command)
 
 
-CONFIGS = [getattr(importlib.import_module(f'autoreg_vit.train.{c.config_module}'), c.config_class)
+CONFIGS = [getattr(importlib.import_module(f'autoreg_vit.settings.{c.config_module}'), c.config_class)
            for c in COMMANDS.values()]
 
 

@@ -13,19 +13,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from autoreg_vit.data.transforms import ImageSpec, training_transform
+
 pytest.importorskip('sklearn')
 
 from launching import SETTINGS, Launch, log_of, weights_of
 
-from autoreg_vit import checksums
+from autoreg_vit import artifacts as checksums
+from autoreg_vit.commands import pretraining as pretraining
+from autoreg_vit.commands.pretraining import pretrain
+from autoreg_vit.data import sources as data
+from autoreg_vit.data.batches import Batches
+from autoreg_vit.engine import checkpoints as checkpoint
+from autoreg_vit.engine import run
+from autoreg_vit.engine.locks import FolderLock
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.engine.signals import StopSignals
 from autoreg_vit.errors import CheckpointError, ConfigError
-from autoreg_vit.train import checkpoint, data, run
-from autoreg_vit.train import pretrain as pretraining
-from autoreg_vit.train.batches import Batches
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.pretrain import pretrain
-from autoreg_vit.train.runtime import FolderLock, StopSignals
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 ONE = Processes(torch.device('cpu'))
 
@@ -416,8 +421,8 @@ def disk_full_at_the_second_checkpoint() -> None:
 
 def test_every_draw_is_a_function_of_its_place():
     """The same batches from any place on, with 0 and 2 loader processes; other ones in another epoch."""
-    digits = data.open_dataset('digits', None, 'train', data.training_transform(
-        data.ImageSpec((8, 8), 1, (0.5,), (0.5,)), (0.2, 1.0), 0.5))
+    digits = data.open_dataset('digits', None, 'train', training_transform(
+        ImageSpec((8, 8), 1, (0.5,), (0.5,)), (0.2, 1.0), 0.5))
 
     def batches(start: int, count: int, workers: int = 0) -> list[torch.Tensor]:
         source = Batches(digits, 500, 0, ONE, workers).start_at(start)

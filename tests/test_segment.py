@@ -21,30 +21,23 @@ from launching import launch_together
 from pictures import write_turned
 from supervising import log_of, results_of, stop_after
 
+from autoreg_vit.commands import dense
+from autoreg_vit.commands.cli import main
+from autoreg_vit.commands.recipes import load_recipe
+from autoreg_vit.commands.segmenting import segment
+from autoreg_vit.data.masks import Augment, MaskedImages, MaskFormat, Plain, _mask_format, find_pairs, open_data
+from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.engine.loop import adam_options, create_optimizer, create_schedule
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.engine.seeding import seed_cpu
+from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, ConfigError, DataError, UsageError
-from autoreg_vit.models.export import export_encoder
-from autoreg_vit.models.segmenter import IGNORED, Segmenter, load_segmenter, pixel_loss
-from autoreg_vit.train import dense
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import load_recipe, make_config
-from autoreg_vit.train.data import ImageSpec
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.loop import adam_options, create_optimizer, create_schedule
-from autoreg_vit.train.runtime import Stopped
-from autoreg_vit.train.seeding import seed_cpu
-from autoreg_vit.train.segment.command import segment
-from autoreg_vit.train.segment.config import SegmentConfig
-from autoreg_vit.train.segment.data import (
-    Augment,
-    MaskedImages,
-    MaskFormat,
-    Plain,
-    _mask_format,
-    find_pairs,
-    open_data,
-)
-from autoreg_vit.train.segment.evaluate import evaluate, sliding_logits
-from autoreg_vit.train.segment.figures import palette, predictions_figure
+from autoreg_vit.evaluation.mask_scores import evaluate, sliding_logits
+from autoreg_vit.figures.predicted_masks import palette, predictions_figure
+from autoreg_vit.hub.folders import export_encoder
+from autoreg_vit.models.dense.segmenter import IGNORED, Segmenter, load_segmenter, pixel_loss
+from autoreg_vit.settings.base import make_config
+from autoreg_vit.settings.segmenting import SegmentConfig
 
 CPU = Processes(torch.device('cpu'))
 CLASSES = ('ground', 'square', 'disc')

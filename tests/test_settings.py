@@ -18,13 +18,14 @@ pytest.importorskip('sklearn')
 from launching import SETTINGS, log_of
 
 from autoreg_vit import __version__
+from autoreg_vit.commands import pretraining as pretraining
+from autoreg_vit.commands.cli import COMMANDS, main
+from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.engine import machine as runtime
+from autoreg_vit.engine.processes import Processes
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.train import pretrain as pretraining
-from autoreg_vit.train import runtime
-from autoreg_vit.train.cli import COMMANDS, main
-from autoreg_vit.train.config import PretrainConfig, free_settings, make_config
-from autoreg_vit.train.data import ImageSpec
-from autoreg_vit.train.distributed import Processes
+from autoreg_vit.settings.base import free_settings, make_config
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 ONE = Processes(torch.device('cpu'))
 #: What the commands cannot do without.
@@ -33,7 +34,7 @@ NEEDED = {'weights': 'x', 'data_dir': 'x', 'images': (), 'run': 'x', 'folder': '
 
 def config_class(command: str) -> type:
     entry = COMMANDS[command]
-    return getattr(importlib.import_module(f'autoreg_vit.train.{entry.config_module}'), entry.config_class)
+    return getattr(importlib.import_module(f'autoreg_vit.settings.{entry.config_module}'), entry.config_class)
 
 
 def settings_of(kind: type) -> dict:

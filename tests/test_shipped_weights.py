@@ -13,7 +13,7 @@ pytest.importorskip('sklearn')
 from exporting import write_run
 from PIL import Image
 
-from autoreg_vit.train.cli import main as command
+from autoreg_vit.commands.cli import main as command
 from benchmarks import shipped_weights
 
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from PIL import Image
 
-import autoreg_vit.train
+import autoreg_vit.commands
+from autoreg_vit.commands import showing as show
+from autoreg_vit.commands.cli import main
+from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.errors import ModelError
-from autoreg_vit.models.export import export_encoder, export_pretraining
+from autoreg_vit.figures import attention_maps, panels, pictures, plots
+from autoreg_vit.hub.folders import export_encoder, export_pretraining
 from autoreg_vit.models.targets import patchify, unpatchify
-from autoreg_vit.train import show
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.data import ImageSpec
-from autoreg_vit.train.figures import attention_maps, panels, pictures, plots
 
 SMALL = dict(patch_size=2, embed_dim=32, depth=3, num_heads=2)
 #: RandSAC for digits, SAIM on images that are not square, ViT-iGPT, and AIM's given prefix.
@@ -310,10 +310,10 @@ class TestErrors:
 
     def test_missing_matplotlib_is_named(self, shown: Path, monkeypatch, capsys):
         for name in [*sys.modules]:
-            if name.startswith(('autoreg_vit.train.show', 'autoreg_vit.train.figures')):
+            if name.startswith(('autoreg_vit.commands.showing', 'autoreg_vit.figures')):
                 monkeypatch.delitem(sys.modules, name)
-        for name in ('show', 'figures'):
-            monkeypatch.delattr(autoreg_vit.train, name)
+        monkeypatch.delattr(autoreg_vit.commands, 'showing')
+        monkeypatch.delattr(autoreg_vit, 'figures')
         monkeypatch.setitem(sys.modules, 'matplotlib', None)
         assert main(['show', '--weights', str(shown / 'saim')]) == 2
         assert "needs the package 'matplotlib': pip install" in capsys.readouterr().err

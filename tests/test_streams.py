@@ -12,23 +12,25 @@ import pytest
 import torch
 from PIL import Image
 
+from autoreg_vit.data.transforms import ImageSpec, training_transform
+
 pytest.importorskip('sklearn')
 
 from launching import log_of
 from supervising import write_encoder
 
+from autoreg_vit.commands import pretraining as pretraining
+from autoreg_vit.commands.cli import main
+from autoreg_vit.data import sources as data
+from autoreg_vit.data.batches import Batches
+from autoreg_vit.data.labelled import labelled_images
+from autoreg_vit.engine.processes import Processes
 from autoreg_vit.errors import ConfigError, DataError
-from autoreg_vit.train import data
-from autoreg_vit.train import pretrain as pretraining
-from autoreg_vit.train.batches import Batches
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.distributed import Processes
-from autoreg_vit.train.labelled import labelled_images
-from autoreg_vit.train.supervised_config import ProbeConfig
+from autoreg_vit.settings.classification import ProbeConfig
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 ONE = Processes(torch.device('cpu'))
-TRANSFORM = data.training_transform(data.ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), (0.5, 1.0), 0.5)
+TRANSFORM = training_transform(ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), (0.5, 1.0), 0.5)
 TINY = {'img_size': 8, 'patch_size': 4, 'segments': 2, 'depth': 1, 'embed_dim': 32, 'num_heads': 1, 'decoder_depth': 1,
         'batch_size': 4, 'epochs': 1, 'warmup_epochs': 0, 'precision': 'float32', 'checkpoint_every_minutes': 0}
 
@@ -275,7 +277,7 @@ class TestHub:
         assert data.labels_of(dataset) is None and reason in dataset.unlabelled
         config = ProbeConfig(weights='x', dataset=f'hfds/{name}', data_dir=str(tmp_path / 'cache'))
         with pytest.raises(DataError, match=r"'train'.* has no labels") as caught:
-            labelled_images(config, data.ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), ONE)
+            labelled_images(config, ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), ONE)
         assert reason in str(caught.value)
 
     def test_one_candidate_is_found(self, save, images, open_hub, datasets):
@@ -339,7 +341,7 @@ class TestHub:
         save('test', image=images, label=(['b', 'c'] * 6, text))
         config = ProbeConfig(weights='x', dataset=f'hfds/{name}', data_dir=str(tmp_path / 'cache'), eval_split='test')
         with pytest.raises(DataError, match=r'other classes: a, c are in one alone'):
-            labelled_images(config, data.ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), ONE)
+            labelled_images(config, ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), ONE)
 
     def test_trains_without_labels_and_probes_by_text(self, save, images, datasets, tmp_path, capsys, no_figures):
         plain = save(folder='plain', img=images)

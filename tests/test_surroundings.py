@@ -26,11 +26,11 @@ from launching import SETTINGS, _child, _server, flags
 from supervising import write_encoder
 from test_saim_checkpoint import published_checkpoint
 
-from autoreg_vit.models.export import export_encoder
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.figures import plots
-from autoreg_vit.train.labelled import open_splits
-from autoreg_vit.train.supervised_config import ProbeConfig
+from autoreg_vit.commands.cli import main
+from autoreg_vit.data.labelled import open_splits
+from autoreg_vit.figures import plots
+from autoreg_vit.hub.folders import export_encoder
+from autoreg_vit.settings.classification import ProbeConfig
 
 SHORT = ['--steps', '1', '--warmup-steps', '0', '--precision', 'float32', '--no-pretrained']
 needs_dense = pytest.mark.skipif(importlib.util.find_spec('faster_coco_eval') is None, reason='needs the extra dense')

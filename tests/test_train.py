@@ -12,16 +12,22 @@ import torch
 import yaml
 from PIL import Image
 
+from autoreg_vit.engine.run import create_folder
+
 pytest.importorskip('sklearn')
 
+from autoreg_vit.commands.cli import main
+from autoreg_vit.commands.pretraining import pretrain
+from autoreg_vit.commands.recipes import load_recipe
+from autoreg_vit.data import sources as data
+from autoreg_vit.data.labelled import hold_out
+from autoreg_vit.engine import machine as runtime
+from autoreg_vit.engine.losses import NonFiniteLoss
 from autoreg_vit.errors import ConfigError, DataError, UsageError
-from autoreg_vit.train import data, evaluate, runtime
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.config import PretrainConfig, load_recipe, make_config
-from autoreg_vit.train.figures import plots
-from autoreg_vit.train.labelled import hold_out
-from autoreg_vit.train.losses import NonFiniteLoss
-from autoreg_vit.train.pretrain import pretrain
+from autoreg_vit.evaluation import features as evaluate
+from autoreg_vit.figures import plots
+from autoreg_vit.settings.base import make_config
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 SMALL = {'embed_dim': 32, 'depth': 2, 'num_heads': 1, 'decoder_depth': 1}
 DIGITS = {**load_recipe('digits'), **SMALL, 'epochs': 1, 'batch_size': 128, 'eval_images': 200}
@@ -289,13 +295,13 @@ class TestErrors:
     def test_output_folder(self, tmp_path: Path):
         (tmp_path / 'file').touch()
         with pytest.raises(ConfigError, match='file'):
-            runtime.create_folder(str(tmp_path / 'file'), 'name')
+            create_folder(str(tmp_path / 'file'), 'name')
         with pytest.raises(ConfigError, match='Cannot write'):
-            runtime.create_folder('/proc/nowhere', 'name')
+            create_folder('/proc/nowhere', 'name')
 
     def test_unnamed_runs_do_not_meet(self, tmp_path: Path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        assert runtime.create_folder(None, 'a') != runtime.create_folder(None, 'a')
+        assert create_folder(None, 'a') != create_folder(None, 'a')
 
     @pytest.mark.parametrize('text, words', [
         ('epoch: 3', "'epoch'.*'epochs'"),

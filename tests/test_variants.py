@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoreg_vit import ops
 from autoreg_vit.errors import ModelError, SerializationError
+from autoreg_vit.hub.folders import export_pretraining
 from autoreg_vit.models import pretraining
-from autoreg_vit.models.export import export_pretraining
 from autoreg_vit.serialization import Layout, Serialization, blobs, prefix_raster, squares
-from autoreg_vit.train.config import PretrainConfig
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 AIM = {'serialization': 'prefix_raster', 'first_segment': 'given'}
 XTRA = {'serialization': 'squares', 'segments': 6, 'segment_order': 'raster'}

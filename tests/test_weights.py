@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from timm.models import DefaultCfg
 from torch import nn
 
-from autoreg_vit.checksums import SUMS, sha256_of, verify_checksum, write_sums
+from autoreg_vit.artifacts import SUMS, sha256_of, verify_checksum, write_sums
+from autoreg_vit.commands.cli import main
+from autoreg_vit.engine.log import read_log
 from autoreg_vit.errors import CheckpointError, ModelError
+from autoreg_vit.hub.golden import deviation, golden_images, record
 from autoreg_vit.models import pretrained
-from autoreg_vit.models.golden import deviation, golden_images, record
-from autoreg_vit.train.cli import main
-from autoreg_vit.train.run import read_log
 
 REPOSITORY = Path(__file__).parents[1]
 # But for those that lie on the Hub, which tests do not ask.

@@ -9,7 +9,7 @@ import timm
 from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
-from ..checksums import SUMS, checksum_path, verify_checksum
+from ..artifacts import SUMS, checksum_path, verify_checksum
 from ..errors import CheckpointError, ModelError, suggest
 
 PACKAGE = Path(__file__).parents[1]

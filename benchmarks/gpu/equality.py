@@ -17,8 +17,8 @@ from typing import Any
 import timm
 import torch
 
-from autoreg_vit.train.runtime import resolve_precision
-from autoreg_vit.train.seeding import mix_seed
+from autoreg_vit.engine.machine import resolve_precision
+from autoreg_vit.engine.seeding import mix_seed
 
 from ..train_step import training_step
 

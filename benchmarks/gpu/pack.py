@@ -12,8 +12,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from autoreg_vit.engine.provenance import SOURCE_COMMIT, source_commit
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.train.provenance import SOURCE_COMMIT, source_commit
 
 ROOT = Path(__file__).parents[2]
 FOLDER = 'autoreg-vit-gpu'

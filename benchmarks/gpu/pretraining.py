@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from autoreg_vit.checksums import sha256_of
-from autoreg_vit.train.config import load_recipe
-from autoreg_vit.train.run import read_log
+from autoreg_vit.artifacts import sha256_of
+from autoreg_vit.commands.recipes import load_recipe
+from autoreg_vit.engine.log import read_log
 
 from .jobs import Job
 from .sitting import Sitting

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from autoreg_vit.checksums import sha256_of, write_synced
+from autoreg_vit.artifacts import sha256_of, write_synced
 from autoreg_vit.errors import ConfigError
 
 NAME, FORMAT = 'gpu.json', 1

@@ -21,8 +21,8 @@ from typing import Any
 import timm
 import torch
 
-from autoreg_vit.train.config import PretrainConfig
-from autoreg_vit.train.runtime import resolve_precision
+from autoreg_vit.engine.machine import resolve_precision
+from autoreg_vit.settings.pretraining import PretrainConfig
 
 from ..flops import training_gflops
 from ..timing import seconds

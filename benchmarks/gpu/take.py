@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from autoreg_vit import __version__
-from autoreg_vit.checksums import sha256_of, write_checksum, write_synced
+from autoreg_vit.artifacts import sha256_of, write_checksum, write_synced
 from autoreg_vit.errors import ConfigError
-from autoreg_vit.models.export import export_encoder
+from autoreg_vit.hub.folders import export_encoder
+from autoreg_vit.hub.publishing import export
 from autoreg_vit.models.pretrained import load_folder
 from autoreg_vit.ops.triton.launches import kind_of, plan_of
-from autoreg_vit.train.publish.config import ExportConfig
-from autoreg_vit.train.publish.export import export
+from autoreg_vit.settings.weights import ExportConfig
 
 from .. import attention, tune_attention
 from . import cards

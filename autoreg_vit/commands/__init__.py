@@ -1,0 +1,1 @@
+"""What `autoreg-vit` does: a module a command."""

@@ -1,0 +1,40 @@
+"""What dense prediction shares besides `supervised`: its optional packages, its encoder, and the curves of a run."""
+
+import importlib.util
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from ..errors import ConfigError
+from ..hub.lookup import load_encoder, source_config
+from ..settings.classification import DenseConfig
+
+
+def require(command: str, *packages: str) -> None:
+    """Raise ConfigError where a command's packages are not installed.
+
+    Args:
+        command: As typed.
+        *packages: Import names.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'autoreg-vit {command} needs {" and ".join(missing)}: pip install "autoreg-vit[dense]".')
+
+
+def dense_encoder(config: DenseConfig, **options: Any) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The encoder of a run as the neck takes it, and what makes it again: timm's `architecture` and its `model_args`.
+
+    Args:
+        config: Names the weights.
+        **options: Arguments of `timm.create_model` that make it again too; those that are None are left out.
+
+    Raises:
+        UsageError: as `load_encoder`.
+    """
+    options = {'num_classes': 0, 'dynamic_img_size': True, **{k: v for k, v in options.items() if v is not None}}
+    encoder = load_encoder(config.weights, config.pretrained, **options, drop_path_rate=config.drop_path_rate)
+    if config.grad_checkpointing:
+        encoder.set_grad_checkpointing()
+    return encoder, {'architecture': encoder.pretrained_cfg['architecture'],
+                     'model_args': {**source_config(config.weights).get('model_args', {}), **options}}

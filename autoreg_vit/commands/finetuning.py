@@ -1,0 +1,190 @@
+"""`autoreg-vit finetune`: end-to-end training of an encoder with a classifier (RandSAC Table 15)."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import save_for_hf
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from ..artifacts import replaced, write_checksum, writing
+from ..data.batches import Batches
+from ..data.labelled import labelled_images
+from ..data.order import check_divisible
+from ..data.transforms import ImageSpec
+from ..engine.loop import adam_options, create_optimizer, length_of, prepare, start
+from ..engine.machine import autocast
+from ..engine.parallel import replicate, settle_buckets, share_buffers
+from ..engine.processes import Processes, processes
+from ..engine.run import Run
+from ..engine.seeding import mix_seed, seed_cpu
+from ..errors import ConfigError, ModelError
+from ..evaluation.class_scores import evaluate
+from ..evaluation.metrics import scores
+from ..hub.folders import export_encoder
+from ..hub.lookup import load_encoder, short_name, source_config
+from ..models.encoders import SinCosVisionTransformer
+from ..models.pretrained import CONFIG, WEIGHTS
+from ..settings.classification import FinetuneConfig
+from .results import finished, leave_results
+from .supervised import Learner, train
+
+#: Entries of timm's configuration of a model that hold for whatever weights it has.
+OF_THE_ARCHITECTURE = ('num_classes', 'fixed_input_size', 'pool_size', 'first_conv', 'classifier')
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Fine-tune an encoder on labelled images, or resume its run. Under torchrun every process calls this.
+
+    Args:
+        config: Settings of the run; the defaults are RandSAC's Table 15.
+
+    Returns:
+        The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `figures/`, and the classifier in
+        `model/` (`average/` for the moving average), folders that `timm.create_model('local-dir:...')` loads.
+
+    Raises:
+        UsageError: for settings, data or weights that cannot work, before training begins.
+        NonFiniteLoss: when training diverges.
+        Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
+    """
+    with processes(config.device) as group:
+        return _finetune(dataclasses.replace(config), group)
+
+
+def _finetune(config: FinetuneConfig, group: Processes) -> Path:
+    # 1. Settings, data and model, all checked before anything is written.
+    prepare(config, group)
+    check_divisible(config.batch_size, group)
+    check_pairs(config, group)
+    model = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
+    spec = ImageSpec.of(model, config.in_chans)
+    images = labelled_images(config, spec, group, auto_augment=config.auto_augment, erase=config.erase)
+    classes = len(images.classes)
+    add_classifier(model, classes, config.seed)
+    model.to(group.device)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate,
+                      config.max_corrupt)
+    optimizer = create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
+    average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
+    steps = length_of(config, batches.per_epoch // config.accumulate).steps
+
+    # 2. The run.
+    facts = {'train_images': len(images.train)}
+    with Run(config, f'finetune-{short_name(config.weights)}', group, facts, steps) as run:
+        if finished(run):
+            return run.folder
+        start(run, config, train_images=len(images.train), classes=classes,
+              parameters=sum(p.numel() for p in model.parameters()))
+        run.say(f'Fine-tuning {config.weights} on {len(images.train):,} images of {classes} classes for '
+                f'{config.epochs} epochs; {group.world_size} x {group.device}, {config.precision}; writing to '
+                f'{run.folder}')
+        trained = replicate(model, group)
+        with autocast(config.precision, group.device):
+            settle_buckets(trained.eval(), torch.zeros(2, spec.channels, *spec.size, device=group.device))
+
+        def measure(network: nn.Module) -> dict[str, Any]:
+            share_buffers(network, group)
+            network.eval()
+            return evaluate(network, images.test, classes, config, group)
+
+        learner = Learner(model, trained, optimizer, mixing_loss(config, trained, classes, group),
+                          lambda: measure(model), average)
+        result = train(config, run, batches, learner)
+
+        # 3. What is left.
+        more = {} if average is None else {'average': scores(measure(average.module))}
+        if group.is_main:
+            with writing(run.folder):
+                export_classifier(model, run.folder / 'model', config, spec, images.classes)
+                if average is not None:
+                    export_classifier(average.module, run.folder / 'average', config, spec, images.classes)
+        leave_results(run, config, result, images.classes, epochs=config.epochs, train_images=len(images.train), **more)
+        return run.folder
+
+
+def check_pairs(config: FinetuneConfig, group: Processes) -> None:
+    """Raise ConfigError where mixup or cutmix, which mix an image with its counterpart, meet an odd batch."""
+    size = config.batch_size // group.world_size
+    if (config.mixup or config.cutmix) and size % 2:
+        near = [n * group.world_size for n in (size - 1, size + 1) if n]
+        raise ConfigError(
+            f'mixup and cutmix mix images in pairs, and a batch of {config.batch_size} images gives each of '
+            f'{group.world_size} processes {size}, an odd number: use --batch-size {" or ".join(map(str, near))}, or '
+            'turn them off with --mixup 0 --cutmix 0.')
+
+
+def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
+    """Give a timm model a classifier near zero, as fine-tuning in BEiT, MAE and SAIM's published code begins.
+
+    Raises:
+        ModelError: for a model without a linear classifier.
+    """
+    model.reset_classifier(classes)
+    head = model.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f'The classifier of {type(model).__name__} is a {type(head).__name__}: expected a linear '
+                         'layer. Name a Vision Transformer or another model with one.')
+    with torch.no_grad():
+        nn.init.trunc_normal_(head.weight, std=2e-5, generator=torch.Generator().manual_seed(seed))
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def mixing_loss(config: FinetuneConfig, trained: nn.Module, classes: int, group: Processes):
+    """The loss of a batch after mixup and cutmix, whose draws are a function of (seed, forward pass, process)."""
+    mixup = None
+    if config.mixup or config.cutmix:
+        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
+        criterion = SoftTargetCrossEntropy()
+    elif config.label_smoothing:
+        criterion = LabelSmoothingCrossEntropy(config.label_smoothing)
+    else:
+        criterion = nn.CrossEntropyLoss()
+
+    def loss(batch: list[torch.Tensor], number: int) -> torch.Tensor:
+        images, labels = batch
+        if mixup is not None:
+            seed_cpu(mix_seed(config.seed, 'mixup', number, group.rank))
+            images, labels = mixup(images, labels)
+        torch.manual_seed(mix_seed(config.seed, 'dropout', number, group.rank))
+        return criterion(trained(images).float(), labels)
+
+    return loss
+
+
+def export_classifier(
+        model: nn.Module,
+        folder: Path,
+        config: FinetuneConfig,
+        spec: ImageSpec,
+        classes: list[str],
+) -> None:
+    """Write a classifier as a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads. It says how
+    the images were prepared that its accuracy was measured on, and nothing of the weights that training began with:
+    their tag, licence and test settings are not those of these."""
+    prepared = {'input_size': [spec.channels, *spec.size], 'mean': list(spec.mean), 'std': list(spec.std),
+                'crop_pct': config.evaluated_part(spec.size), 'crop_mode': 'center', 'interpolation': 'bicubic'}
+    with replaced(folder) as (new,):
+        if isinstance(model, SinCosVisionTransformer):
+            export_encoder(model, new)
+        else:
+            source = source_config(config.weights)
+            args = {**source.get('model_args', {}), **config.model_options(), 'in_chans': spec.channels}
+            save_for_hf(model, str(new), model_args=args, safe_serialization=True)
+        content = json.loads((new / CONFIG).read_text(encoding='utf-8'))
+        cfg = {k: v for k, v in content['pretrained_cfg'].items() if k in OF_THE_ARCHITECTURE}
+        content.update(pretrained_cfg={**cfg, **prepared}, label_names=classes)
+        # transformers passes num_classes itself and fails on a second one; drop path belongs to this training.
+        for name in ('num_classes', 'drop_path_rate'):
+            content.get('model_args', {}).pop(name, None)
+        (new / CONFIG).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        (new / WEIGHTS).chmod(0o644)  # safetensors leaves 0600
+        write_checksum(new / WEIGHTS)

@@ -1,0 +1,227 @@
+"""`autoreg-vit probe`: how good frozen features are, by linear probing (RandSAC Table 16) and nearest neighbours."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Subset, TensorDataset
+
+from ..artifacts import write_checksum, writing
+from ..data.batches import Batches
+from ..data.labelled import hold_out, labelled_images, some_of
+from ..data.order import check_divisible
+from ..data.transforms import ImageSpec
+from ..engine.loop import create_optimizer, length_of, prepare, scaled_lr, start
+from ..engine.parallel import replicate, settle_buckets
+from ..engine.processes import Processes, processes
+from ..engine.run import Run
+from ..evaluation.cached import cached_features
+from ..evaluation.class_scores import evaluate
+from ..evaluation.classifiers import Bank, knn_accuracy
+from ..evaluation.features import Features, features_of, gather_features, images_at_once
+from ..evaluation.metrics import describe, scores
+from ..hub.lookup import load_encoder, short_name
+from ..settings.classification import ProbeConfig
+from .results import finished, leave_results
+from .supervised import Learner, train
+
+
+def probe(config: ProbeConfig) -> Path:
+    """Evaluate an encoder's frozen features, or resume its run. Under torchrun every process calls this.
+
+    Args:
+        config: Settings of the run; the defaults are RandSAC's Table 16 with a smaller batch.
+
+    Returns:
+        The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `classifier.safetensors` and
+        `figures/`; with `fast` the cached features in place of a checkpoint.
+
+    Raises:
+        UsageError: for settings, data or weights that cannot work, before training begins.
+        NonFiniteLoss: when training diverges.
+        Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
+    """
+    with processes(config.device) as group:
+        return _probe(dataclasses.replace(config), group)
+
+
+def _probe(config: ProbeConfig, group: Processes) -> Path:
+    # 1. Settings, data and model, all checked before anything is written.
+    prepare(config, group)
+    check_divisible(config.batch_size, group)
+    encoder = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
+    spec = ImageSpec.of(encoder, config.in_chans)
+    images = labelled_images(config, spec, group)
+    encoder.to(group.device).eval().requires_grad_(False)
+    head = LinearHead(encoder.head_hidden_size, len(images.classes), config.batch_norm, config.seed, group)
+    head.to(group.device)
+    optimizer = create_optimizer(config, lars_groups(head), **optimizer_options(config))
+    batches, steps = None, None
+    if not config.fast:
+        batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate,
+                          config.max_corrupt)
+        steps = length_of(config, batches.per_epoch // config.accumulate).steps
+
+    # 2. The run.
+    facts = {'train_images': len(images.train)}
+    with Run(config, f'probe-{short_name(config.weights)}', group, facts, steps) as run:
+        if finished(run):
+            return run.folder
+        start(run, config, train_images=len(images.train), classes=len(images.classes), width=encoder.head_hidden_size)
+        run.say(f'Probing {config.weights} with {len(images.train):,} images of {len(images.classes)} classes; '
+                f'{group.world_size} x {group.device}, {config.precision}; writing to {run.folder}')
+        if config.fast:
+            train_set, test = cached_features(config, run, encoder, images)
+            result, more = fit_features(config, run, head, train_set, test)
+        else:
+            trained = replicate(head, group)
+            # In evaluation mode, so that the batch norm takes no notice.
+            settle_buckets(trained.eval(), torch.zeros(2, encoder.head_hidden_size, device=group.device))
+
+            def loss(batch: list[torch.Tensor], number: int) -> torch.Tensor:
+                images, labels = batch
+                return cross_entropy(trained(frozen_features(encoder, images)).float(), labels)
+
+            def measure() -> dict[str, Any]:
+                head.eval()
+                return evaluate(lambda batch: head(frozen_features(encoder, batch)), images.test, len(images.classes),
+                                config, group)
+
+            result = train(config, run, batches, Learner(head, trained, optimizer, loss, measure))
+            more = {'epochs': config.epochs, 'optimizer': config.opt}
+            if config.knn:
+                some = some_of(np.arange(len(images.plain)), config.knn_images, config.seed)
+                plain = Subset(images.plain, some)
+                train_set, test = (gather_features(encoder, part, config, group) for part in (plain, images.test))
+        if config.knn:
+            more['knn'] = knn(config, run, train_set, test)
+
+        # 3. What is left.
+        if group.is_main:
+            with writing(run.folder):
+                path = run.folder / 'classifier.safetensors'
+                save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, path)
+                path.chmod(0o644)  # safetensors leaves 0600
+                write_checksum(path)
+        leave_results(run, config, result, images.classes, train_images=len(images.train), fast=config.fast,
+                      batch_norm=config.batch_norm, global_pool=getattr(encoder, 'global_pool', None), **more)
+        return run.folder
+
+
+class LinearHead(nn.Module):
+    """A linear classifier of features, after a batch norm without parameters where asked for (SAIM "Image
+    classification", MAE). Features are frozen, so that its statistics are over the batch of all processes.
+
+    Args:
+        width: Width of the features.
+        classes: How many.
+        batch_norm: Normalise features.
+        seed: Of the initial weights, of standard deviation 0.01 as in MoCo v3 and SAIM's published code.
+        group: The processes.
+    """
+
+    def __init__(self, width: int, classes: int, batch_norm: bool, seed: int, group: Processes):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False) if batch_norm else None
+        self.linear = nn.Linear(width, classes)
+        self.group = group
+        nn.init.trunc_normal_(self.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [B, classes] of features [B, width]."""
+        return self.linear(features if self.norm is None else self._normalise(features))
+
+    def _normalise(self, features: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        if not self.training or self.group.world_size == 1:
+            return norm(features)
+        mean = self.group.mean(features.mean(0))
+        variance = self.group.mean((features - mean).square().mean(0))
+        count = len(features) * self.group.world_size
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+            norm.num_batches_tracked += 1
+        return (features - mean) * (variance + norm.eps).rsqrt()
+
+
+def lars_groups(head: LinearHead) -> list[dict[str, Any]]:
+    """Weight and bias apart: LARS adapts the rate of the weight alone, as MAE's does."""
+    return [{'params': [head.linear.weight]}, {'params': [head.linear.bias], 'always_adapt': False}]
+
+
+def optimizer_options(config: ProbeConfig) -> dict[str, Any]:
+    """timm's LARS is plain SGD without weight decay unless it is told to adapt always."""
+    adaptive = {'always_adapt': True} if config.opt.lower() in ('lars', 'nlars') else {}
+    momentum = {} if 'adam' in config.opt.lower() else {'momentum': config.momentum}
+    return {**adaptive, **momentum}
+
+
+def frozen_features(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Pooled features [B, width] of images, float32, a part of the batch at a time: without gradients a batch of
+    Table 16's 16,384 needs no more memory than a small one."""
+    with torch.no_grad():
+        return torch.cat([features_of(encoder, part).float()
+                          for part in images.split(images_at_once(images.device))])
+
+
+def fit_features(
+        config: ProbeConfig,
+        run: Run,
+        head: nn.Module,
+        train_set: Features | None,
+        test: Features | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fit `head` to cached features, on the main process: a held-out part of the training images chooses the learning
+    rate, a classifier is trained at it on all of them, and the test images report.
+
+    Returns:
+        What `evaluate` gives, and what else the results say, on every process.
+    """
+    device = run.group.device
+
+    def fit() -> tuple[dict[str, Any], dict[str, Any]]:
+        rates, classes = config.learning_rates, head.linear.out_features
+        on_device = Features(*(t.to(device) for t in train_set))
+        kept, held = (torch.from_numpy(i).to(device)
+                      for i in hold_out(len(train_set.labels), config.holdout, config.seed))
+        kept, held = (Features(on_device.features[i], on_device.labels[i]) for i in (kept, held))
+        trials = Bank(kept, [scaled_lr(config, rate) for rate in rates], classes, config).accuracies(held)
+        for rate, right in zip(rates, trials):
+            run.log.write(event='sweep', lr=rate, held_out_top1=round(right, 4))
+        best = int(np.argmax(trials))
+        run.say(f'Of {len(rates)} learning rates {rates[best]:g} is best on {len(held.labels):,} held-out training '
+                f'images: {trials[best]:.2f} %.' + (
+                    ' It is at the end of the sweep: consider a wider one with --learning-rates.'
+                    if len(rates) > 1 and best in (0, len(rates) - 1) else ''))
+        Bank(on_device, [scaled_lr(config, rates[best])], classes, config).copy_to(head)
+        # The main process alone evaluates here, so it counts as the only one.
+        result = evaluate(head.eval(), TensorDataset(*test), classes, config, Processes(device))
+        run.log.write(event='evaluation', images=config.epochs * len(on_device.labels), test_images=result['images'],
+                      **scores(result))
+        return result, {'epochs': config.epochs, 'optimizer': 'sgd', 'learning_rate': rates[best],
+                        'held_out_top1': round(trials[best], 4),
+                        'sweep': {f'{rate:g}': round(right, 4) for rate, right in zip(rates, trials)}}
+
+    result, more = run.group.on_main(fit)
+    run.say(describe(result))
+    return result, more
+
+
+def knn(config: ProbeConfig, run: Run, train_set: Features | None, test: Features | None) -> float:
+    """The accuracy of nearest neighbours, found on the main process, in percent."""
+    def search() -> float:
+        draw = torch.randperm(len(train_set.labels), generator=torch.Generator().manual_seed(config.seed))
+        some = draw[:config.knn_images].sort().values
+        return round(knn_accuracy((train_set.features[some].numpy(), train_set.labels[some].numpy()),
+                                  (test.features.numpy(), test.labels.numpy()), config.knn), 4)
+
+    accuracy = run.group.on_main(search)
+    run.say(f'{config.knn} nearest neighbours: {accuracy:.2f} %')
+    return accuracy

@@ -1,0 +1,37 @@
+"""What a run on annotated images leaves."""
+
+from typing import Any
+
+from ..artifacts import write_json, writing
+from ..engine.run import Run
+from ..evaluation.metrics import scores
+from ..figures import plots
+from ..settings.classification import RunConfig
+
+
+def leave_results(run: Run, config: RunConfig, result: dict[str, Any], classes: list[str], **more: Any) -> None:
+    """Write results.json and, of a classifier with up to twenty classes, figures/confusion.png, on the main process;
+    end the run."""
+    if run.group.is_main:
+        few = 'confusion' in result and len(classes) <= 20
+        content = {
+            'weights': config.weights, 'pretrained': config.pretrained, 'data': config.data_name,
+            'eval_split': config.eval_split or f'a fifth of {config.train_split}', **scores(result),
+            'test_images': result['images'], **more, 'num_classes': len(classes),
+            **({'classes': classes, 'confusion': result['confusion'].tolist()} if few else {}),
+        }
+        with writing(run.folder):
+            if few:
+                (run.folder / 'figures').mkdir(exist_ok=True)
+                plots.confusion_figure(result['confusion'], classes, run.folder / 'figures' / 'confusion.png')
+            write_json(run.folder / 'results.json', content)
+    run.finish()
+    run.say(f'Results: {run.folder / "results.json"}')
+
+
+def finished(run: Run) -> bool:
+    """Whether there is nothing to do in the run's folder, which is then said."""
+    if run.finished:
+        run.say(f'The run in {run.folder} is finished: its results are in {run.folder / "results.json"}. Name '
+                'another --output-dir for a new one.')
+    return run.finished

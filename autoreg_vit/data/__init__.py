@@ -1,0 +1,1 @@
+"""Images, labels, masks and boxes: where they come from, and how they become batches."""

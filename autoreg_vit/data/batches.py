@@ -1,0 +1,241 @@
+"""Batches of images for training: which come when, and with which augmentation, are functions of the seed, so that a
+run can go on from any place."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from ..engine.processes import Processes
+from ..engine.progress import say
+from ..engine.seeding import kept_random_state, mix_seed, seed_cpu
+from ..errors import ConfigError, DataError
+from .checks import image_name, refuse_corrupt, some_names
+from .images import DAMAGE
+from .loaders import all_or_none, fitting
+from .order import EpochSampler, check_divisible
+from .streams import Stream
+
+
+class SeededSamples(Dataset):
+    """A map-style data set whose augmentation is a function of (seed, epoch, index), whatever process does it.
+
+    Takes keys (epoch, index) and gives what the data set gives for the index. In place of an image that cannot be read
+    it gives the next that can, and counts it.
+
+    Attributes:
+        corrupt: A mark for every image that could not be read, uint8 [images]; `share` lets loader processes see it.
+        count: How many there may be, a lower bound, int64 [1], shared likewise.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+        self.corrupt = torch.zeros(len(dataset), dtype=torch.uint8)
+        self.count = torch.zeros(1, dtype=torch.int64)
+
+    def share(self) -> None:
+        """Let loader processes that start from here on mark images too."""
+        self.corrupt.share_memory_()
+        self.count.share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]):
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list:
+        with kept_random_state():
+            return [self._sample(*key) for key in keys]
+
+    def damaged(self) -> list[str]:
+        """Names of the images that could not be read so far."""
+        return [image_name(self.dataset, index) for index in self.corrupt.nonzero().flatten().tolist()]
+
+    def _sample(self, epoch: int, index: int):
+        for another in range(min(16, len(self))):
+            place = (index + another) % len(self)
+            seed_cpu(mix_seed(self.seed, 'image', epoch, index))
+            try:
+                return self.dataset[place]
+            except DAMAGE as error:
+                last = error
+                if not self.corrupt[place]:
+                    self.corrupt[place] = 1
+                    self.count += 1
+        raise DataError(f'{min(16, len(self))} images in a row cannot be read, the first being '
+                        f'{image_name(self.dataset, index)}: {" ".join(str(last).split())}')
+
+
+class SeededStream(IterableDataset):
+    """A streamed data set whose order and augmentation are functions of (seed, pass, loader process, position). Gives
+    samples, each with the images that could not be read since the one before: {name: reason}.
+
+    Resuming is exact with as many loader processes as before. `number` names the pass, and is set before it; loader
+    processes learn it when they start.
+    """
+
+    def __init__(self, dataset: IterableDataset, seed: int, rank: int = 0):
+        self.dataset, self.seed, self.rank, self.number = dataset, seed, rank, (0, 0)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        place = (*self.number, self.rank, worker.id if worker else 0)
+        if hasattr(self.dataset, 'set_epoch'):
+            self.dataset.set_epoch(mix_seed(self.seed, 'order', *self.number) % 2 ** 31)
+        damages = getattr(self.dataset, 'damages', {})
+        if isinstance(self.dataset, Stream):
+            self.dataset.shuffle_seed = worker.seed if worker else mix_seed(self.seed, 'shuffle', *place)
+        samples, position = iter(self.dataset), 0
+        while True:
+            with kept_random_state():
+                seed_cpu(mix_seed(self.seed, 'image', *place, position))
+                try:
+                    sample = next(samples)
+                except StopIteration:
+                    return
+            yield sample, dict(damages)
+            damages.clear()
+            position += 1
+
+
+class CollateStream:
+    """Makes a batch of the samples that `SeededStream` gives, and one dictionary of the images that could not be read;
+    a named class so that loader processes can receive it."""
+
+    def __init__(self, collate: Callable[[list], Any] | None):
+        self.collate = collate or default_collate
+
+    def __call__(self, samples: list[tuple[Any, dict[str, str]]]) -> tuple[Any, dict[str, str]]:
+        batch, damages = zip(*samples)
+        return self.collate(list(batch)), {name: reason for some in damages for name, reason in some.items()}
+
+
+class Batches:
+    """Training batches of this process without end, in an order and with an augmentation that are functions of the seed
+    and the epoch, from any place on.
+
+    Args:
+        dataset: Map-style, or a stream.
+        batch_size: Images a batch, over all processes together.
+        seed: Of the run.
+        group: The processes of the run.
+        workers: Processes that load images.
+        multiple_of: Makes the batches of an epoch a multiple of this, for accumulation.
+        max_corrupt: Part of the images that may be unreadable. A process counts those that it has come upon itself.
+        collate: Makes a batch of a list of samples; by default tensors are stacked.
+
+    Attributes:
+        per_epoch: Batches an epoch.
+        sampler: The EpochSampler of a map-style data set, None for a stream.
+
+    Raises:
+        DataError: for fewer images than a batch, and while batches are taken for too many unreadable images.
+        ConfigError: for a batch that processes cannot share out, or accumulation over more batches than an epoch has.
+    """
+
+    def __init__(
+            self,
+            dataset: Dataset,
+            batch_size: int,
+            seed: int,
+            group: Processes,
+            workers: int = 0,
+            multiple_of: int = 1,
+            max_corrupt: float = 0.001,
+            collate: Callable[[list], Any] | None = None,
+    ):
+        check_divisible(batch_size, group)
+        self.max_corrupt, self._counted, self._damages = max_corrupt, 0, {}
+        self.is_stream = isinstance(dataset, IterableDataset)
+        images = stream_length(dataset, workers) * group.world_size if self.is_stream else len(dataset)
+        if images < batch_size:
+            raise DataError(f'{images} training images are fewer than a batch of {batch_size}: use --batch-size '
+                            f'{images} or less.')
+        self._images = images
+        self.per_epoch = images // batch_size // multiple_of * multiple_of
+        if self.per_epoch == 0:
+            raise ConfigError(
+                f'accumulate={multiple_of} asks for more batches than the {images // batch_size} of an epoch.')
+        shared = dict(num_workers=workers, pin_memory=group.device.type == 'cuda')
+        if self.is_stream:
+            self.sampler = None
+            self.dataset = SeededStream(dataset, seed, group.rank)
+            # New processes for every pass, since they learn its number when they start.
+            self.loader = DataLoader(self.dataset, batch_size // group.world_size, drop_last=True,
+                                     generator=torch.Generator(), collate_fn=CollateStream(collate), **shared)
+        else:
+            self.dataset = SeededSamples(dataset, seed)
+            if workers:
+                self.dataset.share()
+            self.sampler = EpochSampler(images, batch_size, seed, group, self.per_epoch)
+            self._make_loader = lambda workers: DataLoader(self.dataset, batch_sampler=self.sampler, **{
+                **shared, 'num_workers': workers, 'persistent_workers': workers > 0, 'collate_fn': collate})
+            self.loader = self._make_loader(workers)
+
+    def start_at(self, batch: int) -> Iterator:
+        """Batches from number `batch` of the whole run on, as `collate` makes them."""
+        epoch, offset = divmod(batch, self.per_epoch)
+        while True:
+            if self.is_stream:
+                yield from self._stream(epoch, offset)
+            else:
+                load = functools.partial(self._load, epoch, offset)
+                for batch in fitting(load, self.loader.num_workers):
+                    self._check_corrupt()
+                    yield batch
+            epoch, offset = epoch + 1, 0
+
+    def _load(self, epoch: int, offset: int, first: int, workers: int) -> DataLoader:
+        """The loader of a map-style data set, about to give an epoch's batches from `offset` + `first` on."""
+        if workers != self.loader.num_workers:
+            self.loader = self._make_loader(workers)
+        self.sampler.start_at(epoch, offset + first)
+        return self.loader
+
+    def _check_corrupt(self) -> None:
+        """Name images that turned out to be unreadable since the last batch; too many are a DataError."""
+        if self._counted != (count := int(self.dataset.count)):
+            self._counted = count
+            self._tolerate(self.dataset.damaged(), len(self.dataset))
+
+    def _tolerate(self, names: list[str], images: int) -> None:
+        refuse_corrupt(len(names), images, self.max_corrupt, names)
+        say(f'{len(names)} images cannot be read, and others stand in for them: {some_names(names)}')
+
+    def _stream(self, epoch: int, offset: int) -> Iterator:
+        """The batches of an epoch after the first `offset`; a stream that ends early begins again."""
+        given, again = 0, 0
+        while given < self.per_epoch:
+            self.dataset.number = (epoch, again)
+            # Loader processes shuffle by the seeds that they take from here.
+            self.loader.generator.manual_seed(mix_seed(self.dataset.seed, 'processes', epoch, again))
+            before = given
+            for batch, damages in all_or_none(self.loader):
+                if damages.keys() - self._damages.keys():
+                    self._damages.update(damages)
+                    source = self.dataset.dataset.source
+                    # Where nothing says how many images there are, each epoch may have had other ones.
+                    self._tolerate([f'{name} ({reason})' for name, reason in self._damages.items()],
+                                   source.images or self._images * (epoch + 1))
+                given += 1
+                if given > offset:
+                    yield batch
+                if given == self.per_epoch:
+                    return
+            if given == before:
+                raise DataError('The stream gave no whole batch: its shards are empty or damaged, or there are fewer '
+                                'of them than processes and loader processes (--workers).')
+            again += 1
+
+
+def stream_length(dataset: IterableDataset, workers: int) -> int:
+    """Images of a stream for each process, as its description counts them; 0 where it does not."""
+    if hasattr(dataset, 'set_loader_cfg'):
+        dataset.set_loader_cfg(num_workers=max(workers, 1))  # before timm 1.0.31 none would count as no reader at all
+    try:
+        return len(dataset)
+    except TypeError:
+        return 0

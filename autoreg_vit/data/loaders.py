@@ -1,0 +1,121 @@
+"""Loader processes, within what the machine's shared memory holds."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..engine.processes import Processes
+from ..engine.progress import say, with_progress
+from ..errors import DataError, UsageError
+from ..settings.classification import RunConfig
+
+REMEDY = 'In Docker raise it with --shm-size (or --ipc=host); --workers sets how many processes load images.'
+
+
+class InOrder:
+    """Batches of a map-style data set in its order, as loader processes make them.
+
+    Args:
+        dataset: Map-style.
+        batch_size: Samples a batch.
+        workers: Loader processes.
+        collate: Makes a batch of a list of samples; by default tensors are stacked.
+    """
+
+    def __init__(
+            self,
+            dataset: Dataset,
+            batch_size: int,
+            workers: int,
+            collate: Callable[[list], Any] | None = None,
+    ):
+        self.dataset, self.batch_size, self.workers, self.collate = dataset, batch_size, workers, collate
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator:
+        return fitting(self._from, self.workers)
+
+    def _from(self, first: int, workers: int) -> DataLoader:
+        rest = Subset(self.dataset, range(first * self.batch_size, len(self.dataset)))
+        return DataLoader(rest, self.batch_size, num_workers=workers, collate_fn=self.collate)
+
+
+def fitting(load: Callable[[int, int], Iterable], workers: int) -> Iterator:
+    """Batches by as many loader processes as shared memory holds: where it is too small for them, half as many go on
+    from the batch that failed, and in the end this process alone.
+
+    Args:
+        load: From the number of a batch and of loader processes to the batches from there on.
+        workers: Loader processes to begin with.
+    """
+    given = 0
+    while True:
+        try:
+            for batch in plainly(load(given, workers)):
+                given += 1
+                yield batch
+            return
+        except (RuntimeError, OSError) as error:
+            if not workers or not lacks_shared_memory(error):
+                raise
+            say(f'Shared memory (/dev/shm) is too small for {workers} loader processes: going on with {workers // 2}. '
+                f'{REMEDY}')
+            workers //= 2
+        gc.collect()  # of the failed processes, before others are forked, which would inherit what ends them
+
+
+def plainly(loader: Iterable) -> Iterator:
+    """The batches of a loader, whose processes pack the traceback into the message of an error of use: unpack it."""
+    try:
+        yield from loader
+    except UsageError as error:
+        kind = type(error)
+        raise kind(str(error).rpartition(f'{kind.__module__}.{kind.__name__}: ')[2].strip()) from error
+
+
+def all_or_none(loader: DataLoader) -> Iterator:
+    """The batches of a stream, which other loader processes would give in another order.
+
+    Raises:
+        DataError: where shared memory is too small.
+    """
+    try:
+        yield from plainly(loader)
+    except (RuntimeError, OSError) as error:
+        if not lacks_shared_memory(error):
+            raise
+        raise DataError(f'Shared memory (/dev/shm) is too small for {loader.num_workers} loader processes. {REMEDY} '
+                        'A stream that was begun goes on with as many as before.') from error
+
+
+def lacks_shared_memory(error: Exception) -> bool:
+    """Whether a loader process failed for want of shared memory, by the texts of PyTorch and the kernel."""
+    text = str(error)
+    return 'out of shared memory' in text or 'Bus error' in text or (
+        'No space left on device' in text and any(part in text for part in ('shm', 'shared memory', '/torch_')))
+
+
+def own_part(
+        dataset: Dataset,
+        batch_size: int,
+        config: RunConfig,
+        group: Processes,
+        collate: Callable[[list], Any] | None = None,
+) -> Iterator:
+    """Batches of this process's part of a data set, in its order; the processes together see each image once.
+
+    Args:
+        dataset: Map-style.
+        batch_size: Images a batch of one process.
+        config: Gives loader processes.
+        group: The processes.
+        collate: Makes a batch of a list of samples; by default tensors are stacked.
+    """
+    part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
+    if not len(part):
+        return iter(())
+    return iter(with_progress(InOrder(part, batch_size, config.workers, collate), 'evaluating', group.is_main))

@@ -1,0 +1,389 @@
+"""Images with masks of classes, checked before anything is trained on them."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate, pad
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as transforms
+
+from ..engine.processes import Processes
+from ..engine.progress import say
+from ..errors import ConfigError, DataError
+from ..models.dense.segmenter import IGNORED
+from ..settings.segmenting import SegmentConfig
+from .checks import check_images, some_names
+from .folders import LeftOut, find_split, list_folder, no_files, walk
+from .images import DAMAGE, ToMode, open_image, stored_size
+from .labelled import distinct, hold_out, some_of
+from .transforms import ImageSpec
+
+#: Files of masks: of formats that keep every value.
+MASK_EXTENSIONS = ('.png', '.tif', '.tiff', '.bmp')
+
+#: An image, uint8 [C, H, W], and its classes, int64 [H, W], to what a data set gives.
+Transform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class MaskFormat:
+    """What the values of masks mean.
+
+    Args:
+        classes: Their names.
+        ignore_index: Value of pixels without a class.
+        reduce_zero_label: Classes are numbered from 1, and 0 is ignored too.
+    """
+    classes: tuple[str, ...]
+    ignore_index: int
+    reduce_zero_label: bool
+
+    def read(self, path: Path) -> torch.Tensor:
+        """Classes of a mask's pixels, int64 [H, W], `IGNORED` where there is none.
+
+        Raises:
+            DataError: for a mask that is damaged, a colour picture, or has values that are no classes, or no class at
+                all.
+        """
+        try:
+            image = open_image(path)
+        except DAMAGE as error:
+            raise DataError(f'the mask {path} cannot be read: {" ".join(str(error).split())}') from error
+        if (bands := len(image.getbands())) > 1:
+            kind = 'grey with transparency' if image.mode in ('LA', 'La', 'PA') else 'a colour picture'
+            raise DataError(f'the mask {path} is {kind} ({image.mode}): expected one channel that holds the index of '
+                            f'each pixel\'s class, not {bands}')
+        found = np.array(image)
+        with np.errstate(invalid='ignore'):
+            values = torch.from_numpy(found.astype(np.int64))
+        if image.mode == 'F' and not (found == values.numpy()).all():
+            raise DataError(f'the mask {path} holds floats that are no whole numbers, from {found.min():g} to '
+                            f'{found.max():g}: expected the index of each pixel\'s class')
+        ignored = values == self.ignore_index
+        if self.reduce_zero_label:
+            ignored |= values == 0
+            values = values - 1
+        count, first = len(self.classes), int(self.reduce_zero_label)
+        wrong = ~ignored & ((values < 0) | (values >= count))
+        if wrong.any():
+            raise DataError(f'the mask {path} holds the value {int(values[wrong].max()) + first}, and with {count} '
+                            f'classes values are {first} to {count - 1 + first}, or {self.ignore_index} for none')
+        if ignored.all():
+            raise DataError(f'the mask {path} is empty: all its pixels are ignored')
+        return values.masked_fill_(ignored, IGNORED)
+
+    def explain(self) -> str:
+        """What the values of masks mean, in words."""
+        first, last = int(self.reduce_zero_label), len(self.classes) - 1 + int(self.reduce_zero_label)
+        ignored = f'0 and {self.ignore_index}' if self.reduce_zero_label else str(self.ignore_index)
+        text = f'Masks hold {first} to {last} for the classes, and {ignored} for none.'
+        if first <= self.ignore_index <= last:
+            text += f' So the class {self.classes[self.ignore_index - first]!r} is ignored everywhere.'
+        return text
+
+
+class MaskedImages(Dataset):
+    """Images and their masks, under a transform.
+
+    Args:
+        samples: Files of images and of their masks.
+        masks: What their values mean.
+        channels: Of images, 1 or 3.
+        transform: Makes of each what the data set gives.
+    """
+
+    def __init__(self, samples: list[tuple[Path, Path]], masks: MaskFormat, channels: int, transform: Transform):
+        self.samples, self.masks, self.transform = samples, masks, transform
+        self.mode = ToMode(channels)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.transform(*self.read(index))
+
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """An image, uint8 [C, H, W], and its classes, int64 [H, W].
+
+        Raises:
+            DataError: for a file that is damaged, or a mask that does not fit its image or the classes.
+        """
+        path, mask_path = self.samples[index]
+        try:
+            image = transforms.pil_to_tensor(self.mode(open_image(path)))
+        except DAMAGE as error:
+            raise DataError(f'the image {path} cannot be read: {" ".join(str(error).split())}') from error
+        mask = self.masks.read(mask_path)
+        if image.shape[1:] != mask.shape:
+            sizes = ' and '.join(f'{w} x {h}' for h, w in (mask.shape, image.shape[1:]))
+            turned = ('. The EXIF orientation of the image turns it: draw masks on the upright picture'
+                      if stored_size(path) == tuple(mask.shape[::-1]) else '')
+            raise DataError(f'the mask {mask_path} and its image {path} differ in size: {sizes} pixels{turned}')
+        return image, mask
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """Images of a run.
+
+    Attributes:
+        train: Training images, augmented: float32 [C, h, w] and int64 [h, w] of a crop.
+        test: Images to report on: float32 [C, h, w] resized, and int64 [H, W] as they are.
+        classes: Names of the classes.
+    """
+    train: MaskedImages
+    test: MaskedImages
+    classes: tuple[str, ...]
+
+
+def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> SegmentationData:
+    """Open the data of a run and check it: every image has a mask of its size with no other values than classes.
+
+    Args:
+        config: Settings.
+        spec: What images the model takes; its size is that of crops.
+        group: The processes, of which the main one looks at the files.
+
+    Raises:
+        DataError: for a folder that is not there, files without a counterpart, and images or masks that do not do.
+        ConfigError: where the number of classes is not known or not the data's.
+    """
+    root = Path(config.data_dir)
+    if not root.is_dir():
+        raise DataError(f'No folder {root}: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
+    masks = _mask_format(config, root)
+    tell = say if group.is_main else _ignore
+    train = find_pairs(root, config.train_split, tell)
+    if config.eval_split:
+        test = find_pairs(root, config.eval_split, tell)
+    else:
+        kept, held = hold_out(len(train), 0.2, config.seed)
+        train, test = [train[i] for i in kept], [train[i] for i in held]
+    train, test = ([pairs[i] for i in some_of(np.arange(len(pairs)), most, config.seed)]
+                   for pairs, most in ((train, config.train_images), (test, config.test_images)))
+    data = SegmentationData(MaskedImages(train, masks, spec.channels, Augment(config, spec)),
+                            MaskedImages(test, masks, spec.channels, Plain(config, spec)), masks.classes)
+    group.on_main(lambda: check_masks(config, data.train, config.max_corrupt, 'train on'))
+    group.on_main(lambda: check_masks(config, data.test, 0.0, 'report on'))
+    return data
+
+
+def check_masks(config: SegmentConfig, images: MaskedImages, max_corrupt: float, purpose: str) -> None:
+    """Look at images and masks, up to `check_images` of them, and say what may be wrong with the classes.
+
+    Args:
+        config: Settings.
+        images: What to look at.
+        max_corrupt: Part of the images that may be unreadable.
+        purpose: What the images are for, in words.
+
+    Raises:
+        DataError: for more unreadable images, and for masks of a single class to train on.
+    """
+    counts = PixelCounts(images.masks)
+    check_images(images, config.check_images, max_corrupt, try_sample=lambda i: counts.add(images.read(i)[1]))
+    for text in counts.doubts(purpose):
+        say(text)
+    present = np.flatnonzero(counts.pixels)
+    if purpose == 'train on' and counts.masks == len(images) and len(present) == 1 < len(images.masks.classes):
+        raise DataError(
+            f'The {counts.masks} masks to train on hold the class {images.masks.classes[present[0]]!r} alone, and '
+            f'{counts.ignored_part:.0%} of their pixels are ignored: nothing is to be learned from them. '
+            f'{images.masks.explain()} Where {images.masks.ignore_index} stands for a class, number the classes '
+            'without gaps in the masks, or name another --ignore-index.')
+
+
+class PixelCounts:
+    """How many pixels of masks each class has; may be told from several threads.
+
+    Attributes:
+        pixels: Of each class, int64 [classes].
+        ignored: Pixels without a class.
+        masks: How many were counted.
+    """
+
+    def __init__(self, form: MaskFormat):
+        self.form, self.lock = form, threading.Lock()
+        self.pixels, self.ignored, self.masks = np.zeros(len(form.classes), np.int64), 0, 0
+
+    def add(self, mask: torch.Tensor) -> None:
+        """Count a mask as `MaskFormat.read` gives it."""
+        counts = torch.bincount(mask[mask != IGNORED], minlength=len(self.pixels)).numpy()
+        with self.lock:
+            self.pixels += counts
+            self.ignored += mask.numel() - int(counts.sum())
+            self.masks += 1
+
+    @property
+    def ignored_part(self) -> float:
+        return self.ignored / max(self.ignored + int(self.pixels.sum()), 1)
+
+    def doubts(self, purpose: str) -> list[str]:
+        """What may be wrong, in words: classes that no mask has, and a value to ignore that covers most of the
+        masks."""
+        texts, absent = [], [name for name, count in zip(self.form.classes, self.pixels) if not count]
+        if self.masks and absent:
+            texts.append(f'No mask of the {self.masks} to {purpose} that were looked at has a pixel of the class'
+                         f'{"es" if len(absent) > 1 else ""} {some_names(absent)}. {self.form.explain()}')
+        if self.ignored_part > 0.5:
+            texts.append(f'{self.ignored_part:.0%} of the pixels of the masks to {purpose} are ignored. '
+                         f'{self.form.explain()}')
+        return texts
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+def _mask_format(config: SegmentConfig, root: Path) -> MaskFormat:
+    """From the settings and the data's info.json, with the keys classes, a list of names, and ignore_index."""
+    path, info = root / 'info.json', {}
+    if path.is_file():
+        try:
+            info = json.loads(path.read_text(encoding='utf-8'))
+            classes, ignored = _names(info.get('classes', [])), info.get('ignore_index', 255)
+            if type(ignored) is not int:
+                raise ValueError(f'ignore_index is {ignored!r}, no whole number')
+        except (ValueError, AttributeError) as error:
+            raise DataError(f'{path} is damaged: expected {{"classes": [NAME, ...], "ignore_index": 255}} '
+                            f'({" ".join(str(error).split())}).') from error
+    else:
+        classes, ignored = [], 255
+    if config.num_classes is None and not classes:
+        raise ConfigError(f'How many classes are there? Say --num-classes, or name them in {path}: '
+                          '{"classes": [NAME, ...]}.')
+    if config.num_classes is not None and classes and config.num_classes != len(classes):
+        raise ConfigError(f'num_classes={config.num_classes} does not fit {path}, which names {len(classes)} classes.')
+    names = distinct(classes) or [str(n) for n in range(config.num_classes)]
+    return MaskFormat(tuple(names), ignored if config.ignore_index is None else config.ignore_index,
+                      config.reduce_zero_label)
+
+
+def _names(classes: Any) -> list[str]:
+    """Names of classes from a list, or from a mapping of 0, 1, ... to names as transformers' id2label is."""
+    if isinstance(classes, dict):
+        numbers = [int(key) for key in classes]
+        if sorted(numbers) != list(range(len(numbers))):
+            raise ValueError('the keys of classes are not 0, 1, ... without gaps')
+        classes = [name for _, name in sorted(zip(numbers, classes.values()))]
+    if not isinstance(classes, list) or not all(isinstance(name, str | int) for name in classes):
+        raise ValueError(f'classes is {str(classes)[:40]!r}, no list of names')
+    return [str(name) for name in classes]
+
+
+def find_pairs(root: Path, split: str, tell: Callable[[str], None] = _ignore) -> list[tuple[Path, Path]]:
+    """Images under images/SPLIT and the masks of the same names, but for the ending, under annotations/SPLIT.
+    `tell` takes what is left out, in words.
+
+    Raises:
+        DataError: for a folder that is not there or is empty, for files without a counterpart, and for two of the same
+            name but for the ending, naming them.
+    """
+    images, masks = (_files_by_name(root / kind, split, extensions, tell)
+                     for kind, extensions in (('images', None), ('annotations', MASK_EXTENSIONS)))
+    for some, others, text in ((images, masks, 'images without a mask'), (masks, images, 'masks without an image')):
+        alone = sorted(some.keys() - others.keys())
+        if alone:
+            names = ', '.join(str(some[name]) for name in alone[:3])
+            raise DataError(f'{len(alone)} {text} of the same name in the split {split!r}: {names}'
+                            f'{", ..." if len(alone) > 3 else ""}.')
+    return [(images[name], masks[name]) for name in sorted(images)]
+
+
+def _files_by_name(
+        parent: Path,
+        split: str,
+        extensions: tuple[str, ...] | None,
+        tell: Callable[[str], None],
+) -> dict[str, Path]:
+    """Files of a split by their names without the ending, from the folder of all splits."""
+    splits = list_folder(parent).folders if parent.is_dir() else []
+    name = find_split(parent, splits, split)
+    if name is None:
+        raise DataError(f'No folder {parent / split}: ' + (
+            f'{parent} has the splits {", ".join(splits)}; name one with --train-split or --eval-split.'
+            if splits else f'--data-dir {parent.parent} should hold images/SPLIT and annotations/SPLIT.'))
+    folder, left_out, found = parent / name, LeftOut(), {}
+    for path in sorted(map(Path, walk(folder, extensions, left_out))):
+        key = path.relative_to(folder).with_suffix('').as_posix()
+        if key in found:
+            raise DataError(f'{found[key]} and {path} have one name but for the ending, so that it is open which '
+                            'belongs to which image or mask: rename or remove one.')
+        found[key] = path
+    if not found:
+        raise no_files(parent.name, folder, ', '.join(extensions or ('.jpg', '.png', '.tif or what else Pillow reads')),
+                       left_out)
+    if text := left_out.describe(folder):
+        tell(text)
+    return found
+
+
+class Resize:
+    """Bring an image's shorter side to `short_side`, as long as the longer one is at most four times it (2048 x 512 in
+    BEiT's setting), and then by a factor."""
+
+    def __init__(self, short_side: int | None):
+        self.short_side = short_side
+
+    def __call__(self, image: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """An image [C, H, W], uint8, in its new size."""
+        sides = image.shape[1:]
+        if self.short_side is not None:
+            factor *= min(self.short_side / min(sides), 4 * self.short_side / max(sides))
+        size = [max(round(side * factor), 1) for side in sides]
+        return transforms.resize(image, size, antialias=True) if size != list(sides) else image
+
+
+def normalise(image: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """A uint8 image [C, H, W] as the model takes it, float32."""
+    return transforms.normalize(transforms.to_dtype(image, torch.float32, scale=True), list(spec.mean), list(spec.std))
+
+
+class Plain:
+    """What evaluation sees: an image resized and normalised, and its mask as it is."""
+
+    def __init__(self, config: SegmentConfig, spec: ImageSpec):
+        self.resize, self.spec = Resize(config.short_side), spec
+
+    def __call__(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return normalise(self.resize(image), self.spec), mask
+
+
+class Augment:
+    """What training sees, as in BEiT's setting: a random enlargement, a random crop in which no class fills too much,
+    a flip, and a distortion of brightness, contrast, saturation and hue, each in half of the cases. What a crop has
+    beyond the image, right and below, is zero after normalisation, and ignored.
+
+    Draws come from PyTorch's CPU generator, which `SeededSamples` seeds for every sample.
+    """
+
+    def __init__(self, config: SegmentConfig, spec: ImageSpec):
+        self.config, self.spec, self.resize = config, spec, Resize(config.short_side)
+        self.distort = v2.Compose([v2.RandomApply([v2.ColorJitter(**{name: amount})], 0.5) for name, amount in (
+            ('brightness', 0.125), ('contrast', 0.5), ('saturation', 0.5), ('hue', 0.05))])
+
+    def __call__(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        config, (height, width) = self.config, self.spec.size
+        image = self.resize(image, torch.empty(()).uniform_(*config.scale).item())
+        mask = interpolate(mask[None, None].float(), size=image.shape[1:], mode='nearest-exact')[0, 0].long()
+        for _ in range(10):
+            top, left = (int(torch.randint(max(have - want, 0) + 1, ()))
+                         for have, want in zip(mask.shape, (height, width)))
+            crop = mask[top:top + height, left:left + width]
+            counts = torch.bincount(crop[crop != IGNORED])
+            if (counts > 0).sum() > 1 and counts.max() <= config.crop_share * counts.sum():
+                break
+        image, mask = image[:, top:top + height, left:left + width], crop
+        if torch.rand(()) < config.hflip:
+            image, mask = image.flip(-1), mask.flip(-1)
+        if config.photometric:
+            image = self.distort(image)
+        beyond = (0, width - mask.shape[1], 0, height - mask.shape[0])
+        return pad(normalise(image, self.spec), beyond), pad(mask, beyond, value=IGNORED)

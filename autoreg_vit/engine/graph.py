@@ -1,0 +1,74 @@
+"""A whole training step captured in a CUDA graph, for models so small that launching kernels takes longer than they."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ..errors import ConfigError
+from ..settings.pretraining import PretrainConfig
+from .processes import Processes
+
+
+def check_graph(config: PretrainConfig, group: Processes) -> None:
+    """Raise ConfigError for settings that a captured step cannot honour."""
+    if group.device.type != 'cuda':
+        raise ConfigError(f'cuda_graph needs a CUDA device, and this run is on {group.device.type}: leave --cuda-graph '
+                          'out.')
+    if group.world_size > 1 or config.accumulate > 1 or config.opt.lower() != 'adamw':
+        raise ConfigError('cuda_graph captures a step of one process, one forward pass (accumulate=1) and adamw: got '
+                          f'{group.world_size} processes, accumulate={config.accumulate}, opt={config.opt!r}. Leave '
+                          '--cuda-graph out.')
+
+
+class GraphedStep:
+    """Calls `step` and, after some calls, replays the kernels it launched instead.
+
+    The first calls are steps like every other and warm up what must not begin inside a capture. Draws inside the step
+    follow the seeds that `generators` have at each call.
+
+    Args:
+        step: Takes an iterator of batches, of which it uses one, (images, ...) of a fixed shape, and returns the loss:
+            forward, backward and optimizer step.
+        optimizer: Capturable; its learning rates are tensors on the device from here on, and `set_rates` fills them.
+        generators: On the device, that the step draws from, besides the default one.
+    """
+
+    warm_up = 3
+
+    def __init__(
+            self,
+            step: Callable[[Iterator], torch.Tensor],
+            optimizer: torch.optim.Optimizer,
+            generators: Sequence[torch.Generator],
+    ):
+        self.step, self.optimizer, self.generators = step, optimizer, generators
+        self.calls, self.graph, self.stream = 0, None, torch.cuda.Stream()
+        self.device = optimizer.param_groups[0]['params'][0].device
+        self.rates = [torch.tensor(float(group['lr']), device=self.device) for group in optimizer.param_groups]
+
+    def set_rates(self) -> None:
+        """Move the rates that a schedule has set as numbers into the tensors that the graph reads."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            if group['lr'] is not rate:
+                rate.fill_(group['lr'])
+                group['lr'] = rate
+
+    def __call__(self, batches: Iterator) -> torch.Tensor:
+        self.set_rates()
+        images = next(batches)[0].to(self.device, non_blocking=True)
+        self.calls += 1
+        if self.calls <= self.warm_up:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self.step(iter([(images,)]))
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.graph is None:
+            self.images, self.graph = images.clone(), torch.cuda.CUDAGraph()
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
+            with torch.cuda.graph(self.graph):
+                self.loss = self.step(iter([(self.images,)]))
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.loss.clone()

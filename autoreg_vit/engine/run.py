@@ -1,0 +1,219 @@
+"""A run's folder: its settings, log and checkpoints, and whether to begin, go on or leave it as finished."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifacts import writing
+from ..errors import ConfigError
+from ..settings.base import free_settings, read_settings, save_config
+from .checkpoints import load_checkpoint, previous_of, save_checkpoint
+from .locks import FolderLock
+from .log import Log, _followers, check_tracker, read_log
+from .processes import Processes
+from .progress import say
+
+CHECKPOINT = 'last.pt'
+
+
+class Run:
+    """The folder of a run, held by one command at a time; a context manager that gives it back.
+
+    Open it on every process once settings, data and model are known to work; only the main process writes.
+
+    Args:
+        config: Resolved settings, a dataclass with `output_dir`, `force_resume` and `tracker`; fields declared free may
+            change on resume. `output_dir` is set to the folder.
+        name: Of the folder, where `output_dir` is None.
+        group: The processes of the run.
+        facts: What else must be the same for the same weights, such as the number of images; the number of processes,
+            and of threads on a CPU, is added.
+        steps: After how many the run ends; None for one that saves no checkpoints.
+
+    Attributes:
+        folder: Path of the folder.
+        state: The checkpoint to go on from, on the CPU of every process, or None at the beginning.
+        finished: Whether the run is complete, so that there is nothing to do.
+        log: The run's Log.
+
+    Raises:
+        ConfigError: for a folder that is in use, holds something else, or a run with other settings or facts, or one
+            that has taken all the steps that are asked for.
+        CheckpointError: where no whole checkpoint is left.
+    """
+
+    def __init__(
+            self,
+            config: Any,
+            name: str,
+            group: Processes,
+            facts: dict[str, Any] | None = None,
+            steps: int | None = None,
+    ):
+        check_tracker(config.tracker)
+        self.group, self._lock, self._config, self._steps, self._ended = group, None, config, steps, False
+        self.facts = {**(facts or {}), 'processes': group.world_size,
+                      'threads': torch.get_num_threads() if group.device.type == 'cpu' else None}
+        try:
+            folder, self.finished, resumes = group.on_main(lambda: self._open(config, name))
+            self.folder, config.output_dir = Path(folder), folder
+            self.state = self._read(config.force_resume) if resumes and not self.finished else None
+            if not self.finished:
+                group.on_main(self._prepare)
+            self.log = Log(self.folder / 'log.jsonl', self.state['log_bytes'] if self.state else 0,
+                           writes=group.is_main and not self.finished)
+            if not self.finished:
+                group.on_main(self._follow)
+        except BaseException:
+            self.close()
+            raise
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save `state` with the log's position and the run's facts, on the main process alone.
+
+        Raises:
+            CheckpointError: where it cannot be written; the last good one is kept.
+        """
+        if self.group.is_main:
+            save_config(self._config, self.folder / 'config.yaml')  # by force it may be another one from here on
+            state = {**state, 'log_bytes': self.log.sync(), 'facts': self.facts}
+            save_checkpoint(state, self.folder / CHECKPOINT)
+
+    def finish(self) -> None:
+        """Mark the run as complete."""
+        self.log.write(event='finish')
+        self.log.sync()
+
+    def say(self, text: str) -> None:
+        """Print on the main process, without tearing a progress bar."""
+        if self.group.is_main:
+            say(text)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> 'Run':
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _open(self, config: Any, name: str) -> tuple[str, bool, bool]:
+        """The folder, whether the run in it is finished, and whether there is a checkpoint to resume from."""
+        self._new = config.output_dir is None or not Path(config.output_dir).exists()
+        folder = create_folder(config.output_dir, name)
+        with writing(folder / '.lock'):
+            self._lock = FolderLock(folder)
+        resumes = any(p.exists() for p in (folder / CHECKPOINT, previous_of(folder / CHECKPOINT)))
+        if not (folder / 'config.yaml').exists():
+            if resumes or (folder / 'log.jsonl').exists():
+                raise ConfigError(f'{folder} already holds a run, but without its config.yaml, so it cannot be '
+                                  'resumed: name another --output-dir or remove it.')
+            return str(folder), False, False
+        if not resumes and (folder / 'encoder').exists():
+            raise ConfigError(f'{folder} already holds a run, but without {CHECKPOINT}, so it cannot be resumed: name '
+                              'another --output-dir or remove it.')
+        before = read_settings(folder / 'config.yaml')
+        differences = setting_differences(before, config)
+        if differences and not config.force_resume:
+            # What 'auto' chose there and would choose otherwise here must be said to be kept.
+            kept = ' '.join(f'--{name} {before[name]}' for name in ('device', 'precision')
+                            if name in before and before[name] != getattr(config, name))
+            raise ConfigError(
+                f'{folder} already holds a run with other settings ({"; ".join(differences)}). Repeat its command '
+                f'{f"with {kept} " if kept else ""}to resume it, name another --output-dir, or accept a mixed run with '
+                '--force-resume.')
+        self._ended = _is_finished(folder / 'log.jsonl')
+        return str(folder), self._ended and not differences, resumes
+
+    def _read(self, force: bool) -> dict[str, Any] | None:
+        # The others read once the main process has found the file whole and fitting.
+        def check() -> None:
+            self.state = load_checkpoint(self.folder / CHECKPOINT, say)
+            differences = difference(self.state['facts'], self.facts) if self.state else []
+            if differences and not force:
+                raise ConfigError(
+                    f'The run in {self.folder} began in other circumstances ({"; ".join(differences)}), which would '
+                    'change its result. Restore them (torchrun --nproc-per-node, OMP_NUM_THREADS, the data), name '
+                    'another --output-dir, or accept a mixed run with --force-resume.')
+            if self.state and self._steps is not None:
+                self._check_steps(self.state['step'], self._steps)
+
+        self.group.on_main(check)
+        return self.state if self.group.is_main else load_checkpoint(self.folder / CHECKPOINT, lambda message: None)
+
+    def _check_steps(self, taken: int, steps: int) -> None:
+        """Before anything in the folder changes: where no step is left, another length was forced on the run."""
+        if taken > steps or (taken == steps and self._ended):
+            raise ConfigError(
+                f'The run in {self.folder} has taken {taken} steps, and with these settings it ends after {steps}: '
+                'nothing is left to train. Ask for a longer run, or name another --output-dir.')
+
+    def _prepare(self) -> None:
+        if self.state is None:
+            with writing(self.folder / 'config.yaml'):
+                save_config(self._config, self.folder / 'config.yaml')
+        # What a kill in the middle of an export left.
+        for scratch in self.folder.glob('.[a-z]*-*'):
+            if scratch.is_dir():
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _follow(self) -> None:
+        try:
+            self.log.followers = _followers(self._config, self.folder, self.log, resumed=self.state is not None)
+        except ConfigError:
+            if self._new:  # nothing of a run that did not begin
+                self.close()
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+
+def setting_differences(before: dict[str, Any], config: Any) -> list[str]:
+    """What differs between a run's saved settings and `config`, free settings aside."""
+    free = free_settings(type(config))
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    # A setting that a later version added has its default in an earlier run.
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    before = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **before}.items()}
+    return difference(before, now, [k for k in now if k not in free])
+
+
+def difference(before: dict[str, Any], now: dict[str, Any], keys: list[str] | None = None) -> list[str]:
+    """What differs, each as 'name: was X, is Y'."""
+    keys = sorted(before.keys() | now.keys()) if keys is None else keys
+    return [f'{key}: was {before.get(key)}, is {now.get(key)}' for key in keys if before.get(key) != now.get(key)]
+
+
+def _is_finished(log: Path) -> bool:
+    lines = read_log(log)
+    return bool(lines) and lines[-1].get('event') == 'finish'
+
+
+def create_folder(output_dir: str | None, name: str) -> Path:
+    """The folder of a run, which exists and can be written to: `output_dir`, or the first free runs/NAME-1, -2, ...
+
+    Raises:
+        ConfigError: for a path that is a file or cannot be written to.
+    """
+    number = 0
+    while True:
+        number += 1
+        folder = Path('runs', f'{name}-{number}') if output_dir is None else Path(output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=output_dir is not None)
+            # Root is allowed to do what the file system then refuses, so ask by writing.
+            probe = folder / f'.writable-{os.getpid()}'
+            probe.touch()
+            probe.unlink()
+            return folder
+        except FileExistsError as error:
+            if output_dir is not None:
+                raise ConfigError(f'The output folder {folder} is a file. Name another --output-dir.') from error
+        except OSError as error:
+            raise ConfigError(f'Cannot write to the output folder {folder}: {error.strerror}. Name another '
+                              '--output-dir.') from error

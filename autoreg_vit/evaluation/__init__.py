@@ -1,0 +1,1 @@
+"""How good features, classes, masks and boxes are."""

@@ -1,0 +1,68 @@
+"""Features computed once and kept: the fast probe, which sweeps learning rates on them, and nearest neighbours."""
+
+import hashlib
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..artifacts import verify_checksum, write_checksum, writing
+from ..data.labelled import LabelledImages
+from ..engine.run import Run
+from ..settings.classification import ProbeConfig
+from .features import Features, gather_features
+
+CACHE = 'features.safetensors'
+
+
+def cached_features(
+        config: ProbeConfig,
+        run: Run,
+        encoder: nn.Module,
+        images: LabelledImages,
+) -> tuple[Features | None, Features | None]:
+    """Features of the training images without augmentation and of the test images, on the main process. They are kept
+    in the run's folder and read from there when its command is repeated with the same weights."""
+    path, key = run.folder / CACHE, fingerprint(encoder)
+    kept = run.group.on_main(lambda: _read(path, key) is not None)
+    if kept:
+        run.say(f'Reading the features from {path}.')
+        return _read(path, key) if run.group.is_main else (None, None)
+    sets = tuple(gather_features(encoder, part, config, run.group) for part in (images.plain, images.test))
+    if run.group.is_main:
+        keep_features(path, key, *sets)
+    return sets
+
+
+def keep_features(path: Path, key: str, train_set: Features, test: Features) -> None:
+    """Write features as `cached_features` finds them, to CACHE in a run's folder; `key`: the encoder's fingerprint."""
+    with writing(path):
+        scratch = path.with_name(path.name + '.new')
+        save_file({f'{name}.{field}': value.contiguous() for name, part in (('train', train_set), ('test', test))
+                   for field, value in part._asdict().items()}, scratch, metadata={'encoder': key})
+        scratch.chmod(0o644)  # safetensors leaves 0600
+        scratch.replace(path)
+        write_checksum(path)
+
+
+def _read(path: Path, key: str) -> tuple[Features, Features] | None:
+    if not path.exists():
+        return None
+    verify_checksum(path)
+    try:
+        with safe_open(path, 'pt') as file:
+            if (file.metadata() or {}).get('encoder') != key:
+                return None
+            return tuple(Features(*(file.get_tensor(f'{name}.{field}') for field in Features._fields))
+                         for name in ('train', 'test'))
+    except SafetensorError:
+        return None  # cut short: computed anew
+
+
+def fingerprint(encoder: nn.Module) -> str:
+    """A hash of the encoder's weights."""
+    digest = hashlib.sha256()
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Networks of dense prediction on an encoder: the neck, UPerNet and Mask R-CNN."""

@@ -1,0 +1,45 @@
+"""Settings of `autoreg-vit show`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError, suggest
+from .base import argument, convert_fields, option
+
+#: What there is to draw.
+FIGURES = {
+    'order': 'draws of the order of prediction',
+    'reconstruction': 'images segment by segment, as a strip and as a GIF',
+    'comparison': 'images, targets, predictions and errors side by side',
+    'attention': 'what the encoder\'s last block attends to, untrained and pretrained',
+    'mix': 'the learned mix of encoder blocks that each decoder layer reads',
+}
+#: Images that fit on a picture.
+MOST_IMAGES = 8
+
+
+@dataclass
+class ShowConfig:
+    """Settings of `autoreg-vit show`."""
+
+    images: tuple[str, ...] = argument('image files, or folders of them; by default bundled ones', default=())
+    weights: str | None = option(
+        None, 'what to look at: a run\'s folder, the pretrain/ or encoder/ in it, or a timm name')
+    pretrained: bool = option(True, 'load the weights; --no-pretrained shows the model as it is initialised')
+    figures: tuple[str, ...] | None = option(
+        None, f'what to draw: {", ".join(FIGURES)}; by default all that the weights allow')
+    count: int = option(4, 'images of a folder to show, spread evenly over it')
+    seed: int = option(0, 'seed of the orders that are drawn, and of the untrained encoder')
+    output_dir: str | None = option(None, 'folder of the pictures; by default runs/show-NAME')
+
+    def __post_init__(self):
+        convert_fields(self)
+        if self.weights is None:
+            raise ConfigError('Nothing to show: --weights names a run\'s folder (runs/NAME), the pretrain/ or encoder/ '
+                              'in it, or a timm name such as vit_base_patch16_224.')
+        for name in self.figures or ():
+            if name not in FIGURES:
+                files = ' Name images before the options.' if Path(name).exists() else ''
+                raise ConfigError(f'Unknown figure {name!r}.{files} {suggest(name, list(FIGURES))}')
+        if not 1 <= self.count <= MOST_IMAGES:
+            raise ConfigError(f'count is between 1 and {MOST_IMAGES} images, got {self.count}.')
