@@ -188,6 +188,12 @@ class Batches:
                     yield batch
             epoch, offset = epoch + 1, 0
 
+    def describe(self, batch: int, count: int) -> str:
+        """What a person can find `count` batches by, from number `batch` of the whole run on."""
+        if self.sampler is None:
+            return f'batch {batch % self.per_epoch} of the stream'
+        return self.sampler.describe(batch, count)
+
     def _load(self, epoch: int, offset: int, first: int, workers: int) -> DataLoader:
         """The loader of a map-style data set, about to give an epoch's batches from `offset` + `first` on."""
         if workers != self.loader.num_workers:

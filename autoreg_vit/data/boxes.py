@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
@@ -19,7 +18,7 @@ from torchvision.transforms.v2 import functional as transforms
 from ..engine.processes import Processes
 from ..engine.progress import say
 from ..errors import DataError
-from ..settings.detecting import DetectConfig
+from ..settings.dense import DetectConfig
 from .checks import check_images
 from .images import DAMAGE, ToMode, open_image, prepared, stored_size
 from .labelled import hold_out, some_of
@@ -237,6 +236,8 @@ class Records:
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """The mask of an annotation, polygons or run lengths (compressed or not), uint8 [height, width]."""
+    from faster_coco_eval.core import mask as coco_mask
+
     if isinstance(segmentation, list):
         segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation['counts'], list):

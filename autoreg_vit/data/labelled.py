@@ -15,7 +15,7 @@ from ..engine.console import printable
 from ..engine.processes import Processes
 from ..engine.progress import say
 from ..errors import ConfigError, DataError
-from ..settings.classification import SupervisedConfig
+from ..settings.classification import Classification
 from .checks import check_images, image_name, some_names
 from .images import DAMAGE, ToMode, prepared
 from .sources import check_labels, labels_of, open_split
@@ -64,7 +64,7 @@ class LabelledImages:
 
 
 def labelled_images(
-        config: SupervisedConfig,
+        config: Classification,
         spec: ImageSpec,
         group: Processes,
         **augmentation: Any,

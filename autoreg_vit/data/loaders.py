@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..engine.processes import Processes
 from ..engine.progress import say, with_progress
 from ..errors import DataError, UsageError
-from ..settings.classification import RunConfig
+from ..settings.parts import Training
 
 REMEDY = 'In Docker raise it with --shm-size (or --ipc=host); --workers sets how many processes load images.'
 
@@ -102,7 +102,7 @@ def lacks_shared_memory(error: Exception) -> bool:
 def own_part(
         dataset: Dataset,
         batch_size: int,
-        config: RunConfig,
+        config: Training,
         group: Processes,
         collate: Callable[[list], Any] | None = None,
 ) -> Iterator:

@@ -18,7 +18,7 @@ from ..engine.processes import Processes
 from ..engine.progress import say
 from ..errors import ConfigError, DataError
 from ..models.dense.segmenter import IGNORED
-from ..settings.segmenting import SegmentConfig
+from ..settings.dense import SegmentConfig
 from .checks import check_images, some_names
 from .folders import LeftOut, find_split, list_folder, no_files, walk
 from .images import DAMAGE, ToMode, open_image, stored_size

@@ -160,6 +160,10 @@ class DeviceBatches:
         self.crop_scale, self.hflip = crop_scale, hflip
         self.sampler = EpochSampler(len(images), batch_size, seed, group, self.per_epoch)
 
+    def describe(self, batch: int, count: int) -> str:
+        """The images of `count` batches from number `batch` of the whole run on."""
+        return self.sampler.describe(batch, count)
+
     def start_at(self, batch: int) -> Iterator[tuple[torch.Tensor]]:
         """Batches from number `batch` of the whole run on, which must begin a step: (images,) on the device."""
         generator = torch.Generator(self.images.device)

@@ -5,17 +5,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from faster_coco_eval.core import mask as coco_mask
 from torch import nn
 from torch.utils.data import Dataset
-from torchmetrics.detection import MeanAveragePrecision
 
 from ..data.boxes import Part, collate
 from ..data.labelled import distinct
 from ..data.loaders import own_part
 from ..engine.machine import autocast
 from ..engine.processes import Processes
-from ..settings.classification import RunConfig
+from ..settings.parts import Training
 
 #: What torchmetrics calls map, map_50, ...: COCO's AP, AP50, AP75, and APs, APm and APl, of objects below 32 x 32
 #: pixels, up to 96 x 96, and above.
@@ -31,7 +29,7 @@ def evaluate(
         model: nn.Module,
         dataset: Dataset,
         categories: dict[int, str],
-        config: RunConfig,
+        config: Training,
         group: Processes,
 ) -> dict[str, Any]:
     """Detect on every image of `dataset`, of which every process sees its own part, each once, and score the result.
@@ -49,6 +47,8 @@ def evaluate(
         image in the order of `dataset` what was found: boxes float32 [n, 4], scores float32 [n], labels int64 [n], and
         masks as run lengths of COCO.
     """
+    from torchmetrics.detection import MeanAveragePrecision
+
     # COCO's own thresholds: torchmetrics' default ones are rounded to float32, and an overlap of exactly 0.6 below 0.6.
     metric = MeanAveragePrecision(
         iou_type=tuple(KINDS.values()), iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
@@ -80,6 +80,8 @@ def evaluate(
 
 def encode_masks(masks: torch.Tensor) -> list[dict[str, Any]]:
     """Run lengths, as COCO's files of results have them, of masks uint8 [n, H, W]."""
+    from faster_coco_eval.core import mask as coco_mask
+
     encoded = [coco_mask.encode(np.asfortranarray(mask)) for mask in masks.numpy()]
     return [{'size': list(code['size']), 'counts': code['counts'].decode('ascii')} for code in encoded]
 

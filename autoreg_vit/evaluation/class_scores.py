@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..data.loaders import own_part
 from ..engine.machine import autocast
 from ..engine.processes import Processes
-from ..settings.classification import SupervisedConfig
+from ..settings.classification import Classification
 from .features import images_at_once
 
 
@@ -21,7 +21,7 @@ def evaluate(
         predict: Callable[[torch.Tensor], torch.Tensor],
         dataset: Dataset,
         classes: int,
-        config: SupervisedConfig,
+        config: Classification,
         group: Processes,
         batch_size: int | None = None,
 ) -> dict[str, Any]:

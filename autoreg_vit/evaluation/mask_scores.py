@@ -12,7 +12,7 @@ from ..data.loaders import own_part
 from ..engine.machine import autocast
 from ..engine.processes import Processes
 from ..models.dense.segmenter import IGNORED
-from ..settings.segmenting import SegmentConfig
+from ..settings.dense import SegmentConfig
 
 
 @torch.no_grad()
