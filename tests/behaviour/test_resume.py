@@ -89,7 +89,7 @@ def killed_in_checkpoint() -> None:
     save, calls = torch.save, []
 
     def die_in_the_third(state, file):
-        calls.extend([file] if isinstance(file, checkpoint.HashingFile) else [])
+        calls.extend([file] if isinstance(file, checksums.HashingFile) else [])
         if len(calls) == 3 and file is calls[-1]:
             file.write(b'half of it')
             file.flush()
@@ -410,7 +410,7 @@ def disk_full_at_the_second_checkpoint() -> None:
     save, calls = torch.save, []
 
     def fill(state, file):
-        calls.extend([file] if isinstance(file, checkpoint.HashingFile) else [])
+        calls.extend([file] if isinstance(file, checksums.HashingFile) else [])
         if len(calls) == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         save(state, file)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 pytest.importorskip('sklearn')
 
-from autoreg_vit.commands import supervised
 from autoreg_vit.commands.cli import main
 from autoreg_vit.commands.finetuning import add_classifier, check_pairs, export_classifier, finetune, mixing_loss
 from autoreg_vit.commands.recipes import load_recipe
@@ -27,6 +26,7 @@ from autoreg_vit.engine.losses import NonFiniteLoss
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import ConfigError
+from autoreg_vit.evaluation.class_scores import evaluate
 from autoreg_vit.hub.lookup import load_encoder
 from autoreg_vit.settings.classification import FinetuneConfig
 from tests.support.launching import launch_together
@@ -73,7 +73,7 @@ class TestRun:
         model = timm.create_model(f'local-dir:{run / name}', pretrained=True).eval()
         assert model.num_classes == 10
         config = FinetuneConfig(weights=encoder, precision='float32', workers=0)
-        found = supervised.evaluate(model, images.test, 10, config, CPU)
+        found = evaluate(model, images.test, 10, config, CPU)
         expected = results_of(run) if name == 'model' else results_of(run)['average']
         assert found['top1'] == pytest.approx(expected['top1'], abs=1e-3)
         code = (f'import sys, timm; timm.create_model("local-dir:{run / name}", pretrained=True); '

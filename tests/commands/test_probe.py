@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 pytest.importorskip('sklearn')
 
-from autoreg_vit.commands import supervised
 from autoreg_vit.commands.cli import main
 from autoreg_vit.commands.pretraining import _labelled_sets
 from autoreg_vit.commands.probing import LinearHead, frozen_features, lars_groups, optimizer_options, probe
@@ -23,6 +22,7 @@ from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, DataError, UsageError
 from autoreg_vit.evaluation import cached as features
+from autoreg_vit.evaluation.class_scores import evaluate
 from autoreg_vit.evaluation.classifiers import Bank
 from autoreg_vit.evaluation.features import Features
 from autoreg_vit.settings.classification import ProbeConfig
@@ -71,7 +71,7 @@ class TestLars:
         head = LinearHead(32, 10, True, 0, CPU).eval()
         head.load_state_dict(load_file(run / 'classifier.safetensors'))
         config = ProbeConfig(weights=encoder, precision='float32', workers=0)
-        found = supervised.evaluate(lambda x: head(frozen_features(model, x)), images.test, 10, config, CPU)
+        found = evaluate(lambda x: head(frozen_features(model, x)), images.test, 10, config, CPU)
         assert found['top1'] == pytest.approx(results_of(run)['top1'], abs=1e-3)
         assert found['confusion'].tolist() == results_of(run)['confusion']
 
@@ -397,7 +397,7 @@ class TestEvaluate:
         images, labels = torch.randn(23, 7), torch.arange(23) % 7
         dataset = torch.utils.data.TensorDataset(images, labels)
         config = ProbeConfig(weights='x', precision='float32', workers=0)
-        found = supervised.evaluate(lambda x: x, dataset, 7, config, CPU, batch_size=5)
+        found = evaluate(lambda x: x, dataset, 7, config, CPU, batch_size=5)
         order = images.argsort(1, descending=True)
         assert found['top1'] == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
         assert found['top5'] == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).float().mean().item())
@@ -409,4 +409,4 @@ class TestEvaluate:
     def test_no_top5_of_few_classes(self):
         dataset = torch.utils.data.TensorDataset(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
         config = ProbeConfig(weights='x', precision='float32', workers=0)
-        assert 'top5' not in supervised.evaluate(lambda x: x, dataset, 3, config, CPU)
+        assert 'top5' not in evaluate(lambda x: x, dataset, 3, config, CPU)

@@ -24,7 +24,8 @@ from autoreg_vit.data.labelled import hold_out
 from autoreg_vit.engine import machine as runtime
 from autoreg_vit.engine.losses import NonFiniteLoss
 from autoreg_vit.errors import ConfigError, DataError, UsageError
-from autoreg_vit.evaluation import features as evaluate
+from autoreg_vit.evaluation.classifiers import accuracies, knn_accuracy, linear_accuracy
+from autoreg_vit.evaluation.features import Readable, extract_features
 from autoreg_vit.figures import plots
 from autoreg_vit.settings.base import make_config
 from autoreg_vit.settings.pretraining import PretrainConfig
@@ -170,13 +171,13 @@ class TestAccuracies:
         labels = np.arange(300) % 3
         features = np.eye(3)[labels] + generator.normal(0, 0.1, (300, 3))
         train, test = (features[:200], labels[:200]), (features[200:], labels[200:])
-        assert evaluate.knn_accuracy(train, test) == evaluate.linear_accuracy(train, test) == 100
+        assert knn_accuracy(train, test) == linear_accuracy(train, test) == 100
         chance = (features[:200], generator.permutation(labels[:200]))
-        assert evaluate.knn_accuracy(chance, test) < 60
+        assert knn_accuracy(chance, test) < 60
 
     def test_of_a_single_class_that_class_is_the_answer(self):
         train, test = (np.random.default_rng(0).normal(size=(4, 3)), np.full(4, 2)), (np.zeros((4, 3)), np.arange(4))
-        assert evaluate.linear_accuracy(train, test) == evaluate.knn_accuracy(train, test) == 25
+        assert linear_accuracy(train, test) == knn_accuracy(train, test) == 25
 
     def test_images_that_cannot_be_read_are_left_out(self, capsys):
         class Damaged(torch.utils.data.Dataset):
@@ -191,13 +192,13 @@ class TestAccuracies:
         encoder = timm.create_model('vit_tiny_patch4_32_randsac', depth=1)
         train, test = Damaged(), Damaged()
         train.damaged, test.damaged = {0, 5}, {6}
-        assert evaluate.accuracies(encoder, train, test, torch.device('cpu')) == {'knn': 100, 'linear': 100}
+        assert accuracies(encoder, train, test, torch.device('cpu')) == {'knn': 100, 'linear': 100}
         assert '3 of 14 images cannot be read, and are left out of the accuracies' in capsys.readouterr().out
-        found = evaluate.extract_features(encoder, evaluate.Readable(train), torch.device('cpu'), batch_size=1)
+        found = extract_features(encoder, Readable(train), torch.device('cpu'), batch_size=1)
         assert found[1].tolist() == [1, 0, 1, 0, 0]
         test.damaged = set(range(7))
         with pytest.raises(DataError, match=r'None of the 7 images .* can be read, of which image 0 is the first'):
-            evaluate.accuracies(encoder, train, test, torch.device('cpu'))
+            accuracies(encoder, train, test, torch.device('cpu'))
 
     def test_a_run_survives_a_class_of_one_image_and_a_damaged_one(self, tmp_path: Path, capsys):
         """The only image of a class is held out, so that the classifiers know a single class; one cannot be read."""
@@ -217,7 +218,7 @@ class TestAccuracies:
         encoder = timm.create_model('vit_tiny_patch4_32_randsac', depth=1).train()
         images = torch.randn(5, 3, 32, 32)
         dataset = torch.utils.data.TensorDataset(images, torch.arange(5))
-        features, labels = evaluate.extract_features(encoder, dataset, torch.device('cpu'), batch_size=2)
+        features, labels = extract_features(encoder, dataset, torch.device('cpu'), batch_size=2)
         assert encoder.training and labels.tolist() == [0, 1, 2, 3, 4]
         torch.testing.assert_close(torch.from_numpy(features), encoder.eval()(images))
 

@@ -20,6 +20,7 @@ from autoreg_vit.commands import pretraining as pretraining
 from autoreg_vit.commands.cli import COMMANDS, main
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine import machine as runtime
+from autoreg_vit.engine.locks import FolderLock
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.settings.base import free_settings, make_config
@@ -124,13 +125,13 @@ def windows(monkeypatch) -> types.ModuleType:
 
 class TestWithoutFcntl:
     def test_locks_are_those_of_windows(self, windows, tmp_path: Path):
-        lock = runtime.FolderLock(tmp_path)
+        lock = FolderLock(tmp_path)
         text = (tmp_path / '.lock').read_text()
         with pytest.raises(ConfigError, match=f'Another run is writing to .*process {os.getpid()}'):
-            runtime.FolderLock(tmp_path)
+            FolderLock(tmp_path)
         lock.release()
         lock.release()
-        runtime.FolderLock(tmp_path).release()
+        FolderLock(tmp_path).release()
         assert text.startswith('process ') and all(place > len(text) for place in windows.places)
 
     def test_a_run(self, windows, tmp_path: Path, monkeypatch):
@@ -143,7 +144,7 @@ class TestWithoutFcntl:
         for name in ('fcntl', 'msvcrt'):
             monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ConfigError, match=r'neither fcntl .* nor msvcrt'):
-            runtime.FolderLock(tmp_path)
+            FolderLock(tmp_path)
 
     def test_the_command_line(self):
         code = ("import runpy, sys; sys.modules['fcntl'] = sys.modules['resource'] = None; "
