@@ -182,7 +182,7 @@ class Serialization:
     shuffle: bool = False
     segment_order: str = 'random'
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in _SERIALIZATIONS:
             raise SerializationError(
                 f'Unknown serialization {self.name!r}. {suggest(str(self.name), list(_SERIALIZATIONS))}')
@@ -208,17 +208,17 @@ class Serialization:
             device: torch.device | str | None = None,
     ) -> torch.Tensor:
         """Ranks, int64 [batch, N]."""
-        options = {}
-        if self.name in _SEGMENTED:
-            options = {'segments': self.segments, 'shuffle': self.shuffle, 'segment_order': self.segment_order}
-        return _SERIALIZATIONS[self.name](batch, self.grid, generator=generator, device=device, **options)
+        if self.segments is None:
+            return _SINGLE_TOKENS[self.name](batch, self.grid, generator=generator, device=device)
+        return _SEGMENTED[self.name](batch, self.grid, self.segments, shuffle=self.shuffle,
+                                     segment_order=self.segment_order, generator=generator, device=device)
 
     @property
     def last_segment(self) -> int | None:
         """Tokens of the last segment, or None where they differ from draw to draw."""
-        if self.name == 'blobs':
-            return None
-        return _square_side(self.segments[0], self.grid) ** 2 if self.name == 'squares' else 1
+        if self.segments is None:
+            return 1
+        return _square_side(self.segments[0], self.grid) ** 2 if self.name == 'squares' else None
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def _tokens(grid: tuple[int, int]) -> int:
     return height * width
 
 
-def _span(size: int, device) -> torch.Tensor:
+def _span(size: int, device: torch.device | str | None) -> torch.Tensor:
     """`size` evenly spaced positions from -2 to 2; a single one stands in the middle."""
     return torch.linspace(-2, 2, size, device=device) if size > 1 else torch.zeros(1, device=device)
 
@@ -349,7 +349,8 @@ def _token_points(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return torch.cartesian_prod(rows, columns)[None]
 
 
-def _permutations(batch: int, size: int, generator, device) -> torch.Tensor:
+def _permutations(
+        batch: int, size: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
     return _uniform(batch, size, generator=generator, device=device).argsort(dim=1)
 
 
@@ -449,5 +450,6 @@ def _check_segments(name: str, segments: int | Sequence[int] | None, grid: tuple
     return segments
 
 
+_SINGLE_TOKENS = {'raster': raster, 'prefix_raster': prefix_raster, 'random': random}
 _SEGMENTED = {'squares': squares, 'blobs': blobs}
-_SERIALIZATIONS = {'raster': raster, 'prefix_raster': prefix_raster, 'random': random, **_SEGMENTED}
+_SERIALIZATIONS = (*_SINGLE_TOKENS, *_SEGMENTED)

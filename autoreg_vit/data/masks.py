@@ -23,6 +23,7 @@ from .checks import check_images, some_names
 from .folders import LeftOut, find_split, list_folder, no_files, walk
 from .images import DAMAGE, ToMode, open_image, stored_size
 from .labelled import distinct, hold_out, some_of
+from .samples import named
 from .transforms import ImageSpec
 
 #: Files of masks: of formats that keep every value.
@@ -56,7 +57,8 @@ class MaskFormat:
             image = open_image(path)
         except DAMAGE as error:
             raise DataError(f'the mask {path} cannot be read: {" ".join(str(error).split())}') from error
-        if (bands := len(image.getbands())) > 1:
+        bands = len(image.getbands())
+        if bands > 1:
             kind = 'grey with transparency' if image.mode in ('LA', 'La', 'PA') else 'a colour picture'
             raise DataError(f'the mask {path} is {kind} ({image.mode}): expected one channel that holds the index of '
                             f'each pixel\'s class, not {bands}')
@@ -123,8 +125,9 @@ class MaskedImages(Dataset):
         mask = self.masks.read(mask_path)
         if image.shape[1:] != mask.shape:
             sizes = ' and '.join(f'{w} x {h}' for h, w in (mask.shape, image.shape[1:]))
-            turned = ('. The EXIF orientation of the image turns it: draw masks on the upright picture'
-                      if stored_size(path) == tuple(mask.shape[::-1]) else '')
+            turned = ''
+            if stored_size(path) == tuple(mask.shape[::-1]):
+                turned = '. The EXIF orientation of the image turns it: draw masks on the upright picture'
             raise DataError(f'the mask {mask_path} and its image {path} differ in size: {sizes} pixels{turned}')
         return image, mask
 
@@ -155,7 +158,7 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
         DataError: for a folder that is not there, files without a counterpart, and images or masks that do not do.
         ConfigError: where the number of classes is not known or not the data's.
     """
-    root = Path(config.data_dir)
+    root = Path(named(config.data_dir))
     if not root.is_dir():
         raise DataError(f'No folder {root}: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
     masks = _mask_format(config, root)
@@ -261,7 +264,7 @@ def _mask_format(config: SegmentConfig, root: Path) -> MaskFormat:
                           '{"classes": [NAME, ...]}.')
     if config.num_classes is not None and classes and config.num_classes != len(classes):
         raise ConfigError(f'num_classes={config.num_classes} does not fit {path}, which names {len(classes)} classes.')
-    names = distinct(classes) or [str(n) for n in range(config.num_classes)]
+    names = distinct(classes) or [str(n) for n in range(config.num_classes or 0)]
     return MaskFormat(tuple(names), ignored if config.ignore_index is None else config.ignore_index,
                       config.reduce_zero_label)
 
@@ -307,10 +310,12 @@ def _files_by_name(
     splits = list_folder(parent).folders if parent.is_dir() else []
     name = find_split(parent, splits, split)
     if name is None:
-        raise DataError(f'No folder {parent / split}: ' + (
-            f'{parent} has the splits {", ".join(splits)}; name one with --train-split or --eval-split.'
-            if splits else f'--data-dir {parent.parent} should hold images/SPLIT and annotations/SPLIT.'))
-    folder, left_out, found = parent / name, LeftOut(), {}
+        remedy = f'--data-dir {parent.parent} should hold images/SPLIT and annotations/SPLIT.'
+        if splits:
+            remedy = f'{parent} has the splits {", ".join(splits)}; name one with --train-split or --eval-split.'
+        raise DataError(f'No folder {parent / split}: {remedy}')
+    folder, left_out = parent / name, LeftOut()
+    found: dict[str, Path] = {}
     for path in sorted(map(Path, walk(folder, extensions, left_out))):
         key = path.relative_to(folder).with_suffix('').as_posix()
         if key in found:
@@ -320,7 +325,8 @@ def _files_by_name(
     if not found:
         raise no_files(parent.name, folder, ', '.join(extensions or ('.jpg', '.png', '.tif or what else Pillow reads')),
                        left_out)
-    if text := left_out.describe(folder):
+    text = left_out.describe(folder)
+    if text:
         tell(text)
     return found
 

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 pytest.importorskip('faster_coco_eval')
 pytest.importorskip('torchmetrics')
 
+from autoreg_vit.engine.loop import create_optimizer, scaled_lr
+from autoreg_vit.settings.detecting import DetectConfig
+
 from autoreg_vit.commands.cli import main
 from autoreg_vit.commands.detecting import _detect, detect
 from autoreg_vit.commands.recipes import load_recipe
-from autoreg_vit.engine.loop import create_optimizer, scaled_lr
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, ConfigError
@@ -27,7 +29,6 @@ from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models.dense.detector import ViTMaskRCNN, load_detector
 from autoreg_vit.models.dense.windowed import WindowedAttention
 from autoreg_vit.settings.base import make_config
-from autoreg_vit.settings.detecting import DetectConfig
 from tests.support.detecting import config_for, everything, images_of, pycocotools_scores, small_detector
 from tests.support.launching import flags, launch_together
 from tests.support.supervising import log_of, results_of, stop_after

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 
 pytest.importorskip('sklearn')
 
+from autoreg_vit.engine.loop import adam_options
+
 from autoreg_vit.commands.cli import main
 from autoreg_vit.commands.finetuning import add_classifier, check_pairs, export_classifier, finetune, mixing_loss
 from autoreg_vit.commands.recipes import load_recipe
 from autoreg_vit.data import labelled
 from autoreg_vit.data.transforms import ImageSpec, evaluation_transform
 from autoreg_vit.engine import loop
-from autoreg_vit.engine.loop import adam_options
 from autoreg_vit.engine.losses import NonFiniteLoss
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped

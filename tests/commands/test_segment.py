@@ -12,13 +12,15 @@ pytest.importorskip('segmentation_models_pytorch')
 pytest.importorskip('torchmetrics')
 pytest.importorskip('sklearn')
 
+from autoreg_vit.engine.loop import adam_options, create_optimizer, create_schedule
+from autoreg_vit.settings.segmenting import SegmentConfig
+
 from autoreg_vit.commands import dense
 from autoreg_vit.commands.cli import main
 from autoreg_vit.commands.recipes import load_recipe
 from autoreg_vit.commands.segmenting import segment
 from autoreg_vit.data.masks import find_pairs, open_data
 from autoreg_vit.data.transforms import ImageSpec
-from autoreg_vit.engine.loop import adam_options, create_optimizer, create_schedule
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, ConfigError, DataError, UsageError
@@ -26,7 +28,6 @@ from autoreg_vit.evaluation.mask_scores import evaluate
 from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models.dense.segmenter import load_segmenter
 from autoreg_vit.settings.base import make_config
-from autoreg_vit.settings.segmenting import SegmentConfig
 from tests.support.launching import launch_together
 from tests.support.shapes import CLASSES, TINY, write_data
 from tests.support.supervising import log_of, results_of, stop_after

@@ -13,13 +13,14 @@ pytest.importorskip('segmentation_models_pytorch')
 pytest.importorskip('torchmetrics')
 pytest.importorskip('sklearn')
 
+from autoreg_vit.settings.segmenting import SegmentConfig
+
 from autoreg_vit.data.masks import Plain
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.evaluation.mask_scores import evaluate, sliding_logits
 from autoreg_vit.figures.predicted_masks import palette, predictions_figure
 from autoreg_vit.models.dense.segmenter import IGNORED
-from autoreg_vit.settings.segmenting import SegmentConfig
 from tests.support.shapes import CLASSES, draw
 
 CPU = Processes(torch.device('cpu'))

@@ -8,8 +8,9 @@ import torch
 pytest.importorskip('segmentation_models_pytorch')
 
 from autoreg_vit.engine.loop import adam_options, create_optimizer
-from autoreg_vit.models.dense.segmenter import IGNORED, Segmenter, pixel_loss
 from autoreg_vit.settings.segmenting import SegmentConfig
+
+from autoreg_vit.models.dense.segmenter import IGNORED, Segmenter, pixel_loss
 from tests.support.shapes import TINY
 
 

@@ -121,7 +121,7 @@ def test_both_doors_lead_to_the_same_numbers(packing, monkeypatch):
         through_operator = once()
     assert names.own == ['segment_attention', 'segment_attention_backward']
     with monkeypatch.context() as patch:
-        for operator in ('_attend_operator', '_differentiate_operator'):
+        for operator in ('_run_forward_operator', '_run_backward_operator'):
             patch.setattr(kernels, operator, None)
         light = once()
     for a, b in zip(light, through_operator, strict=True):
