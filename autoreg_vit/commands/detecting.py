@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..artifacts import writing
+from ..artifacts import write_synced, writing
 from ..data.batches import Batches
 from ..data.boxes import Part, collate, open_data
 from ..data.order import check_divisible
@@ -69,7 +69,7 @@ def _detect(config: DetectConfig, group: Processes) -> Path:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     objective = Detection(config, model, spec, train_part, test_part, group)
     trainer = Trainer(config, objective, Batches(
-        train_part, config.batch_size, config.seed, group, config.workers, config.accumulate, config.max_corrupt,
+        train_part, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt,
         collate), group)
 
     # The run.
@@ -87,8 +87,8 @@ def _detect(config: DetectConfig, group: Processes) -> Path:
                 learning_figure({'': run.log.lines}, run.folder / 'figures' / 'learning.png')
                 detection_figure(test_part, result['detections'], run.folder / 'figures' / 'detections.png')
                 if config.save_detections:
-                    (run.folder / 'detections.json').write_text(
-                        json.dumps(coco_results(result['detections'], test_part)), encoding='utf-8')
+                    write_synced(run.folder / 'detections.json',
+                                 json.dumps(coco_results(result['detections'], test_part)))
         leave_results(run, config, result, list(categories.values()), **facts, steps=config.steps,
                       per_class={name: {k: round(v, 4) for k, v in scores.items()}
                                  for name, scores in result['per_class'].items()})
@@ -146,7 +146,9 @@ class Detection(Objective):
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         model.eval()
-        return evaluation_of(evaluate(model, self.test_part, self.categories, self.config, self.group))
+        return evaluation_of(evaluate(
+            model, self.test_part, self.categories, precision=self.config.precision, workers=self.config.loaders,
+            group=self.group))
 
 
 class SumOfLosses(nn.Module):

@@ -69,7 +69,7 @@ def _finetune(config: FinetuneConfig, group: Processes) -> Path:
         model.set_grad_checkpointing()
     objective = Finetuning(config, model, spec, images, group)
     trainer = Trainer(config, objective, Batches(
-        images.train, config.batch_size, config.seed, group, config.workers, config.accumulate, config.max_corrupt),
+        images.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
         group)
 
     # The run.
@@ -146,7 +146,8 @@ class Finetuning(Objective):
         """Accuracies of a classifier on the test images."""
         share_buffers(model, self.group)
         model.eval()
-        return evaluate(model, self.images.test, len(self.images.classes), self.config, self.group)
+        return evaluate(model, self.images.test, len(self.images.classes), precision=self.config.precision,
+                        workers=self.config.loaders, group=self.group)
 
 
 def check_pairs(config: FinetuneConfig, group: Processes) -> None:

@@ -82,7 +82,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     about = {'attention': attention, 'train_images': train_images or 0}
     objective = Pretraining(config, model, spec, labelled, group, title, about)
     trainer = Trainer(config, objective, batches, group)
-    facts = {'train_images': train_images, 'workers': None if batches.sampler else config.workers}
+    facts = {'train_images': train_images, 'workers': None if batches.sampler else config.loaders}
     with Run(config, f'{config.model}-{Path(config.dataset).name}', group, facts, trainer.steps) as run:
         if run.finished:
             run.say(f'The run in {run.folder} is finished: its weights are in {run.folder / "encoder"} and '
@@ -148,11 +148,11 @@ class Pretraining(Objective):
         nothing = self.spec.nothing(self.share.stop - self.share.start, self.group.device)
         return network(nothing, self.model.draw_ranks(len(nothing), device=self.group.device)).loss
 
-    def evaluate(self, model: nn.Module) -> Evaluation | None:
+    def evaluate(self, model: nn.Module) -> Evaluation:
         if self.labelled is None or not self.group.is_main:
-            return None
+            return Evaluation({})
         scores = accuracies(model.encoder, *self.labelled, self.group.device, self.config.precision,
-                            self.config.workers)
+                            self.config.loaders)
         return Evaluation(scores, 'kNN {knn:.1f} %, linear {linear:.1f} %'.format(**scores))
 
     def export(self, model: nn.Module, folder: Path) -> None:
@@ -217,7 +217,7 @@ def training_batches(
         return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
                              config.hflip)
     dataset = load(training_transform(spec, config.crop_scale, config.hflip))
-    return Batches(dataset, config.batch_size, config.seed, group, config.workers, config.accumulate,
+    return Batches(dataset, config.batch_size, config.seed, group, config.loaders, config.accumulate,
                    config.max_corrupt)
 
 

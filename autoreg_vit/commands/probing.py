@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from ..artifacts import write_checksum, writing
+from ..artifacts import save_tensors, writing
 from ..data.batches import Batches
 from ..data.labelled import LabelledImages, hold_out, labelled_images, some_of
 from ..data.order import check_divisible
+from ..data.samples import some
 from ..data.transforms import ImageSpec
 from ..engine.objective import Evaluation, Objective, Part
 from ..engine.processes import Processes, processes
@@ -59,7 +59,7 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
     head = LinearHead(encoder.head_hidden_size, len(images.classes), config.batch_norm, config.seed, group)
     objective = Probing(config, head.to(group.device), encoder, images, group)
     trainer = None if config.fast else Trainer(config, objective, Batches(
-        images.train, config.batch_size, config.seed, group, config.workers, config.accumulate, config.max_corrupt),
+        images.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
         group)
 
     # The run.
@@ -71,25 +71,24 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
         if trainer is None:
             run.start(config.precision, **objective.about)
             run.say(f'{objective.title}; {group.device}, {config.precision}; writing to {run.folder}')
-            train_set, test = cached_features(config, run, encoder, images)
+            train_set, test = cached_features(
+                run, encoder, images, precision=config.precision, workers=config.loaders)
             result, more = fit_features(config, run, head, train_set, test)
         else:
             result = trainer.run(run).result
             more = {'epochs': config.epochs, 'optimizer': config.opt}
             if config.knn:
-                some = some_of(np.arange(len(images.plain)), config.knn_images, config.seed)
-                plain = Subset(images.plain, some)
-                train_set, test = (gather_features(encoder, part, config, group) for part in (plain, images.test))
+                searched = some_of(np.arange(len(images.plain)), config.knn_images, config.seed)
+                train_set, test = (
+                    gather_features(encoder, part, precision=config.precision, workers=config.loaders, group=group)
+                    for part in (some(images.plain, searched), images.test))
         if config.knn:
             more['knn'] = knn(config, run, train_set, test)
 
         # What is left.
         if group.is_main:
             with writing(run.folder):
-                path = run.folder / 'classifier.safetensors'
-                save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, path)
-                path.chmod(0o644)  # safetensors leaves 0600
-                write_checksum(path)
+                save_tensors(run.folder / 'classifier.safetensors', head.state_dict())
         leave_results(run, config, result, images.classes, train_images=len(images.train), fast=config.fast,
                       batch_norm=config.batch_norm, global_pool=getattr(encoder, 'global_pool', None), **more)
         return run.folder
@@ -132,8 +131,9 @@ class Probing(Objective):
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         model.eval()
-        return evaluation_of(evaluate(lambda batch: model(frozen_features(self.encoder, batch)), self.images.test,
-                                      len(self.images.classes), self.config, self.group))
+        return evaluation_of(evaluate(
+            lambda batch: model(frozen_features(self.encoder, batch)), self.images.test, len(self.images.classes),
+            precision=self.config.precision, workers=self.config.loaders, group=self.group))
 
 
 class LinearHead(nn.Module):
@@ -225,7 +225,8 @@ def fit_features(
                     if len(rates) > 1 and best in (0, len(rates) - 1) else ''))
         Bank(on_device, [config.scaled(rates[best])], classes, config).copy_to(head)
         # The main process alone evaluates here, so it counts as the only one.
-        result = evaluate(head.eval(), TensorDataset(*test), classes, config, Processes(device))
+        result = evaluate(head.eval(), TensorDataset(*test), classes, precision=config.precision,
+                          workers=config.loaders, group=Processes(device))
         run.log.write(event='evaluation', images=config.epochs * len(on_device.labels), test_images=result['images'],
                       **scores(result))
         return result, {'epochs': config.epochs, 'optimizer': 'sgd', 'learning_rate': rates[best],

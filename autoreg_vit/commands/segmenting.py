@@ -21,7 +21,7 @@ from ..engine.run import Run
 from ..engine.seeding import mix_seed
 from ..engine.trainer import Trainer, prepare
 from ..errors import ConfigError
-from ..evaluation.mask_scores import evaluate, predict
+from ..evaluation.mask_scores import Windows, evaluate, predict
 from ..figures.plots import learning_figure
 from ..figures.predicted_masks import predictions_figure
 from ..hub.lookup import short_name
@@ -66,7 +66,7 @@ def _segment(config: SegmentConfig, group: Processes) -> Path:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     objective = Segmentation(config, model, spec, data, group)
     trainer = Trainer(config, objective, Batches(
-        data.train, config.batch_size, config.seed, group, config.workers, config.accumulate, config.max_corrupt),
+        data.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
         group)
 
     # The run.
@@ -129,7 +129,14 @@ class Segmentation(Objective):
     def evaluate(self, model: nn.Module) -> Evaluation:
         share_buffers(model, self.group)
         model.eval()
-        return evaluation_of(evaluate(model, self.data.test, len(self.data.classes), self.config, self.group))
+        return evaluation_of(evaluate(
+            model, self.data.test, len(self.data.classes), windows_of(self.config), precision=self.config.precision,
+            workers=self.config.loaders, group=self.group))
+
+
+def windows_of(config: SegmentConfig) -> Windows:
+    """How windows slide over the images of an evaluation."""
+    return Windows(config.crop, config.steps_between_windows, config.batch_size)
 
 
 def check_batch(config: SegmentConfig, group: Processes, synced: bool) -> None:
@@ -155,5 +162,6 @@ def draw_figures(
     if config.pictures:
         chosen = np.unique(np.linspace(0, len(data.test) - 1, config.pictures).astype(int))
         images, truths = zip(*(data.test[int(i)] for i in chosen))
-        found = predict(model, images, [tuple(t.shape) for t in truths], config, group)
+        found = predict(model, images, [tuple(t.shape) for t in truths], windows_of(config),
+                        precision=config.precision, group=group)
         predictions_figure(images, truths, found, data.classes, spec, figures / 'predictions.png')

@@ -26,12 +26,13 @@ class Evaluation(NamedTuple):
     """How good a model is.
 
     Args:
-        scores: What the log line holds, by the names of `evaluation.metrics`.
+        scores: What the log line holds, by the names of `evaluation.metrics`; empty where there are none, or where the
+            main process alone knows them.
         text: The same for a person.
         result: What else the command makes something of, such as a confusion matrix.
     """
     scores: dict[str, float]
-    text: str
+    text: str = ''
     result: Any = None
 
 
@@ -79,8 +80,8 @@ class Objective:
         change: with several processes it is done once before the first step."""
         raise NotImplementedError
 
-    def evaluate(self, model: nn.Module) -> Evaluation | None:
-        """How good the model is; called on every process, and None where the main one alone knows, or nobody.
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """How good the model is; called on every process.
 
         Args:
             model: The whole model with the present weights, in training mode or not.

@@ -193,14 +193,14 @@ class Trainer:
 
     # The loop.
 
-    def run(self, run: Run) -> Evaluation | None:
+    def run(self, run: Run) -> Evaluation:
         """Train from where a run stands to its end.
 
         Args:
             run: The run's folder, opened with this trainer's `steps`.
 
         Returns:
-            The evaluation at the end; None where the main process alone has one, or nobody.
+            The evaluation at the end.
 
         Raises:
             CheckpointError: for the checkpoint of another model or optimizer.
@@ -255,17 +255,17 @@ class Trainer:
             return self.objective.evaluated_untrained
         return self.eval_every > 0 and self.state.step % self.eval_every == 0
 
-    def _evaluate(self, run: Run, again: bool = False) -> Evaluation | None:
+    def _evaluate(self, run: Run, again: bool = False) -> Evaluation:
         """Evaluate the model and log the scores, once for each number of images; `again` for the result alone."""
         self.losses.read()
         images = self.state.step * self.config.images_per_step
         known = self.group.on_main(lambda: any(
             line['event'] == 'evaluation' and line['images'] == images for line in run.log.lines))
         if known and not again:
-            return None
+            return Evaluation({})
         evaluation = self.objective.evaluate(self._whole.gather(everywhere=True))
         self.network.train()
-        if evaluation is not None:
+        if evaluation.scores:
             if not known:
                 run.log.write(event='evaluation', images=images, **evaluation.scores)
             run.say(f'{images:>11,} images seen: {evaluation.text}')

@@ -187,7 +187,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Settings]) -> 
 
 def _shown_default(item: dataclasses.Field) -> str:
     """The default of a setting as --help shows it, unless its text says what None means."""
-    if item.default is None or item.default == ():
+    if item.default in (None, (), ''):
         said = any(word in item.metadata['help'] for word in ('by default', 'without', 'all of', 'else '))
         if item.metadata.get('model') and not said:
             return " (the model's own)"
@@ -196,7 +196,7 @@ def _shown_default(item: dataclasses.Field) -> str:
         return f' ({" ".join(map(str, item.default))})'
     if isinstance(item.default, bool):
         return ' (yes)' if item.default else ' (no)'
-    return f' ({item.default!r})' if item.default == '' else f' ({item.default})'
+    return f' ({item.default})'
 
 
 def _element(hint: Any) -> tuple[type, bool]:

@@ -99,8 +99,8 @@ class FinetuneConfig(Classification, TrainedEncoder, EndToEnd, Compiled, Sharded
                               '--ema-decay or --fsdp out.')
 
 
-def check_weights(weights: str | None) -> None:
+def check_weights(weights: str) -> None:
     """Raise ConfigError where no weights are named."""
-    if weights is None:
+    if not weights:
         raise ConfigError('Nothing to evaluate: --weights names an encoder, the folder that pretraining wrote '
                           '(runs/NAME/encoder) or a timm name such as vit_base_patch16_224.')

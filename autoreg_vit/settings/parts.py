@@ -27,8 +27,7 @@ class SeedAndFolder(Settings):
 @dataclass
 class StartingWeights(Settings):
     """What trained weights a command begins with."""
-    weights: str | None = option(
-        None, 'encoder to load: a folder that pretraining wrote, a run\'s folder, or a timm name')
+    weights: str = option('', 'encoder to load: a folder that pretraining wrote, a run\'s folder, or a timm name')
     pretrained: bool = option(True, 'load the weights; --no-pretrained starts from initialisation, to compare with')
 
 
@@ -169,6 +168,11 @@ class Training(SeedAndFolder):
                       'checkpoint_every_minutes')
         if self.precision not in ('auto', 'float32', 'bfloat16'):
             raise ConfigError(f"precision is 'auto', 'float32' or 'bfloat16', got {self.precision!r}.")
+
+    @property
+    def loaders(self) -> int:
+        """Processes that load images, once the trainer's `prepare` has settled how many."""
+        return self.workers or 0
 
     @property
     def images_per_step(self) -> int:

@@ -36,7 +36,7 @@ class ShowConfig(StartingWeights, SeedAndFolder):
 
     def check(self) -> None:
         super().check()
-        if self.weights is None:
+        if not self.weights:
             raise ConfigError('Nothing to show: --weights names a run\'s folder (runs/NAME), the pretrain/ or encoder/ '
                               'in it, or a timm name such as vit_base_patch16_224.')
         for name in self.figures or ():
