@@ -128,7 +128,7 @@ class TestDefaults:
         assert records[0] == records[1]
 
     def test_they_fit_a_wheel(self):
-        """PyPI takes files of up to 100 MB. Above it, model.safetensors of a tag moves to the Hub, as README says."""
+        """PyPI takes files of up to 100 MB. Above it, model.safetensors of a tag moves to the Hub, as hub/README.md says."""
         root = REPOSITORY / 'weights'
         assert sum(path.stat().st_size for path in root.rglob('*') if path.is_file()) < 100e6
 
@@ -221,7 +221,7 @@ def test_without_checksums_is_an_error_of_shipped_weights_alone(
 
 @pytest.fixture
 def on_hub(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of weights/ whose weights were moved to the Hub, as README says."""
+    """A folder of weights/ whose weights were moved to the Hub, as hub/README.md says."""
     monkeypatch.setattr(pretrained, 'ROOTS', (tmp_path / 'weights',))
     folder = Path(shutil.copytree(folders[1], tmp_path / 'weights' / folders[1].name))
     monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf',
