@@ -45,6 +45,7 @@ from autoreg_vit.settings.base import make_config
 from autoreg_vit.settings.detecting import DetectConfig
 
 CPU = Processes(torch.device('cpu'))
+READING = dict(precision='float32', workers=0, group=CPU)
 SMALL = {'embed_dim': 32, 'depth': 8, 'num_heads': 2, 'num_classes': 0, 'dynamic_img_size': True}
 
 
@@ -425,7 +426,7 @@ class TestEvaluation:
         """On the same predictions, with crowds, images without objects, ties of scores and ids with gaps."""
         write_coco(tmp_path, 'val2017', 12, seed=seed, size=(150, 200))
         data = everything(images_of(tmp_path, 'val2017'))
-        result = evaluate(Guesses(data.dataset, seed), data, data.dataset.categories, config_for(tmp_path), CPU)
+        result = evaluate(Guesses(data.dataset, seed), data, data.dataset.categories, **READING)
         results = json.loads(json.dumps(coco_results(result['detections'], data)))
         expected = pycocotools_scores(tmp_path / 'annotations' / 'instances_val2017.json', results, data.dataset.ids)
         assert 5 < result['box_ap'] < 95 and result['images'] == 12
@@ -445,7 +446,7 @@ class TestEvaluation:
         data = everything(images_of(coco, 'val2017'))
         model = small_detector().eval()
         model.roi_heads.score_thresh = 2.0
-        result = evaluate(model, data, data.dataset.categories, config_for(coco), CPU)
+        result = evaluate(model, data, data.dataset.categories, **READING)
         assert result['box_ap'] == result['mask_ap'] == 0 and 'box_ap_large' not in result
         assert all(not len(found['boxes']) for found in result['detections']) and len(result['detections']) == 5
         assert coco_results(result['detections'], data) == []
@@ -459,7 +460,7 @@ class TestEvaluation:
                         'masks': target['masks'][keep][:, None].float()}
 
         data = everything(images_of(coco, 'val2017'))
-        result = evaluate(Oracle(data.dataset), data, data.dataset.categories, config_for(coco), CPU)
+        result = evaluate(Oracle(data.dataset), data, data.dataset.categories, **READING)
         assert result['box_ap'] == pytest.approx(100) and result['mask_ap'] == pytest.approx(100)
 
 
@@ -528,7 +529,7 @@ class TestRun:
         assert [c['name'] for c in model.config['categories']] == ['box', 'disc'] and not model.training
         assert isinstance(model.backbone.pyramid.encoder.blocks[0].attn, WindowedAttention)
         data = everything(images_of(coco, 'train2017'))
-        again = evaluate(model, data, data.dataset.categories, config_for(coco), CPU)
+        again = evaluate(model, data, data.dataset.categories, **READING)
         assert again['box_ap'] == pytest.approx(results_of(run)['box_ap'], abs=1e-3)
         with torch.no_grad():
             assert model([torch.rand(3, 130, 70)])[0]['masks'].shape[1:] == (1, 130, 70)
@@ -575,7 +576,7 @@ class TestRun:
         launches = launch_together(settings, 2, functools.partial(start_from, run / 'model'))
         assert [launch.wait() for launch in launches] == [0, 0], launches[0].text() + launches[1].text()
         results, data = results_of(tmp_path / 'two'), everything(images_of(coco, 'val2017'))
-        one = evaluate(load_detector(run / 'model'), data, data.dataset.categories, config_for(coco), CPU)
+        one = evaluate(load_detector(run / 'model'), data, data.dataset.categories, **READING)
         assert results['test_images'] == one['images'] == 5 and one['box_ap50'] > 5
         for name in ('box_ap', 'mask_ap', 'box_ap50', 'mask_ap50', 'box_ap_small'):
             assert results[name] == pytest.approx(one[name], abs=1e-3)

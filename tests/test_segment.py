@@ -32,7 +32,7 @@ from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.seeding import seed_cpu
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, ConfigError, DataError, UsageError
-from autoreg_vit.evaluation.mask_scores import evaluate, sliding_logits
+from autoreg_vit.evaluation.mask_scores import Windows, evaluate, sliding_logits
 from autoreg_vit.figures.predicted_masks import palette, predictions_figure
 from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models.dense.segmenter import IGNORED, Segmenter, load_segmenter, pixel_loss
@@ -40,6 +40,14 @@ from autoreg_vit.settings.base import make_config
 from autoreg_vit.settings.segmenting import SegmentConfig
 
 CPU = Processes(torch.device('cpu'))
+
+
+def reading(config: SegmentConfig) -> dict:
+    """What `evaluate` takes from the settings of a run."""
+    return dict(windows=Windows(config.crop, config.steps_between_windows, config.batch_size),
+                precision=config.precision, workers=config.workers, group=CPU)
+
+
 CLASSES = ('ground', 'square', 'disc')
 TINY = {'img_size': 16, 'patch_size': 4, 'embed_dim': 32, 'depth': 4, 'num_heads': 2}
 SHORT = {'crop_size': (32,), 'steps': 8, 'warmup_steps': 1, 'batch_size': 4, 'lr': 1e-2, 'precision': 'float32',
@@ -117,7 +125,7 @@ class TestRun:
         assert model.config['classes'] == list(CLASSES) and model.config['mean'] == [0.5] * 3
         config = make_config(SegmentConfig, load_recipe(str(run / 'config.yaml')), {})
         spec = ImageSpec(config.crop, 3, tuple(model.config['mean']), tuple(model.config['std']))
-        found = evaluate(model, open_data(config, spec, CPU).test, 3, config, CPU)
+        found = evaluate(model, open_data(config, spec, CPU).test, 3, **reading(config))
         assert found['miou'] == pytest.approx(results_of(run)['miou'], abs=1e-3)
         (run / 'model' / 'broken').mkdir()
         with pytest.raises(CheckpointError, match='holds no whole segmenter'):
@@ -147,7 +155,7 @@ class TestRun:
         assert [launch.wait() for launch in launches] == [0, 0], launches[0].text() + launches[1].text()
         config = SegmentConfig(**options, workers=0)
         spec = ImageSpec(config.crop, 3, (0.5,) * 3, (0.25,) * 3)
-        found = evaluate(load_segmenter(folder / 'model'), open_data(config, spec, CPU).test, 3, config, CPU)
+        found = evaluate(load_segmenter(folder / 'model'), open_data(config, spec, CPU).test, 3, **reading(config))
         results = results_of(folder)
         assert results['test_images'] == found['images'] == 5
         assert [results['miou'], results['pixel_accuracy']] == pytest.approx(
@@ -225,7 +233,7 @@ class TestEvaluation:
         masks = torch.tensor([[0, 0, 0, 1], [1, 1, IGNORED, IGNORED]])
         logits = torch.nn.functional.one_hot(torch.tensor([[0, 0, 1, 1], [1, 0, 2, 0]]), 4).permute(2, 0, 1).float()
         config = SegmentConfig(weights='x', data_dir='x', crop_size=(2, 4), precision='float32', workers=0)
-        found = evaluate(lambda batch: batch, [(logits, masks)], 4, config, CPU)
+        found = evaluate(lambda batch: batch, [(logits, masks)], 4, **reading(config))
         assert found['iou'] == pytest.approx([100 * 2 / 4, 100 * 2 / 4, 0, 0])
         assert found['miou'] == pytest.approx(50) and found['pixel_accuracy'] == pytest.approx(100 * 4 / 6)
 
@@ -242,7 +250,7 @@ class TestEvaluation:
             return torch.stack([torch.full_like(batch[:, 0], 0.25), batch[:, 0] - batch[:, 2],
                                 batch[:, 2] - batch[:, 0]], dim=1)
 
-        assert evaluate(by_colour, [(resized, truth)], 3, config, CPU)['miou'] > 70
+        assert evaluate(by_colour, [(resized, truth)], 3, **reading(config))['miou'] > 70
 
 
     def test_pictures_show_what_they_should(self, tmp_path: Path):
