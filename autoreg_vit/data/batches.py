@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from .._compat import counted_readers
 from ..engine.processes import Processes
 from ..engine.progress import say
 from ..engine.seeding import kept_random_state, mix_seed, seed_cpu
@@ -253,7 +254,7 @@ class Batches:
 def stream_length(dataset: IterableDataset, workers: int) -> int:
     """Images of a stream for each process, as its description counts them; 0 where it does not."""
     if hasattr(dataset, 'set_loader_cfg'):
-        dataset.set_loader_cfg(num_workers=max(workers, 1))  # before timm 1.0.31 none would count as no reader at all
+        dataset.set_loader_cfg(num_workers=counted_readers(workers))
     try:
         return len(cast(Sized, dataset))
     except TypeError:

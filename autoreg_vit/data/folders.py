@@ -211,9 +211,10 @@ def list_folder(
             found.files.append(entry.path)  # a link to nowhere is an image that cannot be read
         elif is_file:
             found.others.append((('file of another ending', 'files of other endings'), entry.path))
+        elif is_link:
+            found.others.append((('link to nowhere', 'links to nowhere'), entry.path))
         else:
-            found.others.append((('link to nowhere', 'links to nowhere') if is_link else
-                                 ('thing that is no file', 'things that are no files'), entry.path))
+            found.others.append((('thing that is no file', 'things that are no files'), entry.path))
     found.folders.sort()
     return found
 

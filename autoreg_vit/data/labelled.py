@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose
 
+from .._compat import posterize
 from ..engine.console import printable
 from ..engine.processes import Processes
 from ..engine.progress import say
@@ -263,14 +263,6 @@ def some_of(indices: np.ndarray, most: int | None, seed: int) -> np.ndarray:
         return indices
     draw = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).numpy()
     return indices[np.sort(draw[:most])]
-
-
-def posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """Keep the upper bits of each value. timm's policies ask for none at their largest magnitude, which Pillow took for
-    black up to version 11 and refuses since."""
-    if bits >= 8:
-        return image
-    return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
 
 
 def _open(config: Any, split: str) -> tuple[Samples, np.ndarray]:

@@ -169,8 +169,8 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
     else:
         kept, held = hold_out(len(train), 0.2, config.seed)
         train, test = [train[i] for i in kept], [train[i] for i in held]
-    train, test = ([pairs[i] for i in some_of(np.arange(len(pairs)), most, config.seed)]
-                   for pairs, most in ((train, config.train_images), (test, config.test_images)))
+    train = [train[i] for i in some_of(np.arange(len(train)), config.train_images, config.seed)]
+    test = [test[i] for i in some_of(np.arange(len(test)), config.test_images, config.seed)]
     data = SegmentationData(MaskedImages(train, masks, spec.channels, Augment(config, spec)),
                             MaskedImages(test, masks, spec.channels, Plain(config, spec)), masks.classes)
     group.on_main(lambda: check_masks(config, data.train, config.max_corrupt, 'train on'))
@@ -289,8 +289,8 @@ def find_pairs(root: Path, split: str, tell: Callable[[str], None] = _ignore) ->
         DataError: for a folder that is not there or is empty, for files without a counterpart, and for two of the same
             name but for the ending, naming them.
     """
-    images, masks = (_files_by_name(root / kind, split, extensions, tell)
-                     for kind, extensions in (('images', None), ('annotations', MASK_EXTENSIONS)))
+    images = _files_by_name(root / 'images', split, None, tell)
+    masks = _files_by_name(root / 'annotations', split, MASK_EXTENSIONS, tell)
     for some, others, text in ((images, masks, 'images without a mask'), (masks, images, 'masks without an image')):
         alone = sorted(some.keys() - others.keys())
         if alone:
@@ -379,17 +379,24 @@ class Augment:
         config, (height, width) = self.config, self.spec.size
         image = self.resize(image, torch.empty(()).uniform_(*config.scale).item())
         mask = interpolate(mask[None, None].float(), size=image.shape[1:], mode='nearest-exact')[0, 0].long()
-        for _ in range(10):
-            top, left = (int(torch.randint(max(have - want, 0) + 1, ()))
-                         for have, want in zip(mask.shape, (height, width)))
-            crop = mask[top:top + height, left:left + width]
-            counts = torch.bincount(crop[crop != IGNORED])
-            if (counts > 0).sum() > 1 and counts.max() <= config.crop_share * counts.sum():
-                break
-        image, mask = image[:, top:top + height, left:left + width], crop
+        top, left = self._corner_of_crop(mask)
+        image, mask = image[:, top:top + height, left:left + width], mask[top:top + height, left:left + width]
         if torch.rand(()) < config.hflip:
             image, mask = image.flip(-1), mask.flip(-1)
         if config.photometric:
             image = self.distort(image)
         beyond = (0, width - mask.shape[1], 0, height - mask.shape[0])
         return pad(normalise(image, self.spec), beyond), pad(mask, beyond, value=IGNORED)
+
+    def _corner_of_crop(self, mask: torch.Tensor) -> tuple[int, int]:
+        """The upper left of a crop in which no class fills too much: the first of ten draws, or else the tenth."""
+        height, width = self.spec.size
+        top = left = 0
+        for _ in range(10):
+            top = int(torch.randint(max(mask.shape[0] - height, 0) + 1, ()))
+            left = int(torch.randint(max(mask.shape[1] - width, 0) + 1, ()))
+            crop = mask[top:top + height, left:left + width]
+            counts = torch.bincount(crop[crop != IGNORED])
+            if (counts > 0).sum() > 1 and counts.max() <= self.config.crop_share * counts.sum():
+                return top, left
+        return top, left

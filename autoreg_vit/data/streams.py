@@ -1,7 +1,6 @@
 """Data sets that are read from their beginning to their end, without labels: WebDataset shards (wds/...) and Hugging
 Face data sets (hfids/...)."""
 
-import inspect
 import io
 import math
 import os
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .._compat import mixed_shards
 from ..errors import DataError
 from . import huggingface
 from .images import DAMAGE, image_extensions, open_image
@@ -281,11 +281,8 @@ class HubStream:
         if isinstance(rows, Dataset):
             rows = rows.to_iterable_dataset(num_shards=min(share.readers, len(rows)))
         if order:
-            parts = {}
-            if 'max_buffer_input_shards' in inspect.signature(rows.shuffle).parameters:
-                # datasets 5 mixes several parts into one; leave one for every process.
-                parts['max_buffer_input_shards'] = max(1, min(10, rows.num_shards // share.readers))
-            rows = rows.shuffle(seed=order.seed, buffer_size=SHUFFLE_SIZE, **parts)
+            mixed = mixed_shards(rows.shuffle, rows.num_shards, share.readers)
+            rows = rows.shuffle(seed=order.seed, buffer_size=SHUFFLE_SIZE, **mixed)
         rows = huggingface.undecoded(rows, self.column)
         # The loader processes of a process share out its parts among themselves.
         rows = iter(split_dataset_by_node(rows, rank=share.rank, world_size=share.world_size))

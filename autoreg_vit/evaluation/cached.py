@@ -53,9 +53,8 @@ def _read(path: Path, key: str) -> tuple[Features, Features] | None:
         with safe_open(path, 'pt') as file:
             if (file.metadata() or {}).get('encoder') != key:
                 return None
-            train, test = (Features(*(file.get_tensor(f'{name}.{field}') for field in Features._fields))
-                           for name in ('train', 'test'))
-            return train, test
+            train = Features(file.get_tensor('train.features'), file.get_tensor('train.labels'))
+            return train, Features(file.get_tensor('test.features'), file.get_tensor('test.labels'))
     except SafetensorError:
         return None  # cut short: computed anew
 

@@ -54,7 +54,8 @@ def evaluate(
     if group.world_size > 1:
         dist.all_reduce(counts, group=group.control)
     top1, top5, loss, images = counts[-4:].tolist()
-    return {
-        'top1': 100 * top1 / images, **({'top5': 100 * top5 / images} if classes > 5 else {}), 'loss': loss / images,
-        'images': int(images), 'confusion': counts[:-4].view(classes, classes).long().numpy(),
-    }
+    result: dict[str, Any] = {'top1': 100 * top1 / images}
+    if classes > 5:
+        result['top5'] = 100 * top5 / images
+    confusion = counts[:-4].view(classes, classes).long().numpy()
+    return {**result, 'loss': loss / images, 'images': int(images), 'confusion': confusion}

@@ -46,8 +46,8 @@ def accuracies(
 ) -> dict[str, float]:
     """kNN and linear accuracy on `test`, in percent, of classifiers fitted on `train`. Images that cannot be read are
     left out of both, and counted on the standard output."""
-    fitted, tested = (extract_features(encoder, Readable(part), device, precision, workers=workers)
-                      for part in (train, test))
+    fitted = extract_features(encoder, Readable(train), device, precision, workers=workers)
+    tested = extract_features(encoder, Readable(test), device, precision, workers=workers)
     total, used = len(train) + len(test), len(fitted[1]) + len(tested[1])
     if used < total:
         say(f'{total - used} of {total} images cannot be read, and are left out of the accuracies.')

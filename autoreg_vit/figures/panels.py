@@ -64,8 +64,8 @@ def panel_grid(
     height = width * ratio
     total_width = max(columns * width + rest, _NARROWEST)
     # At 9 points a character is about 0.066 inches wide.
-    model_lines, caption_lines = (
-        textwrap.wrap(text, int((total_width - 2 * _MARGIN) / 0.066)) for text in (model, caption))
+    characters = int((total_width - 2 * _MARGIN) / 0.066)
+    model_lines, caption_lines = textwrap.wrap(model, characters), textwrap.wrap(caption, characters)
     top = 0.38 + 0.17 * len(model_lines)
     bottom = 0.1 + (0.08 + 0.17 * len(caption_lines) if caption_lines else 0)
     total_height = top + _LABEL + rows * height + (rows - 1) * between + bottom

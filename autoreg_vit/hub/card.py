@@ -91,12 +91,12 @@ def read_results(path: Path) -> dict[str, Any]:
 def card(weights: Weights, source: Source, model_config: dict[str, Any]) -> str:
     """The text of README.md; `model_config` is the content of config.json."""
     method, url = PAPERS[source.config.model.partition('_')[0]]
-    header = {
-        'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction',
-        **({'license': source.license} if source.license else {}),
-        'tags': ['timm', 'autoreg-vit', method.lower(), 'self-supervised', 'autoregressive', weights.kind],
-        **({'datasets': list(source.data_id)} if source.data_id else {}),
-    }
+    header: dict[str, Any] = {'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction'}
+    if source.license:
+        header['license'] = source.license
+    header['tags'] = ['timm', 'autoreg-vit', method.lower(), 'self-supervised', 'autoregressive', weights.kind]
+    if source.data_id:
+        header['datasets'] = list(source.data_id)
     what = 'Pretraining model, Vision Transformer encoder and decoder,'
     if weights.kind == 'encoder':
         what = 'Vision Transformer encoder'

@@ -177,7 +177,9 @@ def encoder_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: dict[
     pooled = 'fc_norm.weight' in state_dict
     classes = len(state_dict['head.weight']) if 'head.weight' in state_dict else 0
     # Both methods have a class token, which is the feature; MAE's fine-tuning averages the other tokens instead.
-    design = {**METHODS['saim'], **(dict(global_pool='avg', fc_norm=True) if pooled else {})}
+    design: dict[str, Any] = METHODS['saim']
+    if pooled:
+        design = {**design, 'global_pool': 'avg', 'fc_norm': True}
     encoder = SinCosVisionTransformer(**sizes, **design, num_classes=classes)
     if method == 'SAIM':
         names = {key: encoder_name(key) for key in state_dict}
@@ -214,7 +216,9 @@ def write_folder(part: Part, folder: Path, kind: str, source: Path, method: str,
     else:
         export_encoder(part.model, folder, **cfg)
     origin = {'source': source.name, 'sha256': sha256_of(source), 'method': method}
-    report = {**origin, **part.report(), **({'outside': outside} if outside else {})}
+    report = {**origin, **part.report()}
+    if outside:
+        report['outside'] = outside
     write_synced(folder / REPORT, json.dumps(report, indent=1) + '\n')
     header = {'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction', 'tags': ['timm', method.lower()]}
     whole = ', encoder and decoder; `import autoreg_vit` before loading it' if kind == 'pretrain' else ''

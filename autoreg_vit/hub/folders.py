@@ -9,6 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import unwrap_model
 
+from .._compat import loads_channels
 from ..artifacts import CONFIG, WEIGHTS, replaced, save_tensors, write_config
 from ..errors import ModelError
 from ..models.encoders import STOCK_ARCHITECTURES, SinCosVisionTransformer
@@ -107,8 +108,7 @@ def _write(
         dtype: torch.dtype,
 ) -> None:
     channels = encoder.patch_embed.proj.in_channels
-    if channels not in (1, 3):
-        # timm before 1.0.31 takes weights to have three channels, and would leave these out in favour of random ones.
+    if not loads_channels(channels):  # timm adapts nothing without it
         pretrained_cfg = {**pretrained_cfg, 'first_conv': None}
     config = {
         'architecture': architecture,

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc, to_2tuple
+from timm.layers import build_sincos2d_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .._compat import refit_positions
 from ..errors import ModelError, ShapeError, UsageError, suggest
 from .fitting import check_fit, loading, resample, unwrap
 from .interface import as_timm
@@ -115,20 +116,6 @@ class SinCosVisionTransformer(VisionTransformer):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         # timm has register tokens here from 1.0.28 on, norm_pre from 1.0.31; before, both learned as the last layers.
         return {**super().group_matcher(coarse), 'stem': r'^(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)'}
-
-
-@torch.no_grad()
-def refit_positions(encoder: VisionTransformer, before: nn.Parameter | None, grid: tuple[int, int]) -> None:
-    """Complete VisionTransformer.set_input_size, given the position embedding and grid before it. Until timm 1.0.31 it
-    leaves positions as they are where the new grid has as many tokens, and makes frozen ones trainable."""
-    if before is None or encoder.pos_embed is None:
-        return
-    size = encoder.patch_embed.grid_size
-    if encoder.pos_embed is before and size != grid:
-        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-        resized = resample_abs_pos_embed_nhwc(before[:, prefix:].unflatten(1, grid), list(size)).flatten(1, 2)
-        encoder.pos_embed = nn.Parameter(torch.cat([before[:, :prefix], resized], dim=1))
-    encoder.pos_embed.requires_grad_(before.requires_grad)
 
 
 def sincos_position_embedding(grid: tuple[int, int], dim: int) -> torch.Tensor:

@@ -1,18 +1,18 @@
 """Weights fitted to a model: taken out of what wraps them, resampled by timm to its patch and grid, and compared with
 it by name and shape, so that what does not fit is one error that says why."""
 
-import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.models import adapt_input_conv, resolve_pretrained_cfg
+from timm.models import resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
+from .._compat import adapts_any_channels
 from ..errors import CheckpointError, UsageError
 from .interface import as_timm, encoder_of
 
@@ -154,7 +154,7 @@ def _check_channels(shape: tuple[int, ...], own: tuple[int, ...], model: nn.Modu
     """Raise CheckpointError for a patch embedding that timm would not adapt to the model's channels but leave out, or
     fail on: it takes the channels that the configuration says, and before timm 1.0.31 three alone."""
     cfg = as_timm(model).pretrained_cfg
-    said, any_count = (cfg.get('input_size') or (3,))[0], 'base_chans' in inspect.signature(adapt_input_conv).parameters
+    said, any_count = (cfg.get('input_size') or (3,))[0], adapts_any_channels()
     if shape == own:
         if any_count or own[1] in (1, 3) or cfg.get('first_conv') is None:
             return

@@ -14,11 +14,12 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .._compat import refit_positions
 from ..errors import ModelError, SerializationError, ShapeError
 from ..serialization import Layout, Serialization, check_ranks
 from .attention import check_encoder, content_block, run_block
 from .decoders import Decoder, MaskedDecoder, NextTokenDecoder, ParallelDecoder
-from .encoders import SinCosVisionTransformer, init_xavier, refit_positions
+from .encoders import SinCosVisionTransformer, init_xavier
 from .interface import attention_of, blocks_of, mlp_width, positions_of
 from .targets import PixelTarget
 
@@ -169,7 +170,7 @@ class AutoregressiveViT(nn.Module):
                 encoded = min(encoded, int(layout.read))
             elif last is not None:
                 encoded = min(encoded, ranks.shape[1] - last)
-        return layout.encode(max(encoded, 1))
+        return layout.with_encoded(max(encoded, 1))
 
     def _check_ranks(self, ranks: torch.Tensor, batch: int) -> None:
         tokens = self.encoder.patch_embed.num_patches

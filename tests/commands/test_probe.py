@@ -165,8 +165,8 @@ class TestFast:
         honest = probe(ProbeConfig(**FAST, weights=encoder, output_dir=str(tmp_path / 'honest')))
         cached = features.cached_features
 
-        def with_false_labels(*arguments):
-            train, test = cached(*arguments)
+        def with_false_labels(*arguments, **options):
+            train, test = cached(*arguments, **options)
             return train, Features(test.features, test.labels.roll(1))
 
         monkeypatch.setattr('autoreg_vit.commands.probing.cached_features', with_false_labels)

@@ -1,7 +1,6 @@
 """Work that takes long shows how far it is; quick work shows nothing."""
 
 import time
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -37,7 +36,7 @@ def features(images: Dataset) -> None:
 
 
 def evaluation(images: Dataset) -> None:
-    batches = own_part(images, 1, SimpleNamespace(workers=0), Processes(torch.device('cpu')))
+    batches = own_part(images, 1, workers=0, group=Processes(torch.device('cpu')))
     assert [int(label) for _, label in batches] == [0, 1, 2, 3]
 
 

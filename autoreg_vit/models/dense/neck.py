@@ -19,8 +19,9 @@ from torch.nn.functional import pad
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from ..._compat import refit_positions
 from ...errors import ModelError
-from ..encoders import check_sizes, pair, refit_positions
+from ..encoders import check_sizes, pair
 
 #: What heads are built for: UPerNet predicts at a quarter of the image, and the anchors and levels of Mask R-CNN begin
 #: at stride 4. Cost decides too: at patch 4 a map of the image's own size would have 16 times the tokens.
