@@ -206,7 +206,7 @@ def check(children: dict, max_corrupt: float, model) -> None:
             found = batches.dataset.dataset
             assert (getattr(found, 'classes', None), len(found)) == (classes, len(images))
             model(next(batches.start_at(0))[0]).loss.backward()
-            labelled = pretrain._labelled_sets(config, spec, ONE)
+            labelled = pretrain.labelled_sets(config, spec, ONE)
             assert (labelled is None) == (classes is None)
             if labelled and not unreadable:
                 assert all(0 <= v <= 100 for v in accuracies(model.encoder, *labelled, ONE.device).values())

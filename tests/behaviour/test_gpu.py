@@ -15,7 +15,7 @@ pytest.importorskip('matplotlib')
 
 from safetensors.torch import load_file
 
-from autoreg_vit.engine import loop
+from autoreg_vit.engine import processes
 from benchmarks.gpu.equality import MODELS, compare
 from tests.support.launching import SETTINGS, Launch, free_port, launch_together, log_of, weights_of
 
@@ -87,14 +87,14 @@ def test_a_captured_run_that_was_stopped_ends_in_the_same_weights(tmp_path: Path
 
 def stop_after_ten_steps() -> None:
     """Send SIGTERM to this process at its tenth step."""
-    exchange, calls = loop.Flags.exchange, iter(range(10 ** 9))
+    exchange, calls = processes.Flags.exchange, iter(range(10 ** 9))
 
     def count(self, *flags):
         if next(calls) == 10:
             os.kill(os.getpid(), signal.SIGTERM)
         return exchange(self, *flags)
 
-    loop.Flags.exchange = count
+    processes.Flags.exchange = count
 
 
 def normalise(rank: int, port: int, folder: str, device: str) -> None:

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from autoreg_vit.settings.pretraining import PretrainConfig
 from benchmarks import ablations, ablations_report
 from benchmarks.ablations_rows import BASES, CLAIMS, CURVES, ROWS, SCALES, Claim, Row
 from tests.support.launching import free_port, log_of
+from tests.support.supervising import stop_after
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec('transformers') is None, reason='the row mae needs transformers')
@@ -260,17 +260,8 @@ def test_mae_resumes_exactly(tmp_path, monkeypatch):
                 'data_dir': str(images), 'check_images': 0}
     whole, stopped = (ablations_mae.MaeConfig(**settings, output_dir=str(tmp_path / name)) for name in 'ab')
     ablations_mae.pretrain_mae(whole)
-    run_steps = ablations_mae.run_steps
-
-    def stop_after_four(*arguments, take_step, **others):
-        def take(step):
-            if step == 4:
-                signal.raise_signal(signal.SIGTERM)
-            return take_step(step)
-        run_steps(*arguments, take_step=take, **others)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(ablations_mae, 'run_steps', stop_after_four)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match='after step 5'):
+        stop_after(5, patch)
         ablations_mae.pretrain_mae(stopped)
     ablations_mae.pretrain_mae(stopped)
 

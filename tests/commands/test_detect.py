@@ -14,12 +14,10 @@ from safetensors.torch import load_file
 pytest.importorskip('faster_coco_eval')
 pytest.importorskip('torchmetrics')
 
-from autoreg_vit.engine.loop import create_optimizer, scaled_lr
-from autoreg_vit.settings.detecting import DetectConfig
-
 from autoreg_vit.commands.cli import main
 from autoreg_vit.commands.detecting import _detect, detect
 from autoreg_vit.commands.recipes import load_recipe
+from autoreg_vit.engine.optimizers import create_optimizer
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, ConfigError
@@ -29,11 +27,13 @@ from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models.dense.detector import ViTMaskRCNN, load_detector
 from autoreg_vit.models.dense.windowed import WindowedAttention
 from autoreg_vit.settings.base import make_config
+from autoreg_vit.settings.dense import DetectConfig
 from tests.support.detecting import config_for, everything, images_of, pycocotools_scores, small_detector
 from tests.support.launching import flags, launch_together
 from tests.support.supervising import log_of, results_of, stop_after
 
 CPU = Processes(torch.device('cpu'))
+READING = dict(precision='float32', workers=0, group=CPU)
 
 
 #: Mask R-CNN in small: a second for a few steps.
@@ -101,7 +101,7 @@ class TestRun:
         assert [c['name'] for c in model.config['categories']] == ['box', 'disc'] and not model.training
         assert isinstance(model.backbone.pyramid.encoder.blocks[0].attn, WindowedAttention)
         data = everything(images_of(coco, 'train2017'))
-        again = evaluate(model, data, data.dataset.categories, config_for(coco), CPU)
+        again = evaluate(model, data, data.dataset.categories, **READING)
         assert again['box_ap'] == pytest.approx(results_of(run)['box_ap'], abs=1e-3)
         with torch.no_grad():
             assert model([torch.rand(3, 130, 70)])[0]['masks'].shape[1:] == (1, 130, 70)
@@ -148,7 +148,7 @@ class TestRun:
         launches = launch_together(settings, 2, functools.partial(start_from, run / 'model'))
         assert [launch.wait() for launch in launches] == [0, 0], launches[0].text() + launches[1].text()
         results, data = results_of(tmp_path / 'two'), everything(images_of(coco, 'val2017'))
-        one = evaluate(load_detector(run / 'model'), data, data.dataset.categories, config_for(coco), CPU)
+        one = evaluate(load_detector(run / 'model'), data, data.dataset.categories, **READING)
         assert results['test_images'] == one['images'] == 5 and one['box_ap50'] > 5
         for name in ('box_ap', 'mask_ap', 'box_ap50', 'mask_ap50', 'box_ap_small'):
             assert results[name] == pytest.approx(one[name], abs=1e-3)
@@ -211,7 +211,7 @@ def test_without_its_packages(coco: Path, monkeypatch, capsys):
 def test_the_papers_setting():
     recipe = make_config(DetectConfig, load_recipe('maskrcnn_coco', 'detect'), {'weights': 'x', 'data_dir': 'y'})
     assert recipe == DetectConfig(weights='x', data_dir='y', eval_split='val2017'), 'the defaults are the setting'
-    assert scaled_lr(recipe, recipe.lr) == pytest.approx(8e-5) and recipe.batch_size == 64
+    assert recipe.scaled(recipe.lr) == pytest.approx(8e-5) and recipe.batch_size == 64
     assert recipe.steps == 100 * (117266 // 64) and recipe.canvas == (1024, 1024)
     mini = make_config(DetectConfig, load_recipe('maskrcnn_coco_mini', 'detect'), {'weights': 'x', 'data_dir': 'y'})
     encoder = timm.create_model('vit_tiny_patch16_224', num_classes=0, dynamic_img_size=True)

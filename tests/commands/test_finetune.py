@@ -15,20 +15,20 @@ from safetensors.torch import load_file
 
 pytest.importorskip('sklearn')
 
-from autoreg_vit.engine.loop import adam_options
 
 from autoreg_vit.commands.cli import main
-from autoreg_vit.commands.finetuning import add_classifier, check_pairs, export_classifier, finetune, mixing_loss
-from autoreg_vit.commands.recipes import load_recipe
+from autoreg_vit.commands.finetuning import Finetuning, add_classifier, check_pairs, export_classifier, finetune
 from autoreg_vit.data import labelled
 from autoreg_vit.data.transforms import ImageSpec, evaluation_transform
-from autoreg_vit.engine import loop
 from autoreg_vit.engine.losses import NonFiniteLoss
+from autoreg_vit.engine.objective import Part
+from autoreg_vit.engine.optimizers import create_optimizer, create_schedule
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.evaluation.class_scores import evaluate
 from autoreg_vit.hub.lookup import load_encoder
+from autoreg_vit.settings.base import read_settings
 from autoreg_vit.settings.classification import FinetuneConfig
 from tests.support.launching import launch_together
 from tests.support.supervising import log_of, results_of, stop_after, write_encoder
@@ -64,7 +64,7 @@ class TestRun:
         assert [line['images'] for line in log if line['event'] == 'evaluation'] == [2 * 1408, 4 * 1408]
         assert log[-1]['event'] == 'finish' and log[0]['classes'] == 10
         assert np.asarray(Image.open(run / 'figures' / 'confusion.png').convert('RGB')).std() > 10
-        saved = load_recipe(str(run / 'config.yaml'))
+        saved = read_settings(run / 'config.yaml')
         assert saved['layer_decay'] == 0.65 and saved['mixup'] == 0 and saved['drop_path_rate'] == 0.1
 
     @pytest.mark.parametrize('name', ['model', 'average'])
@@ -74,7 +74,7 @@ class TestRun:
         model = timm.create_model(f'local-dir:{run / name}', pretrained=True).eval()
         assert model.num_classes == 10
         config = FinetuneConfig(weights=encoder, precision='float32', workers=0)
-        found = evaluate(model, images.test, 10, config, CPU)
+        found = evaluate(model, images.test, 10, precision=config.precision, workers=0, group=CPU)
         expected = results_of(run) if name == 'model' else results_of(run)['average']
         assert found['top1'] == pytest.approx(expected['top1'], abs=1e-3)
         code = (f'import sys, timm; timm.create_model("local-dir:{run / name}", pretrained=True); '
@@ -138,7 +138,7 @@ class TestParts:
         """Blocks learn at 0.65 of the rate of the block above, the patch embedding slowest, the classifier fastest."""
         model = timm.create_model('vit_tiny_patch4_32_randsac', depth=3, num_classes=10)
         config = FinetuneConfig(weights='x')
-        optimizer = loop.create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
+        optimizer = create_optimizer(config, model, layer_decay=config.layer_decay)
         names = {id(p): name for name, p in model.named_parameters()}
         scale, decay = {}, {}
         for group in optimizer.param_groups:
@@ -149,7 +149,7 @@ class TestParts:
             assert scale[f'{below}.mlp.fc1.weight'] / scale[f'{above}.mlp.fc1.weight'] == pytest.approx(0.65)
         assert scale['patch_embed.proj.weight'] == scale['pos_embed'] == min(scale.values())
         assert decay['blocks.0.mlp.fc1.weight'] == 0.05 and decay['blocks.0.mlp.fc1.bias'] == decay['pos_embed'] == 0
-        schedule = loop.create_schedule(config, optimizer, 10, config.min_lr)
+        schedule = create_schedule(config, optimizer, 10)
         schedule.step_update(50)
         rates = [group['lr'] for group in optimizer.param_groups]
         assert max(rates) == pytest.approx(5e-4 * 1024 / 256) and min(rates) == pytest.approx(max(rates) * min(
@@ -165,9 +165,12 @@ class TestParts:
         seen = []
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
         model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-        loss = mixing_loss(FinetuneConfig(weights='x'), model, 4, CPU)
+        some = labelled.LabelledImages([None] * 6, [], [], np.zeros(6), ['a', 'b', 'c', 'd'])
+        spec = ImageSpec((2, 2), 3, (0.5,) * 3, (0.25,) * 3)
+        objective = Finetuning(FinetuneConfig(weights='x'), model, spec, some, CPU)
         images, labels = torch.randn(6, 3, 2, 2), torch.arange(6) % 4
-        values = [loss([images.clone(), labels], number).item() for number in (0, 1, 0)]
+        values = [objective.loss(model, [images.clone(), labels], Part(number, 0, number)).item()
+                  for number in (0, 1, 0)]
         assert values[0] == values[2] != values[1]
         assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], images)
 

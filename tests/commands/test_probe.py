@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 pytest.importorskip('sklearn')
 
 from autoreg_vit.commands.cli import main
-from autoreg_vit.commands.pretraining import _labelled_sets
+from autoreg_vit.commands.pretraining import labelled_sets
 from autoreg_vit.commands.probing import LinearHead, frozen_features, lars_groups, optimizer_options, probe
 from autoreg_vit.data import labelled
-from autoreg_vit.engine import loop
+from autoreg_vit.engine.optimizers import create_optimizer, create_schedule
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, DataError, UsageError
@@ -70,8 +70,8 @@ class TestLars:
         model = timm.create_model(f'local-dir:{encoder}', pretrained=True, num_classes=0).eval()
         head = LinearHead(32, 10, True, 0, CPU).eval()
         head.load_state_dict(load_file(run / 'classifier.safetensors'))
-        config = ProbeConfig(weights=encoder, precision='float32', workers=0)
-        found = evaluate(lambda x: head(frozen_features(model, x)), images.test, 10, config, CPU)
+        found = evaluate(lambda x: head(frozen_features(model, x)), images.test, 10, precision='float32', workers=0,
+                         group=CPU)
         assert found['top1'] == pytest.approx(results_of(run)['top1'], abs=1e-3)
         assert found['confusion'].tolist() == results_of(run)['confusion']
 
@@ -104,7 +104,7 @@ class TestLars:
         """A step of the weight has the length rate x 0.001 x its own; the bias takes the plain rate, as MAE's does."""
         head = LinearHead(16, 4, False, 0, CPU)
         config = ProbeConfig(weights='x', batch_size=256, lr=2.0)
-        optimizer = loop.create_optimizer(config, lars_groups(head), **optimizer_options(config))
+        optimizer = create_optimizer(config, lars_groups(head), **optimizer_options(config))
         head(torch.randn(8, 16)).logsumexp(1).sum().backward()
         weight, gradient = head.linear.weight.detach().clone(), head.linear.bias.grad.clone()
         optimizer.step()
@@ -115,8 +115,8 @@ class TestLars:
     def test_rate_is_scaled_and_warmed_up(self):
         config = ProbeConfig(weights='x', batch_size=4096, accumulate=4)
         head = LinearHead(8, 2, False, 0, CPU)
-        optimizer = loop.create_optimizer(config, lars_groups(head), **optimizer_options(config))
-        schedule = loop.create_schedule(config, optimizer, 10, config.min_lr)
+        optimizer = create_optimizer(config, lars_groups(head), **optimizer_options(config))
+        schedule = create_schedule(config, optimizer, 10)
         rates = []
         for step in (0, 50, 100, 500, 899):
             schedule.step_update(step)
@@ -330,7 +330,7 @@ class TestLabels:
             Image.new('L', (8, 8), 8 * n).save(tmp_path / name / f'{n}.png')
         spec = labelled.ImageSpec((8, 8), 1, (0.0,), (1.0,))
         shared = {'data_dir': str(tmp_path), 'dataset': 'folder', 'seed': 5}
-        train, test = _labelled_sets(PretrainConfig(**shared), spec, CPU)
+        train, test = labelled_sets(PretrainConfig(**shared), spec, CPU)
         images = labelled.labelled_images(ProbeConfig(weights=encoder, **shared), spec, CPU)
         held = labelled.hold_out(30, 0.2, 5)[1]
         assert test.indices.tolist() == images.test.indices.tolist() == held.tolist()
@@ -396,8 +396,7 @@ class TestEvaluate:
         """Against a loop over images, with a last batch that is not whole."""
         images, labels = torch.randn(23, 7), torch.arange(23) % 7
         dataset = torch.utils.data.TensorDataset(images, labels)
-        config = ProbeConfig(weights='x', precision='float32', workers=0)
-        found = evaluate(lambda x: x, dataset, 7, config, CPU, batch_size=5)
+        found = evaluate(lambda x: x, dataset, 7, precision='float32', workers=0, batch_size=5, group=CPU)
         order = images.argsort(1, descending=True)
         assert found['top1'] == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
         assert found['top5'] == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).float().mean().item())
@@ -408,5 +407,4 @@ class TestEvaluate:
 
     def test_no_top5_of_few_classes(self):
         dataset = torch.utils.data.TensorDataset(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
-        config = ProbeConfig(weights='x', precision='float32', workers=0)
-        assert 'top5' not in evaluate(lambda x: x, dataset, 3, config, CPU)
+        assert 'top5' not in evaluate(lambda x: x, dataset, 3, precision='float32', workers=0, group=CPU)

@@ -1,7 +1,6 @@
 """Bundled recipes: each is built and stepped once at reduced size, and says what its paper's table says."""
 
 import dataclasses
-import importlib
 import pathlib
 import typing
 
@@ -13,7 +12,8 @@ from timm.optim import create_optimizer_v2
 
 pytest.importorskip('sklearn')
 
-from autoreg_vit.commands.cli import COMMANDS, main
+from autoreg_vit.commands import COMMANDS
+from autoreg_vit.commands.cli import main
 from autoreg_vit.commands.recipes import FOLDER as RECIPES
 from autoreg_vit.commands.recipes import bundled_recipes, load_recipe
 from autoreg_vit.errors import ConfigError
@@ -134,7 +134,7 @@ def test_help_lists_them(command: str, capsys):
     assert all(name in text for name in bundled_recipes(command)) and bundled_recipes(command)
 
 
-CONFIGS = [getattr(importlib.import_module(f'autoreg_vit.settings.{c.config_module}'), c.config_class)
+CONFIGS = [c.config()
            for c in COMMANDS.values()]
 
 

@@ -12,23 +12,23 @@ pytest.importorskip('segmentation_models_pytorch')
 pytest.importorskip('torchmetrics')
 pytest.importorskip('sklearn')
 
-from autoreg_vit.engine.loop import adam_options, create_optimizer, create_schedule
-from autoreg_vit.settings.segmenting import SegmentConfig
-
 from autoreg_vit.commands import dense
 from autoreg_vit.commands.cli import main
 from autoreg_vit.commands.recipes import load_recipe
 from autoreg_vit.commands.segmenting import segment
 from autoreg_vit.data.masks import find_pairs, open_data
 from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.engine.optimizers import create_optimizer, create_schedule
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, ConfigError, DataError, UsageError
 from autoreg_vit.evaluation.mask_scores import evaluate
 from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models.dense.segmenter import load_segmenter
-from autoreg_vit.settings.base import make_config
+from autoreg_vit.settings.base import make_config, read_settings
+from autoreg_vit.settings.dense import SegmentConfig
 from tests.support.launching import launch_together
+from tests.support.segmenting import reading
 from tests.support.shapes import CLASSES, TINY, write_data
 from tests.support.supervising import log_of, results_of, stop_after
 
@@ -83,9 +83,9 @@ class TestRun:
     def test_the_network_loads_again(self, run: Path, data: str):
         model = load_segmenter(run / 'model')
         assert model.config['classes'] == list(CLASSES) and model.config['mean'] == [0.5] * 3
-        config = make_config(SegmentConfig, load_recipe(str(run / 'config.yaml')), {})
+        config = make_config(SegmentConfig, read_settings(run / 'config.yaml'), {})
         spec = ImageSpec(config.crop, 3, tuple(model.config['mean']), tuple(model.config['std']))
-        found = evaluate(model, open_data(config, spec, CPU).test, 3, config, CPU)
+        found = evaluate(model, open_data(config, spec, CPU).test, 3, **reading(config))
         assert found['miou'] == pytest.approx(results_of(run)['miou'], abs=1e-3)
         (run / 'model' / 'broken').mkdir()
         with pytest.raises(CheckpointError, match='holds no whole segmenter'):
@@ -115,7 +115,7 @@ class TestRun:
         assert [launch.wait() for launch in launches] == [0, 0], launches[0].text() + launches[1].text()
         config = SegmentConfig(**options, workers=0)
         spec = ImageSpec(config.crop, 3, (0.5,) * 3, (0.25,) * 3)
-        found = evaluate(load_segmenter(folder / 'model'), open_data(config, spec, CPU).test, 3, config, CPU)
+        found = evaluate(load_segmenter(folder / 'model'), open_data(config, spec, CPU).test, 3, **reading(config))
         results = results_of(folder)
         assert results['test_images'] == found['images'] == 5
         assert [results['miou'], results['pixel_accuracy']] == pytest.approx(
@@ -245,7 +245,7 @@ class TestRecipe:
     def test_schedule_in_steps(self, schedule: str):
         """From 0 up to the rate at the end of the warm-up, and down to 0 at the last step; scaled by the batch."""
         config = SegmentConfig(weights='x', data_dir='x', steps=100, warmup_steps=20, batch_size=8, schedule=schedule)
-        optimizer = create_optimizer(config, torch.nn.Linear(1, 1), **adam_options(config))
+        optimizer = create_optimizer(config, torch.nn.Linear(1, 1))
         schedule = create_schedule(config, optimizer, steps_per_epoch=7)
         rates = []
         for step in range(101):

@@ -27,7 +27,7 @@ from autoreg_vit.errors import ConfigError, DataError, UsageError
 from autoreg_vit.evaluation.classifiers import accuracies, knn_accuracy, linear_accuracy
 from autoreg_vit.evaluation.features import Readable, extract_features
 from autoreg_vit.figures import plots
-from autoreg_vit.settings.base import make_config
+from autoreg_vit.settings.base import make_config, read_settings
 from autoreg_vit.settings.pretraining import PretrainConfig
 
 SMALL = {'embed_dim': 32, 'depth': 2, 'num_heads': 1, 'decoder_depth': 1}
@@ -89,7 +89,7 @@ class TestRun:
             assert min(pixels.shape[:2]) > 200 and pixels.std() > 10
 
     def test_config_repeats_the_run(self, run: Path):
-        config = make_config(PretrainConfig, load_recipe(str(run / 'config.yaml')), {})
+        config = make_config(PretrainConfig, read_settings(run / 'config.yaml'), {})
         assert config.epochs == 2 and config.segments == (5, 3) and config.workers == 0 and config.device == 'cpu'
 
     def test_encoder_loads_without_this_package(self, run: Path):
@@ -144,7 +144,7 @@ class TestFolders:
             model='saim_vit_tiny_patch4_32', embed_dim=32, depth=2, num_heads=1, img_size=16, epochs=1, batch_size=8,
             workers=2, data_dir=str(class_folders), output_dir=str(tmp_path / 'run'))
         folder = pretrain(config)
-        assert load_recipe(str(folder / 'config.yaml'))['crop_scale'] == [0.67, 1.0]
+        assert read_settings(folder / 'config.yaml')['crop_scale'] == [0.67, 1.0]
 
     def test_through_timm(self, class_folders: Path, tmp_path: Path):
         folder = pretrain(PretrainConfig(**FOLDER, dataset='torch/image_folder', data_dir=str(class_folders),

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from autoreg_vit.settings.segmenting import SegmentConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,6 +18,7 @@ from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.seeding import seed_cpu
 from autoreg_vit.errors import DataError
 from autoreg_vit.models.dense.segmenter import IGNORED
+from autoreg_vit.settings.dense import SegmentConfig
 from tests.support.pictures import write_turned
 from tests.support.shapes import CLASSES, draw, write_data
 

@@ -14,9 +14,10 @@ from autoreg_vit.data.boxes import CocoImages
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.evaluation.box_scores import KINDS, SCORES, coco_results, evaluate, summary
 from tests.support.coco import CATEGORIES, write_coco
-from tests.support.detecting import config_for, everything, images_of, pycocotools_scores, small_detector
+from tests.support.detecting import everything, images_of, pycocotools_scores, small_detector
 
 CPU = Processes(torch.device('cpu'))
+READING = dict(precision='float32', workers=0, group=CPU)
 
 
 class Guesses(nn.Module):
@@ -51,7 +52,7 @@ class TestEvaluation:
         """On the same predictions, with crowds, images without objects, ties of scores and ids with gaps."""
         write_coco(tmp_path, 'val2017', 12, seed=seed, size=(150, 200))
         data = everything(images_of(tmp_path, 'val2017'))
-        result = evaluate(Guesses(data.dataset, seed), data, data.dataset.categories, config_for(tmp_path), CPU)
+        result = evaluate(Guesses(data.dataset, seed), data, data.dataset.categories, **READING)
         results = json.loads(json.dumps(coco_results(result['detections'], data)))
         expected = pycocotools_scores(tmp_path / 'annotations' / 'instances_val2017.json', results, data.dataset.ids)
         assert 5 < result['box_ap'] < 95 and result['images'] == 12
@@ -71,7 +72,7 @@ class TestEvaluation:
         data = everything(images_of(coco, 'val2017'))
         model = small_detector().eval()
         model.roi_heads.score_thresh = 2.0
-        result = evaluate(model, data, data.dataset.categories, config_for(coco), CPU)
+        result = evaluate(model, data, data.dataset.categories, **READING)
         assert result['box_ap'] == result['mask_ap'] == 0 and 'box_ap_large' not in result
         assert all(not len(found['boxes']) for found in result['detections']) and len(result['detections']) == 5
         assert coco_results(result['detections'], data) == []
@@ -85,5 +86,5 @@ class TestEvaluation:
                         'masks': target['masks'][keep][:, None].float()}
 
         data = everything(images_of(coco, 'val2017'))
-        result = evaluate(Oracle(data.dataset), data, data.dataset.categories, config_for(coco), CPU)
+        result = evaluate(Oracle(data.dataset), data, data.dataset.categories, **READING)
         assert result['box_ap'] == pytest.approx(100) and result['mask_ap'] == pytest.approx(100)

@@ -13,14 +13,14 @@ pytest.importorskip('segmentation_models_pytorch')
 pytest.importorskip('torchmetrics')
 pytest.importorskip('sklearn')
 
-from autoreg_vit.settings.segmenting import SegmentConfig
-
 from autoreg_vit.data.masks import Plain
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.evaluation.mask_scores import evaluate, sliding_logits
 from autoreg_vit.figures.predicted_masks import palette, predictions_figure
 from autoreg_vit.models.dense.segmenter import IGNORED
+from autoreg_vit.settings.dense import SegmentConfig
+from tests.support.segmenting import reading
 from tests.support.shapes import CLASSES, draw
 
 CPU = Processes(torch.device('cpu'))
@@ -49,7 +49,7 @@ class TestEvaluation:
         masks = torch.tensor([[0, 0, 0, 1], [1, 1, IGNORED, IGNORED]])
         logits = torch.nn.functional.one_hot(torch.tensor([[0, 0, 1, 1], [1, 0, 2, 0]]), 4).permute(2, 0, 1).float()
         config = SegmentConfig(weights='x', data_dir='x', crop_size=(2, 4), precision='float32', workers=0)
-        found = evaluate(lambda batch: batch, [(logits, masks)], 4, config, CPU)
+        found = evaluate(lambda batch: batch, [(logits, masks)], 4, **reading(config))
         assert found['iou'] == pytest.approx([100 * 2 / 4, 100 * 2 / 4, 0, 0])
         assert found['miou'] == pytest.approx(50) and found['pixel_accuracy'] == pytest.approx(100 * 4 / 6)
 
@@ -66,7 +66,7 @@ class TestEvaluation:
             return torch.stack([torch.full_like(batch[:, 0], 0.25), batch[:, 0] - batch[:, 2],
                                 batch[:, 2] - batch[:, 0]], dim=1)
 
-        assert evaluate(by_colour, [(resized, truth)], 3, config, CPU)['miou'] > 70
+        assert evaluate(by_colour, [(resized, truth)], 3, **reading(config))['miou'] > 70
 
 
     def test_pictures_show_what_they_should(self, tmp_path: Path):

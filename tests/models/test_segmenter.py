@@ -7,10 +7,9 @@ import torch
 
 pytest.importorskip('segmentation_models_pytorch')
 
-from autoreg_vit.engine.loop import adam_options, create_optimizer
-from autoreg_vit.settings.segmenting import SegmentConfig
-
+from autoreg_vit.engine.optimizers import create_optimizer
 from autoreg_vit.models.dense.segmenter import IGNORED, Segmenter, pixel_loss
+from autoreg_vit.settings.dense import SegmentConfig
 from tests.support.shapes import TINY
 
 
@@ -39,7 +38,7 @@ class TestNetwork:
         encoder = timm.create_model('vit_tiny_patch4_32_saim', **TINY, num_classes=0, dynamic_img_size=True)
         model = Segmenter(encoder, 5, 32)
         config = SegmentConfig(weights='x', data_dir='x')
-        optimizer = create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
+        optimizer = create_optimizer(config, model, layer_decay=config.layer_decay)
         names = {id(p): name for name, p in model.named_parameters()}
         scale, decay = {}, {}
         for group in optimizer.param_groups:

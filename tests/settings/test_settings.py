@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import importlib
 import os
 import subprocess
 import sys
@@ -16,8 +15,9 @@ import torch
 pytest.importorskip('sklearn')
 
 from autoreg_vit import __version__
+from autoreg_vit.commands import COMMANDS
 from autoreg_vit.commands import pretraining as pretraining
-from autoreg_vit.commands.cli import COMMANDS, main
+from autoreg_vit.commands.cli import main
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine import machine as runtime
 from autoreg_vit.engine.locks import FolderLock
@@ -34,7 +34,7 @@ NEEDED = {'weights': 'x', 'data_dir': 'x', 'images': (), 'run': 'x', 'folder': '
 
 def config_class(command: str) -> type:
     entry = COMMANDS[command]
-    return getattr(importlib.import_module(f'autoreg_vit.settings.{entry.config_module}'), entry.config_class)
+    return entry.config()
 
 
 def settings_of(kind: type) -> dict:
@@ -66,7 +66,7 @@ def test_numbers_on_the_command_line(arguments: list[str], tmp_path: Path, monke
     assert arguments[-1].lstrip('-') in error and error.count('\n') == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('command', [name for name, command in COMMANDS.items() if command.trains])
+@pytest.mark.parametrize('command', [name for name, command in COMMANDS.items() if command.has_recipes])
 def test_moved_data_may_be_resumed(command: str):
     kind = config_class(command)
     names = {'data_dir', 'download'} & {f.name for f in dataclasses.fields(kind)}

@@ -12,11 +12,10 @@ from torch import nn
 pytest.importorskip('faster_coco_eval')
 pytest.importorskip('torchmetrics')
 
-from autoreg_vit.settings.detecting import DetectConfig
-
 from autoreg_vit.data.boxes import CocoImages, Part
 from autoreg_vit.evaluation.box_scores import KINDS, SCORES
 from autoreg_vit.models.dense.detector import ViTMaskRCNN
+from autoreg_vit.settings.dense import DetectConfig
 
 SMALL = {'embed_dim': 32, 'depth': 8, 'num_heads': 2, 'num_classes': 0, 'dynamic_img_size': True}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import timm
 
-from autoreg_vit.engine import loop
+from autoreg_vit.engine import trainer
 from autoreg_vit.engine.signals import StopSignals
 from autoreg_vit.hub.folders import export_encoder
 
@@ -37,7 +37,7 @@ def stop_after(steps: int, monkeypatch) -> None:
         def received(self, value):
             pass
 
-    monkeypatch.setattr(loop, 'StopSignals', Signals)
+    monkeypatch.setattr(trainer, 'StopSignals', Signals)
 
 
 def results_of(folder: Path) -> dict:
