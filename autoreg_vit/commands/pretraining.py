@@ -203,6 +203,7 @@ def training_batches(
         spec: ImageSpec,
         group: Processes,
 ) -> Batches | DeviceBatches:
+    """Batches of the training split, from its files or from images kept on the device."""
     def load(transform: Callable) -> Dataset:
         dataset = open_split(
             config, config.train_split, transform, training=True, batch_size=config.batch_size // group.world_size,
@@ -253,6 +254,7 @@ def attention_of(model: AutoregressiveViT, config: PretrainConfig, device: torch
 
 
 def report(run: Run) -> None:
+    """Say what a finished run has come to, and how to load it."""
     lines, folder = run.log.lines, run.folder
     evaluations = [line for line in lines if line['event'] == 'evaluation']
     losses = [line['loss'] for line in lines if line['event'] == 'step']

@@ -70,7 +70,8 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
             return run.folder
         if trainer is None:
             run.start(config.precision, **objective.about)
-            run.say(f'{objective.title}; {group.device}, {config.precision}; writing to {run.folder}')
+            run.say(f'{objective.title}; {group.world_size} x {group.device}, {config.precision}; writing to '
+                    f'{run.folder}')
             train_set, test = cached_features(
                 run, encoder, images, precision=config.precision, workers=config.loaders)
             result, more = fit_features(config, run, head, train_set, test)
