@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
 from torch import nn
 
 import autoreg_vit  # noqa: F401  registers the models with timm
+
+pytest.register_assert_rewrite('tests.support')
+
 from tests.support.coco import write_coco
 
 # Tensors are tiny here: a second thread costs more than it gives.
