@@ -17,8 +17,6 @@ import autoreg_vit  # noqa: F401  registers the models with timm
 
 pytest.register_assert_rewrite('tests.support')
 
-from tests.support.coco import write_coco
-
 # Tensors are tiny here: a second thread costs more than it gives.
 torch.set_num_threads(1)
 
@@ -59,6 +57,8 @@ def randomise():
 @pytest.fixture(scope='session')
 def coco(tmp_path_factory) -> Path:
     """A folder with 8 images to train on and 5 to test."""
+    from tests.support.coco import write_coco
+
     root = tmp_path_factory.mktemp('coco')
     write_coco(root, 'train2017', 8)
     write_coco(root, 'val2017', 5, seed=1)
