@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
 from torch import nn
 
 import autoreg_vit  # noqa: F401  registers the models with timm
-from tests.support.coco import write_coco
+
+pytest.register_assert_rewrite('tests.support')
 
 # Tensors are tiny here: a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -56,6 +57,8 @@ def randomise():
 @pytest.fixture(scope='session')
 def coco(tmp_path_factory) -> Path:
     """A folder with 8 images to train on and 5 to test."""
+    from tests.support.coco import write_coco
+
     root = tmp_path_factory.mktemp('coco')
     write_coco(root, 'train2017', 8)
     write_coco(root, 'val2017', 5, seed=1)

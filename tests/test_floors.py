@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = 'autoreg_vit'
 #: From top to bottom; a module imports from its own floor and from those below. Several share the last one.
 FLOORS = (('__main__',), ('commands',), ('hub',), ('figures',), ('evaluation',), ('data',), ('engine',), ('settings',),
-          ('__init__',), ('models',), ('ops',), ('serialization',), ('grids',), ('artifacts',), ('_compat',), ('errors', 'version'))
+          ('__init__',), ('models',), ('ops',), ('serialization',),
+          ('grids',), ('artifacts',), ('_compat',), ('errors', 'version'))
 LEVELS = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 

@@ -325,8 +325,7 @@ def _files_by_name(
     if not found:
         raise no_files(parent.name, folder, ', '.join(extensions or ('.jpg', '.png', '.tif or what else Pillow reads')),
                        left_out)
-    text = left_out.describe(folder)
-    if text:
+    if text := left_out.describe(folder):
         tell(text)
     return found
 
@@ -354,7 +353,6 @@ def normalise(image: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
 
 class Plain:
     """What evaluation sees: an image resized and normalised, and its mask as it is."""
-
     def __init__(self, config: SegmentConfig, spec: ImageSpec):
         self.resize, self.spec = Resize(config.short_side), spec
 
@@ -398,5 +396,5 @@ class Augment:
             crop = mask[top:top + height, left:left + width]
             counts = torch.bincount(crop[crop != IGNORED])
             if (counts > 0).sum() > 1 and counts.max() <= self.config.crop_share * counts.sum():
-                return top, left
+                break
         return top, left

@@ -36,5 +36,6 @@ def scores(result: dict[str, Any]) -> dict[str, float]:
 
 
 def describe(result: dict[str, Any]) -> str:
+    """An evaluation in words: its headline scores and how many images they are of."""
     return ', '.join(f'{metric.label} {result[key]:.2f} %' for key, metric in METRICS.items()
                      if metric.headline and key in result) + f' of {result["images"]:,} images'

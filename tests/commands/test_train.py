@@ -21,17 +21,15 @@ from autoreg_vit.commands.pretraining import pretrain
 from autoreg_vit.commands.recipes import load_recipe
 from autoreg_vit.data import sources as data
 from autoreg_vit.data.labelled import hold_out
-from autoreg_vit.engine import machine as runtime
 from autoreg_vit.engine.losses import NonFiniteLoss
 from autoreg_vit.errors import ConfigError, DataError, UsageError
-from autoreg_vit.evaluation.classifiers import accuracies, knn_accuracy, linear_accuracy
-from autoreg_vit.evaluation.features import Readable, extract_features
-from autoreg_vit.figures import plots
 from autoreg_vit.settings.base import make_config, read_settings
 from autoreg_vit.settings.pretraining import PretrainConfig
 
 SMALL = {'embed_dim': 32, 'depth': 2, 'num_heads': 1, 'decoder_depth': 1}
+
 DIGITS = {**load_recipe('digits'), **SMALL, 'epochs': 1, 'batch_size': 128, 'eval_images': 200}
+
 FOLDER = {**SMALL, 'img_size': 16, 'patch_size': 4, 'segments': [4, 2], 'epochs': 1, 'batch_size': 4,
           'warmup_epochs': 0}
 
@@ -164,42 +162,6 @@ class TestFolders:
                                          output_dir=str(tmp_path / 'run')))
         assert last_of(folder, 'step')['images'] == 16
 
-
-class TestAccuracies:
-    def test_separable_features_are_found(self):
-        generator = np.random.default_rng(0)
-        labels = np.arange(300) % 3
-        features = np.eye(3)[labels] + generator.normal(0, 0.1, (300, 3))
-        train, test = (features[:200], labels[:200]), (features[200:], labels[200:])
-        assert knn_accuracy(train, test) == linear_accuracy(train, test) == 100
-        chance = (features[:200], generator.permutation(labels[:200]))
-        assert knn_accuracy(chance, test) < 60
-
-    def test_of_a_single_class_that_class_is_the_answer(self):
-        train, test = (np.random.default_rng(0).normal(size=(4, 3)), np.full(4, 2)), (np.zeros((4, 3)), np.arange(4))
-        assert linear_accuracy(train, test) == knn_accuracy(train, test) == 25
-
-    def test_images_that_cannot_be_read_are_left_out(self, capsys):
-        class Damaged(torch.utils.data.Dataset):
-            def __len__(self):
-                return 7
-
-            def __getitem__(self, index: int):
-                if index in self.damaged:
-                    raise OSError('damaged')
-                return torch.full((3, 32, 32), float(index % 2)), index % 2
-
-        encoder = timm.create_model('vit_tiny_patch4_32_randsac', depth=1)
-        train, test = Damaged(), Damaged()
-        train.damaged, test.damaged = {0, 5}, {6}
-        assert accuracies(encoder, train, test, torch.device('cpu')) == {'knn': 100, 'linear': 100}
-        assert '3 of 14 images cannot be read, and are left out of the accuracies' in capsys.readouterr().out
-        found = extract_features(encoder, Readable(train), torch.device('cpu'), batch_size=1)
-        assert found[1].tolist() == [1, 0, 1, 0, 0]
-        test.damaged = set(range(7))
-        with pytest.raises(DataError, match=r'None of the 7 images .* can be read, of which image 0 is the first'):
-            accuracies(encoder, train, test, torch.device('cpu'))
-
     def test_a_run_survives_a_class_of_one_image_and_a_damaged_one(self, tmp_path: Path, capsys):
         """The only image of a class is held out, so that the classifiers know a single class; one cannot be read."""
         draw_images(tmp_path / 'data' / 'many', 11)
@@ -213,36 +175,6 @@ class TestAccuracies:
         assert log_of(folder)[-1]['event'] == 'finish'
         text = capsys.readouterr().out
         assert 'without an image to train on: one. 1 of the 2' in text and 'left out of the accuracies' in text
-
-    def test_features_are_the_encoders(self):
-        encoder = timm.create_model('vit_tiny_patch4_32_randsac', depth=1).train()
-        images = torch.randn(5, 3, 32, 32)
-        dataset = torch.utils.data.TensorDataset(images, torch.arange(5))
-        features, labels = extract_features(encoder, dataset, torch.device('cpu'), batch_size=2)
-        assert encoder.training and labels.tolist() == [0, 1, 2, 3, 4]
-        torch.testing.assert_close(torch.from_numpy(features), encoder.eval()(images))
-
-
-def test_loss_by_rank_takes_the_loss_apart():
-    model = timm.create_model('randsac_vit_tiny_patch4_32', depth=1, decoder_depth=1, serialization='random')
-    images = torch.randn(7, 3, 32, 32)
-    torch.manual_seed(1)
-    by_rank = plots.loss_by_rank(model, images, batch_size=7)
-    torch.manual_seed(1)
-    out = model.eval()(images)
-    assert by_rank.tokens.tolist() == [7] * 64
-    torch.testing.assert_close(by_rank.mean.mean().float(), out.loss, atol=1e-6, rtol=1e-5)
-    errors = (out.pred - out.target).square().mean(-1)
-    first = errors[out.ranks == 0].double()
-    torch.testing.assert_close(by_rank.mean[0], first.mean())
-    torch.testing.assert_close(by_rank.error[0], first.std(correction=0) / 7 ** 0.5)
-
-
-def test_loss_by_rank_begins_after_a_given_segment():
-    model = timm.create_model('randsac_vit_tiny_patch4_32', depth=1, decoder_depth=1, serialization='squares',
-                              segments=16, first_segment='given')
-    by_rank = plots.loss_by_rank(model, torch.randn(3, 3, 32, 32))
-    assert by_rank.tokens.tolist() == [3 * 4] * 15 and by_rank.mean.min() > 0
 
 
 class TestErrors:
@@ -343,13 +275,3 @@ class TestErrors:
         with pytest.raises(NonFiniteLoss, match=r'at step \d+ \(epoch \d, images \d+, .* of digits\): lower --lr'):
             pretrain(PretrainConfig(**settings))
         assert issubclass(NonFiniteLoss, UsageError)
-
-
-def test_bfloat16_only_where_it_is_native(monkeypatch):
-    cpu = torch.device('cpu')
-    assert runtime.resolve_precision('bfloat16', cpu) == 'bfloat16'
-    for check in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
-        monkeypatch.setattr(torch.cpu, check, lambda: False)
-    assert runtime.resolve_precision('auto', cpu) == 'float32'
-    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: True)
-    assert runtime.resolve_precision('auto', cpu) == 'bfloat16'

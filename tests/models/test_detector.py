@@ -1,6 +1,5 @@
 """Mask R-CNN on a ViT: windows, parts, and sizes that do not fit."""
 
-
 import pytest
 import timm
 import torch

@@ -1,6 +1,5 @@
 """UPerNet on an encoder: sizes, gradients, the loss."""
 
-
 import pytest
 import timm
 import torch

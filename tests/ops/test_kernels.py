@@ -15,7 +15,7 @@ from autoreg_vit.ops.triton import backward, forward, launches
 from autoreg_vit.ops.triton.launches import Launch, Plan
 from benchmarks.candidates import CANDIDATES, longest
 from benchmarks.ptx_equality import normal_ptx
-from tests.ops.test_ops import arguments, results
+from tests.support.attention import arguments, results
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 ARCHS = (80, 90, 100)

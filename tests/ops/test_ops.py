@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoreg_vit.errors import ModelError, ShapeError
+from autoreg_vit.errors import ModelError
 from autoreg_vit.ops import (
     IMPLEMENTATIONS,
     choose_implementation,
@@ -21,8 +21,10 @@ from autoreg_vit.ops import (
     set_implementation,
 )
 from autoreg_vit.serialization import blobs, memory_limits, sort_by_rank, source_limits
+from tests.support.attention import arguments, assert_near, expected_results, results
 
 PROPERTY = settings(max_examples=20, deadline=None, derandomize=True)
+
 SEEDS = st.integers(0, 2 ** 32 - 1)
 
 # B, Nq, Nk, H, D
@@ -37,7 +39,6 @@ SHAPES = [
     (1, 64, 17, 3, 5),
     (1, 17, 1, 1, 64),
 ]
-
 
 DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available()
 
@@ -57,7 +58,9 @@ def half(request, device):
 
 
 either_precision = pytest.mark.parametrize('precision', ['single', 'half'])
+
 every_implementation = pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+
 shapes = pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: 'x'.join(map(str, shape)))
 
 
@@ -65,54 +68,9 @@ def with_shapes(*implementations):
     return pytest.mark.parametrize('impl, shape', [
         pytest.param(impl, shape, id=f'{impl}-{"x".join(map(str, shape))}')
         for impl in implementations for shape in SHAPES if impl != 'triton' or shape[-1] in (32, 64)])
+
+
 scales = pytest.mark.parametrize('scale', [None, 0.3])
-
-
-def oracle(q, k, v, limits, *, scale=None):
-    """One query of one head at a time; without keys, the empty sum is zero."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    images = []
-    for b, row in enumerate(limits.tolist()):
-        queries = []
-        for i, visible in enumerate(row):
-            heads = []
-            for h in range(q.shape[2]):
-                scores = scale * (k[b, :visible, h] @ q[b, i, h])
-                heads.append(torch.exp(scores - scores.logsumexp(0)) @ v[b, :visible, h])
-            queries.append(torch.stack(heads))
-        images.append(torch.stack(queries))
-    return torch.stack(images)
-
-
-def arguments(shape, *, seed=0, dtype=torch.float32, device='cpu'):
-    """q, k, v, ragged limits that include 0 and all keys, and a gradient for the output."""
-    batch, queries, keys, heads, width = shape
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v, grad = (torch.randn(batch, n, heads, width, generator=generator).to(device, dtype)
-                     for n in (queries, keys, keys, queries))
-    limits = torch.randint(0, keys + 1, (batch, queries), generator=generator, dtype=torch.int32)
-    limits[0, queries // 2] = 0
-    limits[-1, queries // 3] = keys
-    return q, k, v, limits.to(device), grad
-
-
-def results(attention, q, k, v, limits, grad, **options):
-    """Output and gradients of q, k and v, in that order."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
-    out = attention(q, k, v, limits, **options)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.to(out.dtype))]
-
-
-def expected_results(q, k, v, limits, grad, **options):
-    """What the loop gives in float64, whatever the arguments' dtype."""
-    return results(oracle, q.double(), k.double(), v.double(), limits, grad, **options)
-
-
-def assert_near(actual, expected, tolerance):
-    for got, want in zip(actual, expected, strict=True):
-        assert got.shape == want.shape
-        torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
-
 
 # Against the loop
 
@@ -411,88 +369,3 @@ def test_arguments_are_left_as_they_were(impl, device):
     results(segment_attention, *args, impl=impl)
     for x, copy in zip(args, copies):
         assert torch.equal(x, copy)
-
-
-# Errors of use
-
-
-def changed(**changes):
-    """Valid arguments by name, some of them replaced."""
-    q, k, v, limits, _ = arguments((2, 3, 4, 2, 5))
-    return {'q': q, 'k': k, 'v': v, 'limits': limits, **changes}
-
-
-@pytest.mark.parametrize('changes, words', [
-    ({'q': torch.zeros(2, 3, 10)}, ['q (2, 3, 10)', '[B, Nq, H, D]']),
-    ({'q': torch.zeros(1, 3, 2, 5)}, ['q (1, 3, 2, 5)', 'k (2, 4, 2, 5)', 'same B, H and D']),
-    ({'q': torch.zeros(2, 3, 1, 5)}, ['q (2, 3, 1, 5)', 'same B, H and D']),
-    ({'q': torch.zeros(2, 3, 2, 6)}, ['q (2, 3, 2, 6)', 'same B, H and D']),
-    ({'k': torch.zeros(2, 4, 10)}, ['k (2, 4, 10)', '[B, Nk, H, D]']),
-    ({'k': torch.zeros(2, 5, 2, 5)}, ['k (2, 5, 2, 5)', 'v (2, 4, 2, 5)']),
-    ({'v': torch.zeros(2, 4, 2, 6)}, ['k (2, 4, 2, 5)', 'v (2, 4, 2, 6)']),
-    ({'v': torch.zeros(2, 1, 2, 5)}, ['v (2, 1, 2, 5)']),
-    ({'k': torch.zeros(2, 40), 'v': torch.zeros(2, 40)}, ['k (2, 40)', 'v (2, 40)']),
-    ({'limits': torch.zeros(2, 3, dtype=torch.int64)}, ['torch.int32', '(2, 3)', 'got torch.int64', 'source_limits']),
-    ({'limits': torch.zeros(2, 3)}, ['torch.int32', 'got torch.float32']),
-    ({'limits': torch.zeros(2, 3, dtype=torch.bool)}, ['torch.int32', 'got torch.bool']),
-    ({'limits': torch.zeros(2, 4, dtype=torch.int32)}, ['shape (2, 3)', 'got torch.int32 (2, 4)', 'memory_limits']),
-    ({'limits': torch.zeros(1, 3, dtype=torch.int32)}, ['shape (2, 3)', '(1, 3)']),
-    ({'limits': torch.zeros(3, dtype=torch.int32)}, ['shape (2, 3)', '(3,)']),
-    ({'limits': torch.zeros(2, 2, 3, dtype=torch.int32)}, ['shape (2, 3)', '(2, 2, 3)']),
-    ({'q': torch.zeros(2, 3, 2, 5, dtype=torch.bfloat16)}, ['one dtype', 'torch.bfloat16', 'torch.float32']),
-    ({'k': torch.zeros(2, 4, 2, 5, dtype=torch.float64)}, ['one dtype', 'torch.float64', 'torch.float32']),
-    ({'v': torch.zeros(2, 4, 2, 5, dtype=torch.float16)}, ['one dtype', 'torch.float16', 'torch.float32']),
-    ({'q': torch.zeros(2, 3, 2, 5, device='meta')}, ['one device', 'meta', 'cpu']),
-    ({'limits': torch.zeros(2, 3, dtype=torch.int32, device='meta')}, ['one device', 'meta', 'cpu']),
-])
-@pytest.mark.parametrize('impl', ['auto', *IMPLEMENTATIONS])
-def test_tensors_that_do_not_fit_together(impl, changes, words):
-    with pytest.raises(ShapeError) as caught:
-        segment_attention(**changed(**changes), impl=impl)
-    assert isinstance(caught.value, ValueError)
-    for word in words:
-        assert word in str(caught.value)
-
-
-def test_packed_layouts_are_checked_too():
-    limits = torch.zeros(2, 3, dtype=torch.int32)
-    with pytest.raises(ShapeError, match='limits must be'):
-        segment_attention_qkvpacked(torch.zeros(2, 4, 3, 2, 5), limits)
-    with pytest.raises(ShapeError, match='limits must be'):
-        segment_attention_kvpacked(torch.zeros(2, 3, 2, 5), torch.zeros(2, 4, 2, 2, 5), limits.long())
-    with pytest.raises(ShapeError, match='same B, H and D'):
-        segment_attention_kvpacked(torch.zeros(2, 3, 2, 5), torch.zeros(2, 4, 2, 2, 6), limits)
-
-
-@pytest.mark.parametrize('shape', [(2, 3, 2, 2, 5), (2, 3, 4, 2, 5), (2, 3, 30)], ids=str)
-def test_a_qkv_axis_of_the_wrong_size(shape):
-    with pytest.raises(ShapeError):
-        segment_attention_qkvpacked(torch.zeros(shape), torch.zeros(2, 3, dtype=torch.int32))
-
-
-@pytest.mark.parametrize('shape', [(2, 4, 1, 2, 5), (2, 4, 3, 2, 5), (2, 4, 20)], ids=str)
-def test_a_kv_axis_of_the_wrong_size(shape):
-    with pytest.raises(ShapeError):
-        segment_attention_kvpacked(torch.zeros(2, 3, 2, 5), torch.zeros(shape), torch.zeros(2, 3, dtype=torch.int32))
-
-
-@pytest.mark.parametrize('name, words', [
-    ('spda', "Did you mean 'sdpa'"),
-    ('eagre', "Did you mean 'eager'"),
-    ('Auto', "Did you mean 'auto'"),
-    ('flash', 'Known: auto, eager'),
-    ('api', 'Unknown implementation'),
-])
-def test_an_unknown_implementation(name, words):
-    q, k, v, limits, _ = arguments((2, 3, 3, 2, 5))
-    calls = [
-        lambda: segment_attention(q, k, v, limits, impl=name),
-        lambda: segment_attention_qkvpacked(torch.stack([q, k, v], dim=2), limits, impl=name),
-        lambda: segment_attention_kvpacked(q, torch.stack([k, v], dim=2), limits, impl=name),
-    ]
-    for call in calls:
-        with pytest.raises(ModelError) as caught:
-            call()
-        assert isinstance(caught.value, ValueError)
-        assert repr(name) in str(caught.value)
-        assert words in str(caught.value)

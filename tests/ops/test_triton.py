@@ -22,7 +22,7 @@ from autoreg_vit.errors import ModelError
 from autoreg_vit.ops import segment_attention, segment_attention_kvpacked, segment_attention_qkvpacked
 from autoreg_vit.ops import triton as kernels
 from autoreg_vit.serialization import Layout, Serialization
-from tests.ops.test_ops import arguments, assert_near, expected_results, results
+from tests.support.attention import arguments, assert_near, expected_results, results
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # The interpreter multiplies bfloat16 wrongly (triton #11584).

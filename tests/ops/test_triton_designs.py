@@ -18,7 +18,7 @@ from autoreg_vit.ops.triton.bordered import bordered_backward, bordered_forward
 from autoreg_vit.ops.triton.launches import Launch
 from autoreg_vit.ops.triton.two_heads import two_heads_backward, two_heads_forward
 from tests.ops.test_kernels import assert_as_good, limits_of, name_of
-from tests.ops.test_ops import arguments, results
+from tests.support.attention import arguments, results
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # The interpreter multiplies bfloat16 wrongly (triton #11584).

@@ -17,8 +17,8 @@ from autoreg_vit.ops import triton as kernels
 from autoreg_vit.ops.packing import split
 from autoreg_vit.ops.triton import addressing
 from benchmarks import host_cost
-from tests.ops.test_ops import arguments, assert_near, expected_results
 from tests.ops.test_triton import DEVICE, attention, on_a_gpu
+from tests.support.attention import arguments, assert_near, expected_results
 
 
 def packed(packing, q, k, v):

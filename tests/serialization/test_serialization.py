@@ -1,17 +1,15 @@
-"""Ranks, order and limits against plain definitions of the papers, evaluated one token and one Gaussian at a time."""
+"""Ranks of every serialization, against plain definitions of the papers, one token and one Gaussian at a time."""
 
 import inspect
 import itertools
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from autoreg_vit.errors import SerializationError, ShapeError
 from autoreg_vit.serialization import (
     _SERIALIZATIONS,
     Serialization,
@@ -24,53 +22,16 @@ from autoreg_vit.serialization import (
     source_limits,
     squares,
 )
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
-SEEDS = st.integers(0, 2 ** 32 - 1)
-GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 7))
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def tiling_counts(grid):
-    """Numbers of equal squares that tile the grid, from the finest, a single square left out."""
-    height, width = grid
-    sides = [side for side in range(1, min(grid) + 1) if height % side == 0 and width % side == 0]
-    return [height * width // side ** 2 for side in sides if height * width > side ** 2]
-
-
-@st.composite
-def serializations(draw, names=('raster', 'random', 'squares', 'blobs')):
-    """Any serialization that its grid admits, hierarchies included."""
-    name = draw(st.sampled_from(names))
-    if name in ('raster', 'random'):
-        return Serialization(name, draw(GRIDS))
-    grid = draw(GRIDS.filter(lambda g: g[0] * g[1] > 1))
-    possible = tiling_counts(grid) if name == 'squares' else range(2, min(grid[0] * grid[1], 12) + 1)
-    counts = draw(st.sets(st.sampled_from(possible), min_size=1, max_size=3))
-    return Serialization(name, grid, tuple(sorted(counts, reverse=True)), draw(st.booleans()))
-
-
-def groups_by_rank(row):
-    """Tokens of each rank, in the order of prediction."""
-    groups = [[] for _ in range(max(row) + 1)]
-    for token, rank in enumerate(row):
-        groups[rank].append(token)
-    return groups
-
-
-def same_partition(left, right):
-    """Whether two labellings put the same items together, whatever the labels are called."""
-    return len(set(zip(left, right))) == len(set(left)) == len(set(right))
-
-
-def contiguous(labels):
-    """Whether no label is left and then entered again."""
-    runs = [label for label, _ in itertools.groupby(labels)]
-    return len(runs) == len(set(runs))
-
+from tests.support.rankings import (
+    GRIDS,
+    PROPERTY,
+    SEEDS,
+    contiguous,
+    groups_by_rank,
+    same_partition,
+    seeded,
+    serializations,
+)
 
 # Every serialization
 
@@ -87,7 +48,6 @@ def test_ranks_are_int64_dense_and_reproducible_and_leave_the_global_generator_a
         assert set(row) == set(range(max(row) + 1))
     assert torch.equal(serialization(batch, generator=seeded(seed)), ranks)
     check_ranks(ranks, batch, math.prod(serialization.grid))
-
 
 RANDOM = [
     Serialization('random', (7, 9)),
@@ -433,239 +393,3 @@ def test_shuffle_breaks_coherence(name, segments):
                        for shuffle in (False, True))
     assert share_of_equal_neighbours(shuffled) == pytest.approx(share_of_equal_pairs(shuffled), abs=0.01)
     assert share_of_equal_neighbours(plain) > 2 * share_of_equal_neighbours(shuffled)
-
-
-# Order and limits
-
-
-def any_ranks(tokens=20):
-    """Ranks with ties, one list a row; not always dense."""
-    return st.tuples(st.integers(1, 6), st.integers(1, tokens)).flatmap(
-        lambda size: st.lists(st.lists(st.integers(0, 6), min_size=size[1], max_size=size[1]),
-                              min_size=size[0], max_size=size[0])).map(torch.tensor)
-
-
-def mask_of(limits, keys):
-    """The dense mask that limits stand for, 1 where a query sees a key."""
-    return (torch.arange(keys) < limits[..., None]).int()
-
-
-@PROPERTY
-@given(any_ranks())
-def test_order_sorts_the_ranks_and_keeps_raster_order_inside_a_segment(ranks):
-    order, sorted_ranks = sort_by_rank(ranks)
-    assert torch.equal(sorted_ranks, ranks.gather(1, order))
-    for row, got in zip(ranks.tolist(), order.tolist()):
-        assert got == sorted(range(len(row)), key=lambda token: row[token])
-
-
-@PROPERTY
-@given(any_ranks(), st.sampled_from([0, 1, 3]))
-def test_source_limits_count_ranks_up_to_mine(ranks, prefix):
-    order, sorted_ranks = sort_by_rank(ranks)
-    limits = source_limits(sorted_ranks, prefix)
-    assert limits.dtype == torch.int32
-    for b, row in enumerate(ranks.tolist()):
-        counts = [prefix + sum(other <= row[token] for other in row) for token in order[b].tolist()]
-        assert limits[b].tolist() == [prefix] * prefix + counts
-    visible = sorted_ranks[:, None] <= sorted_ranks[:, :, None]
-    assert torch.equal(mask_of(limits, prefix + ranks.shape[1])[:, prefix:, prefix:], visible.int())
-
-
-@PROPERTY
-@given(any_ranks(), st.sampled_from([0, 1, 3]), st.sampled_from(['self', 'none']))
-def test_memory_limits_count_ranks_before_mine(ranks, prefix, first_segment):
-    order, sorted_ranks = sort_by_rank(ranks)
-    limits = memory_limits(sorted_ranks, first_segment, prefix)
-    assert limits.dtype == torch.int32
-    for b, row in enumerate(ranks.tolist()):
-        counts = [sum(other < row[token] for other in row) for token in order[b].tolist()]
-        if first_segment == 'self':
-            counts = [count or row.count(min(row)) for count in counts]
-        assert limits[b].tolist() == [prefix + count for count in counts]
-
-
-def test_by_default_the_first_segment_has_no_memory_and_nothing_stands_in_front():
-    assert memory_limits(torch.tensor([[0, 0, 1]])).tolist() == [[0, 0, 2]]
-    assert source_limits(torch.tensor([[0, 0, 1]])).tolist() == [[2, 2, 3]]
-
-
-def test_masks_of_randsac_figure_4():
-    """Four tokens in three segments, of one, two and one token."""
-    order, sorted_ranks = sort_by_rank(torch.tensor([[1, 2, 0, 1]]))
-    assert order.tolist() == [[2, 0, 3, 1]]
-    assert mask_of(source_limits(sorted_ranks), 4).tolist() == [[
-        [1, 0, 0, 0],
-        [1, 1, 1, 0],
-        [1, 1, 1, 0],
-        [1, 1, 1, 1],
-    ]]
-    assert mask_of(memory_limits(sorted_ranks, 'self'), 4).tolist() == [[
-        [1, 0, 0, 0],
-        [1, 0, 0, 0],
-        [1, 0, 0, 0],
-        [1, 1, 1, 0],
-    ]]
-    assert mask_of(memory_limits(sorted_ranks, 'none'), 4).tolist() == [[
-        [0, 0, 0, 0],
-        [1, 0, 0, 0],
-        [1, 0, 0, 0],
-        [1, 1, 1, 0],
-    ]]
-
-
-def test_masks_of_a_small_saim_image():
-    """Three tokens visited 2, 0, 1 behind a class token that sees itself alone."""
-    _, sorted_ranks = sort_by_rank(torch.tensor([[1, 2, 0]]))
-    assert mask_of(source_limits(sorted_ranks, prefix=1), 4).tolist() == [[
-        [1, 0, 0, 0],
-        [1, 1, 0, 0],
-        [1, 1, 1, 0],
-        [1, 1, 1, 1],
-    ]]
-    assert mask_of(memory_limits(sorted_ranks, 'none', prefix=1), 4).tolist() == [[
-        [1, 0, 0, 0],
-        [1, 1, 0, 0],
-        [1, 1, 1, 0],
-    ]]
-
-
-@PROPERTY
-@given(st.integers(1, 6), st.integers(1, 40), SEEDS)
-def test_masks_of_saim_equation_3_with_a_class_token_in_front(batch, tokens, seed):
-    noise = np.random.default_rng(seed).random((batch, tokens))
-    ranks = torch.from_numpy(noise.argsort(axis=1).argsort(axis=1))
-    order, sorted_ranks = sort_by_rank(ranks)
-    content_limits = source_limits(sorted_ranks, prefix=1)
-    query_limits = memory_limits(sorted_ranks, 'none', prefix=1)
-    for b, r in enumerate(noise):
-        content = np.ones((tokens + 1, tokens + 1), dtype=np.int32)
-        content[0, 1:] = 0
-        content[1:, 1:] = r[:, None] >= r[None, :]
-        query = content.copy()
-        query[range(1, tokens + 1), range(1, tokens + 1)] = 0
-        # The dense masks are in raster order, the limits in the order of prediction.
-        behind = [0, *(order[b] + 1).tolist()]
-        assert (mask_of(content_limits[b], tokens + 1).numpy() == content[behind][:, behind]).all()
-        assert (mask_of(query_limits[b], tokens + 1).numpy() == query[behind[1:]][:, behind]).all()
-
-
-# Errors of use
-
-
-def assert_says(caught, *words):
-    assert isinstance(caught.value, ValueError)
-    for word in words:
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize('name, grid, segments, words', [
-    ('blobs', (3, 4), 13, ['13 segments', '3 x 4', 'at most 12']),
-    ('blobs', (3, 4), (13, 2), ['13 segments', 'at most 12']),
-    ('squares', (2, 2), 16, ['16 segments', 'at most 4']),
-    ('blobs', (8, 8), (5, 11), ['(5, 11)', 'fine to coarse', 'Write (11, 5)']),
-    ('blobs', (8, 8), (11, 5, 7), ['(11, 5, 7)', 'fine to coarse']),
-    ('blobs', (8, 8), (11, 5, 5), ['(11, 5, 5)', 'fewer segments']),
-    ('squares', (8, 8), (4, 16), ['(4, 16)', 'fine to coarse']),
-    ('squares', (8, 8), (4, 4), ['(4, 4)', 'fewer segments']),
-    ('blobs', (8, 8), (), ['segments=()', 'such as 11 or (11, 5)']),
-    ('squares', (8, 8), [], ['segments=[]', 'such as 11 or (11, 5)']),
-    ('blobs', (8, 8), None, ['segments=None', 'such as 11 or (11, 5)']),
-    ('blobs', (8, 8), '11', ["segments='11'", 'such as 11 or (11, 5)']),
-    ('blobs', (8, 8), True, ['segments=True', 'such as 11 or (11, 5)']),
-    ('blobs', (8, 8), 11.0, ['segments=11.0', 'such as 11 or (11, 5)']),
-    ('blobs', (8, 8), 0, ['got 0', 'whole number of at least 2']),
-    ('blobs', (8, 8), -3, ['got -3', 'whole number of at least 2']),
-    ('blobs', (8, 8), 1, ['got 1 ', 'whole number of at least 2']),
-    ('squares', (8, 8), (16, 1), ['got 1 ', '(16, 1)', 'whole number of at least 2']),
-    ('squares', (8, 8), 0, ['got 0', 'whole number of at least 2']),
-    ('blobs', (8, 8), (11, 5.0), ['got 5.0', '(11, 5.0)', 'whole number of at least 2']),
-    ('blobs', (8, 8), (11, True), ['got True', 'whole number of at least 2']),
-    ('blobs', (8, 8), ('11', '5'), ["got '11'", 'whole number of at least 2']),
-    ('squares', (8, 8), 11, ['11 squares', '8 x 8', 'Possible here: 64, 16, 4.', 'Blobs take any number']),
-    ('squares', (8, 8), (16, 8), ['8 squares', 'Possible here: 64, 16, 4.']),
-    ('squares', (4, 6), 4, ['4 squares', '4 x 6', 'Possible here: 24, 6.']),
-    ('squares', (13, 13), 4, ['4 squares', '13 x 13', 'Possible here: 169.']),
-    ('squares', (3, 12), 9, ['9 squares', '3 x 12', 'Possible here: 36, 4.']),
-])
-def test_segments_that_cannot_be_drawn(name, grid, segments, words):
-    with pytest.raises(SerializationError) as caught:
-        Serialization(name, grid, segments)
-    assert_says(caught, *words)
-    with pytest.raises(SerializationError) as caught:
-        {'squares': squares, 'blobs': blobs}[name](2, grid, segments)
-    assert_says(caught, *words)
-
-
-@PROPERTY
-@given(GRIDS.filter(lambda g: g[0] * g[1] > 1), st.data())
-def test_squares_draw_every_count_that_tiles_and_list_them_for_the_others(grid, data):
-    count = data.draw(st.integers(2, grid[0] * grid[1]))
-    possible = tiling_counts(grid)
-    if count in possible:
-        assert squares(1, grid, count).amax().item() == count - 1
-        return
-    with pytest.raises(SerializationError) as caught:
-        squares(1, grid, count)
-    listed = re.search(r'Possible here: ([\d, ]+)\.', str(caught.value))[1]
-    assert [int(number) for number in listed.split(', ')] == possible
-
-
-@pytest.mark.parametrize('name', ['raster', 'random'])
-@pytest.mark.parametrize('options, word', [({'segments': 11}, '11'), ({'segments': (11, 5)}, '(11, 5)'),
-                                           ({'segments': ()}, '()'), ({'shuffle': True}, 'shuffle (got True)')])
-def test_single_tokens_take_no_segments(name, options, word):
-    with pytest.raises(SerializationError) as caught:
-        Serialization(name, (8, 8), **options)
-    assert_says(caught, repr(name), word, 'Use squares or blobs')
-
-
-@pytest.mark.parametrize('name, near', [('blob', 'blobs'), ('square', 'squares'), ('Raster', 'raster'),
-                                        ('rand', 'random')])
-def test_an_unknown_name_suggests_a_near_one(name, near):
-    with pytest.raises(SerializationError) as caught:
-        Serialization(name, (8, 8), 4)
-    assert_says(caught, repr(name), f'Did you mean {near!r}')
-
-
-def test_an_unknown_name_far_from_all_lists_them():
-    with pytest.raises(SerializationError) as caught:
-        Serialization('zigzag', (8, 8))
-    assert_says(caught, "'zigzag'", 'blobs, prefix_raster, random, raster, squares')
-
-
-@pytest.mark.parametrize('grid', [(0, 3), (3, 0), (-1, 3)])
-@pytest.mark.parametrize('draw', [
-    lambda grid: raster(2, grid),
-    lambda grid: random(2, grid),
-    lambda grid: squares(2, grid, 4),
-    lambda grid: blobs(2, grid, 4),
-], ids=['raster', 'random', 'squares', 'blobs'])
-def test_an_empty_grid(draw, grid):
-    with pytest.raises(ShapeError) as caught:
-        draw(grid)
-    assert_says(caught, str(grid), 'at least one row and one column')
-
-
-@pytest.mark.parametrize('first_segment', ['both', 'Self', '', None, True])
-def test_an_unknown_rule_for_the_first_segment(first_segment):
-    with pytest.raises(SerializationError) as caught:
-        memory_limits(torch.tensor([[0, 1]]), first_segment)
-    assert_says(caught, f'got {first_segment!r}', "'self', 'none' or 'given'")
-
-
-@pytest.mark.parametrize('ranks, got', [
-    (torch.zeros(2, 5, dtype=torch.int64), 'torch.int64 (2, 5)'),
-    (torch.zeros(3, 4, dtype=torch.int64), 'torch.int64 (3, 4)'),
-    (torch.zeros(4, dtype=torch.int64), 'torch.int64 (4,)'),
-    (torch.zeros(2, 4, 1, dtype=torch.int64), 'torch.int64 (2, 4, 1)'),
-    (torch.zeros(2, 4, dtype=torch.int32), 'torch.int32 (2, 4)'),
-    (torch.zeros(2, 4), 'torch.float32 (2, 4)'),
-    (np.zeros((2, 4), dtype=np.int64), 'ndarray'),
-    ([[0, 1, 2, 3]] * 2, 'list'),
-    (None, 'NoneType'),
-])
-def test_ranks_of_the_wrong_kind(ranks, got):
-    with pytest.raises(ShapeError) as caught:
-        check_ranks(ranks, 2, 4)
-    assert_says(caught, 'torch.int64', '(2, 4)', f'got {got}', 'draw_ranks')

@@ -54,6 +54,7 @@ class Plan(NamedTuple):
 
 @functools.cache
 def table() -> list[dict[str, Any]]:
+    """The rows of launches.json."""
     return json.loads(TABLE.read_text())['launches']
 
 
