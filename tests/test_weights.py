@@ -128,7 +128,7 @@ class TestDefaults:
         assert records[0] == records[1]
 
     def test_they_fit_a_wheel(self):
-        """PyPI takes files of up to 100 MB. Above it, model.safetensors of a tag moves to the Hub, as hub/README.md says."""
+        """PyPI takes files of up to 100 MB. Above it, a model.safetensors moves to the Hub, as hub/README.md says."""
         root = REPOSITORY / 'weights'
         assert sum(path.stat().st_size for path in root.rglob('*') if path.is_file()) < 100e6
 
