@@ -1,3 +1,5 @@
+"""`python -m autoreg_vit` is the command autoreg-vit."""
+
 import sys
 
 from .commands.cli import main

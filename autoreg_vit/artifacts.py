@@ -1,4 +1,11 @@
-"""SHA-256 checksums as `sha256sum` writes and checks them: PATH.sha256 beside one file, or SHA256SUMS for a folder."""
+"""The one place that writes files: what a power cut, a full disk or a stopped process leaves is whole, or is what was
+there before, and everybody may read it.
+
+Text, JSON, tensors and what torch.save makes are written beside their place and moved there; folders are written
+elsewhere and take their places together (`replaced`). Checksums are SHA-256 as `sha256sum` writes and checks them:
+PATH.sha256 beside one file, or SHA256SUMS for a folder. Whatever keeps a file from being written is a CheckpointError
+that says why, by `writing` where a function does not raise it itself.
+"""
 
 import errno
 import hashlib
@@ -10,15 +17,207 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import CheckpointError, UsageError
 
-SUMS = 'SHA256SUMS'
+#: What a folder of weights holds, as timm reads it, and the checksums of a folder's files.
+CONFIG, WEIGHTS, SUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
+#: Errors of a system that has no room for a file.
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+N = TypeVar('N', bound='Configured')
+
+
+class Configured(Protocol):
+    """A network that a folder of its own describes.
+
+    Attributes:
+        config: The content of its config.json.
+    """
+    config: dict[str, Any]
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> Any:
+        """Take weights."""
+
+    def eval(self: N) -> N:
+        """Be for evaluation from here on."""
+
+
+def save_tensors(
+        path: Path,
+        tensors: dict[str, torch.Tensor],
+        metadata: dict[str, str] | None = None,
+        checksum: bool = True,
+) -> None:
+    """Write tensors as safetensors, and PATH.sha256 beside them.
+
+    Args:
+        path: File to write, replaced once the new one is whole.
+        tensors: By name, on any device; none may share memory with another.
+        metadata: Texts to keep with them.
+        checksum: False where SHA256SUMS of the folder, or whoever wrote it, names the file.
+
+    Raises:
+        OSError, SafetensorError: as `writing` takes them.
+    """
+    scratch = path.with_name(path.name + '.new')
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+    scratch.chmod(0o644)  # safetensors leaves 0600
+    os.replace(scratch, path)
+    if checksum:
+        write_checksum(path)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a text file, on disk before it takes the place of the one before it."""
+    scratch = path.with_name(path.name + '.new')
+    with scratch.open('w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file for people too: a list of numbers stands on one line."""
+    text = json.dumps(content, indent=2)
+    write_synced(path, re.sub(r'\[[^][{}]*\]', lambda match: ' '.join(match[0].split()), text) + '\n')
+
+
+def write_config(path: Path, content: dict[str, Any]) -> None:
+    """Write config.json as timm and the Hub have it, each number of a list on a line."""
+    write_synced(path, json.dumps(content, indent=2) + '\n')
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file and its checksum, both on disk when this returns; a failed write leaves neither.
+
+    Args:
+        path: File to write, replaced if it exists.
+        write: Gets the open file, of which it may call `write` and `flush` alone.
+
+    Raises:
+        CheckpointError: for a target that is no regular file, and for a write that failed.
+    """
+    check_regular(path)
+    try:
+        with path.open('wb') as raw:
+            file = HashingFile(raw)
+            try:
+                write(cast(BinaryIO, file))
+            except Exception:
+                if file.error is None:
+                    raise
+            if file.error is not None:
+                raise file.error
+            raw.flush()
+            os.fsync(raw.fileno())
+        write_checksum(path, file.sha256.hexdigest())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+@contextmanager
+def replaced(*folders: Path) -> Iterator[tuple[Path, ...]]:
+    """Paths to write folders of one parent to; they take their places once all are written and on disk, so that a
+    stopped export or a power cut leaves the last ones whole."""
+    parent = folders[0].parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f'.{folders[0].name}-') as scratch:
+        new = tuple(Path(scratch) / folder.name for folder in folders)
+        yield new
+        for folder in new:
+            for path in (*folder.iterdir(), folder):
+                sync(path)
+        for folder, written in zip(folders, new):
+            if folder.exists():
+                os.replace(folder, Path(scratch) / f'old-{folder.name}')
+            os.replace(written, folder)
+        sync(parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the renames in a folder, on disk, where the system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of writing to `path` inside into CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise write_error(Path(getattr(error, 'filename', None) or path), error) from error
+
+
+def write_error(path: Path, error: Exception) -> CheckpointError:
+    """What to say when `path` cannot be written."""
+    number = getattr(error, 'errno', None)
+    found = re.search(r'os error (\d+)', str(error))  # as safetensors says it
+    if number is None and found:
+        number = int(found[1])
+    if number in OUT_OF_SPACE:
+        return CheckpointError(
+            f'The disk is full or a quota is reached: cannot write {path} ({os.strerror(number)}). The last good '
+            'checkpoint is kept: free some space and run the same command again.')
+    reason = os.strerror(number) if number else ' '.join(str(error).split())
+    return CheckpointError(f'Cannot write {path}: {reason}. The last good checkpoint is kept.')
+
+
+def check_regular(path: Path) -> None:
+    """Raise CheckpointError for what a write would replace or fill that is no file: a link, a folder, a device."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = {stat.S_IFLNK: 'a symbolic link', stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe'}.get(
+            stat.S_IFMT(mode), 'a device or socket')
+        raise CheckpointError(f'{path} is {kind}, not a regular file: move it away or name another --output-dir.')
+
+
+_check_regular = check_regular
+
+
+class HashingFile:
+    """A file that hashes what is written to it, and keeps the first error for after: torch.save is C++, which turns an
+    exception in the middle of a write into a message about file positions."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, block: bytes) -> int:
+        if self.error is None:
+            try:
+                self.file.write(block)
+                self.sha256.update(block)
+            except OSError as error:
+                self.error = error
+        return len(block)
+
+    def flush(self) -> None:
+        if self.error is None:
+            try:
+                self.file.flush()
+            except OSError as error:
+                self.error = error
 
 
 def checksum_path(path: Path) -> Path:
@@ -60,156 +259,12 @@ def verify_checksum(path: Path, remedy: str = 'Get a whole copy of it.') -> None
 
 
 def sha256_of(path: Path) -> str:
+    """The digest of a file."""
     digest = hashlib.sha256()
     with Path(path).open('rb') as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a text file, on disk before it takes the place of the one before it."""
-    scratch = path.with_name(path.name + '.new')
-    with scratch.open('w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the renames in a folder, on disk, where the system can."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file and its checksum, both on disk when this returns; a failed write leaves neither.
-
-    Args:
-        path: File to write, replaced if it exists.
-        write: Gets the open file.
-
-    Raises:
-        CheckpointError: for a target that is no regular file, and for a write that failed.
-    """
-    _check_regular(path)
-    try:
-        with path.open('wb') as raw:
-            file = HashingFile(raw)
-            try:
-                write(file)
-            except Exception:
-                if file.error is None:
-                    raise
-            if file.error is not None:
-                raise file.error
-            raw.flush()
-            os.fsync(raw.fileno())
-        write_checksum(path, file.sha256.hexdigest())
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise write_error(path, error) from error
-
-
-def write_error(path: Path, error: Exception) -> CheckpointError:
-    """What to say when `path` cannot be written."""
-    number = getattr(error, 'errno', None)
-    if number is None and (found := re.search(r'os error (\d+)', str(error))):  # as safetensors says it
-        number = int(found[1])
-    if number in OUT_OF_SPACE:
-        return CheckpointError(
-            f'The disk is full or a quota is reached: cannot write {path} ({os.strerror(number)}). The last good '
-            'checkpoint is kept: free some space and run the same command again.')
-    reason = os.strerror(number) if number else ' '.join(str(error).split())
-    return CheckpointError(f'Cannot write {path}: {reason}. The last good checkpoint is kept.')
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the errors of writing to `path` inside into CheckpointError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise write_error(Path(getattr(error, 'filename', None) or path), error) from error
-
-
-class HashingFile:
-    """A file that hashes what is written to it, and keeps the first error for after: torch.save is C++, which turns an
-    exception in the middle of a write into a message about file positions."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.sha256, self.error = file, hashlib.sha256(), None
-
-    def write(self, block) -> int:
-        if self.error is None:
-            try:
-                self.file.write(block)
-                self.sha256.update(block)
-            except OSError as error:
-                self.error = error
-        return len(block)
-
-    def flush(self) -> None:
-        if self.error is None:
-            try:
-                self.file.flush()
-            except OSError as error:
-                self.error = error
-
-
-def _check_regular(path: Path) -> None:
-    """Raise CheckpointError for what a write would replace or fill that is no file: a link, a folder, a device."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(mode):
-        kind = {stat.S_IFLNK: 'a symbolic link', stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe'}.get(
-            stat.S_IFMT(mode), 'a device or socket')
-        raise CheckpointError(f'{path} is {kind}, not a regular file: move it away or name another --output-dir.')
-
-
-@contextmanager
-def replaced(*folders: Path) -> Iterator[tuple[Path, ...]]:
-    """Paths to write folders of one parent to; they take their places once all are written and on disk, so that a
-    stopped export or a power cut leaves the last ones whole."""
-    parent = folders[0].parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f'.{folders[0].name}-') as scratch:
-        new = tuple(Path(scratch) / folder.name for folder in folders)
-        yield new
-        for folder in new:
-            for path in (*folder.iterdir(), folder):
-                sync(path)
-        for folder, written in zip(folders, new):
-            if folder.exists():
-                os.replace(folder, Path(scratch) / f'old-{folder.name}')
-            os.replace(written, folder)
-        sync(parent)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    scratch = path.with_name(path.name + '.new')
-    text = json.dumps(content, indent=2)
-    rows = re.sub(r'\[[^][{}]*\]', lambda match: ' '.join(match[0].split()), text)  # a list of numbers on one line
-    scratch.write_text(rows + '\n', encoding='utf-8')
-    os.replace(scratch, path)
-
-N = TypeVar('N', bound=nn.Module)
-
-CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 
 
 def save_network(model: nn.Module, folder: str | Path, config: dict[str, Any]) -> None:
@@ -222,10 +277,8 @@ def save_network(model: nn.Module, folder: str | Path, config: dict[str, Any]) -
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors leaves 0600
-    write_checksum(folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    save_tensors(folder / WEIGHTS, model.state_dict())
+    write_config(folder / CONFIG, config)
 
 
 def load_network(folder: str | Path, build: Callable[[dict[str, Any]], N], kind: str, command: str) -> N:

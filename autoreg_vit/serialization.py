@@ -11,15 +11,13 @@ All functions are vectorised over the batch, run on any device without synchroni
 `generator` (PyTorch's default generator of the device where none is given).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from numbers import Integral
 
 import torch
 
 from .errors import SerializationError, ShapeError, suggest
+from .grids import check_segments, count_tokens, span, square_side, token_points
 
 __all__ = [
     'Layout', 'Serialization', 'blobs', 'check_ranks', 'memory_limits', 'prefix_raster', 'random', 'raster',
@@ -39,7 +37,7 @@ def raster(
     Returns:
         Ranks, int64 [batch, grid[0] * grid[1]].
     """
-    return torch.arange(_tokens(grid), device=device).expand(batch, -1).contiguous()
+    return torch.arange(count_tokens(grid), device=device).expand(batch, -1).contiguous()
 
 
 def prefix_raster(
@@ -56,7 +54,7 @@ def prefix_raster(
     Returns:
         Ranks, int64 [batch, grid[0] * grid[1]].
     """
-    tokens = _tokens(grid)
+    tokens = count_tokens(grid)
     draw = _uniform(batch, 1, generator=generator, device=device)
     length = 1 + (draw * (tokens - 1)).long().clamp(max=max(tokens - 2, 0))
     return (torch.arange(tokens, device=device) - (length - 1)).clamp(min=0)
@@ -74,7 +72,7 @@ def random(
     Returns:
         Ranks, int64 [batch, grid[0] * grid[1]].
     """
-    return _permutations(batch, _tokens(grid), generator, device)
+    return _permutations(batch, count_tokens(grid), generator, device)
 
 
 def squares(
@@ -104,13 +102,13 @@ def squares(
     Raises:
         SerializationError: if the squares do not tile the grid or the hierarchy does not shrink.
     """
-    segments = _check_segments('squares', segments, grid)
+    segments = check_segments('squares', segments, grid)
     height, width = grid
     # Token centres in units of tokens, so that centres of squares are exact.
-    points = _token_points(torch.arange(height, device=device) + 0.5, torch.arange(width, device=device) + 0.5)
+    points = token_points(torch.arange(height, device=device) + 0.5, torch.arange(width, device=device) + 0.5)
 
     def assign(points: torch.Tensor, count: int) -> torch.Tensor:
-        side = _square_side(count, grid)
+        side = square_side(count, grid)
         cell = (points / side).floor().long()
         return cell[..., 0] * (width // side) + cell[..., 1]
 
@@ -148,8 +146,8 @@ def blobs(
     Raises:
         SerializationError: if there are more segments than tokens or the hierarchy does not shrink.
     """
-    segments = _check_segments('blobs', segments, grid)
-    points = _token_points(*(_span(size, device) for size in grid))
+    segments = check_segments('blobs', segments, grid)
+    points = token_points(*(span(size, device) for size in grid))
 
     def assign(points: torch.Tensor, count: int) -> torch.Tensor:
         draws = _uniform(batch, 1, count, 4, generator=generator, device=device)
@@ -182,18 +180,18 @@ class Serialization:
     shuffle: bool = False
     segment_order: str = 'random'
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in _SERIALIZATIONS:
             raise SerializationError(
                 f'Unknown serialization {self.name!r}. {suggest(str(self.name), list(_SERIALIZATIONS))}')
-        _tokens(self.grid)
+        count_tokens(self.grid)
         if self.segment_order not in ('random', 'raster'):
             raise SerializationError(f"segment_order is 'random' or 'raster', got {self.segment_order!r}.")
         if self.segment_order == 'raster' and self.shuffle:
             raise SerializationError("segment_order='raster' goes by where segments are, and shuffle=True scatters "
                                      'their tokens: leave one of them out.')
         if self.name in _SEGMENTED:
-            object.__setattr__(self, 'segments', _check_segments(self.name, self.segments, self.grid))
+            object.__setattr__(self, 'segments', check_segments(self.name, self.segments, self.grid))
         elif self.segments is not None or self.shuffle or self.segment_order != 'random':
             raise SerializationError(
                 f'serialization={self.name!r} predicts single tokens: it takes neither segments '
@@ -208,23 +206,23 @@ class Serialization:
             device: torch.device | str | None = None,
     ) -> torch.Tensor:
         """Ranks, int64 [batch, N]."""
-        options = {}
-        if self.name in _SEGMENTED:
-            options = {'segments': self.segments, 'shuffle': self.shuffle, 'segment_order': self.segment_order}
-        return _SERIALIZATIONS[self.name](batch, self.grid, generator=generator, device=device, **options)
+        if self.segments is None:
+            return _SINGLE_TOKENS[self.name](batch, self.grid, generator=generator, device=device)
+        return _SEGMENTED[self.name](batch, self.grid, self.segments, shuffle=self.shuffle,
+                                     segment_order=self.segment_order, generator=generator, device=device)
 
     @property
     def last_segment(self) -> int | None:
         """Tokens of the last segment, or None where they differ from draw to draw."""
-        if self.name == 'blobs':
-            return None
-        return _square_side(self.segments[0], self.grid) ** 2 if self.name == 'squares' else 1
+        if self.segments is None:
+            return 1
+        return square_side(self.segments[0], self.grid) ** 2 if self.name == 'squares' else None
 
 
 @dataclass(frozen=True)
 class Layout:
     """A batch sorted by rank: its order and the limits that follow, for an encoder with `prefix` class and register
-    tokens in front that encodes the first `encoded` tokens in sorted order, all N unless `encode` says otherwise.
+    tokens in front that encodes the first `encoded` tokens in sorted order, all N unless `with_encoded` says otherwise.
 
     Args:
         order: Raster index of each token in sorted order, int64 [B, N].
@@ -256,7 +254,7 @@ class Layout:
         """How many tokens in sorted order some prediction of the batch reads the encoding of, a scalar."""
         return self.memory_limits.max() - self.prefix
 
-    def encode(self, tokens: int) -> 'Layout':
+    def with_encoded(self, tokens: int) -> 'Layout':
         """The layout where the encoder takes the first `tokens` in sorted order alone: limits over them end there. For
         as many as `read` no prediction changes."""
         if tokens >= self.encoded:
@@ -332,24 +330,8 @@ def memory_limits(sorted_ranks: torch.Tensor, first_segment: str = 'none', prefi
     return limits + prefix
 
 
-def _tokens(grid: tuple[int, int]) -> int:
-    height, width = grid
-    if height < 1 or width < 1:
-        raise ShapeError(f'A grid has at least one row and one column of tokens, got {tuple(grid)}.')
-    return height * width
-
-
-def _span(size: int, device) -> torch.Tensor:
-    """`size` evenly spaced positions from -2 to 2; a single one stands in the middle."""
-    return torch.linspace(-2, 2, size, device=device) if size > 1 else torch.zeros(1, device=device)
-
-
-def _token_points(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Positions of the tokens in raster order, [1, N, 2]: row, column."""
-    return torch.cartesian_prod(rows, columns)[None]
-
-
-def _permutations(batch: int, size: int, generator, device) -> torch.Tensor:
+def _permutations(
+        batch: int, size: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
     return _uniform(batch, size, generator=generator, device=device).argsort(dim=1)
 
 
@@ -411,43 +393,6 @@ def _dense(key: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(key).scatter_(1, order, steps.cumsum(1))
 
 
-def _square_side(count: int, grid: tuple[int, int]) -> int:
-    """Side of `count` squares that tile the grid, in tokens; 0 if none do."""
-    side = math.isqrt(_tokens(grid) // count)
-    tiles = side > 0 and grid[0] % side == 0 and grid[1] % side == 0 and side * side * count == _tokens(grid)
-    return side if tiles else 0
-
-
-def _check_segments(name: str, segments: int | Sequence[int] | None, grid: tuple[int, int]) -> tuple[int, ...]:
-    tokens = _tokens(grid)
-    if isinstance(segments, Integral) and not isinstance(segments, bool):
-        segments = (segments,)
-    if not isinstance(segments, Sequence) or isinstance(segments, str) or len(segments) == 0:
-        raise SerializationError(
-            f'{name} needs the number of segments of each level, finest first, such as 11 or (11, 5); '
-            f'got segments={segments!r}.')
-    for count in segments:
-        if isinstance(count, bool) or not isinstance(count, Integral) or count < 2:
-            raise SerializationError(
-                f'Each level needs a whole number of at least 2 segments (with one there is nothing to predict from); '
-                f'got {count!r} in segments={tuple(segments)}.')
-        if count > tokens:
-            raise SerializationError(
-                f'{count} segments do not fit on a grid of {grid[0]} x {grid[1]} = {tokens} tokens: use at most '
-                f'{tokens}, a larger image or a smaller patch.')
-        if name == 'squares' and not _square_side(count, grid):
-            fits = [tokens // side ** 2 for side in range(1, min(grid) + 1)
-                    if grid[0] % side == 0 and grid[1] % side == 0]
-            raise SerializationError(
-                f'{count} squares do not tile a grid of {grid[0]} x {grid[1]} tokens. Possible here: '
-                f'{", ".join(str(n) for n in fits if n > 1)}. Blobs take any number.')
-    segments = tuple(int(count) for count in segments)
-    if any(fine <= coarse for fine, coarse in pairwise(segments)):
-        raise SerializationError(
-            f'A hierarchy goes from fine to coarse, each level with fewer segments than the one before; '
-            f'got segments={segments}. Write (11, 5), not (5, 11).')
-    return segments
-
-
+_SINGLE_TOKENS = {'raster': raster, 'prefix_raster': prefix_raster, 'random': random}
 _SEGMENTED = {'squares': squares, 'blobs': blobs}
-_SERIALIZATIONS = {'raster': raster, 'prefix_raster': prefix_raster, 'random': random, **_SEGMENTED}
+_SERIALIZATIONS = (*_SINGLE_TOKENS, *_SEGMENTED)

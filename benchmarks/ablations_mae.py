@@ -2,9 +2,9 @@
 batches with the same optimizer and schedule as every other row. Needs `pip install "transformers>=5.23"`."""
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,14 +12,11 @@ from torch import nn
 from autoreg_vit.commands.pretraining import training_batches
 from autoreg_vit.data.order import check_divisible
 from autoreg_vit.data.transforms import ImageSpec
-from autoreg_vit.engine.graph import GraphedStep, check_graph
-from autoreg_vit.engine.loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
-from autoreg_vit.engine.losses import Losses
-from autoreg_vit.engine.machine import autocast
-from autoreg_vit.engine.parallel import get_state, replicate, set_state, settle_buckets
+from autoreg_vit.engine.objective import Objective, Part
 from autoreg_vit.engine.processes import Processes, processes
 from autoreg_vit.engine.run import Run
 from autoreg_vit.engine.seeding import mix_seed
+from autoreg_vit.engine.trainer import Trainer, prepare
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models import AutoregressiveViT, create_pretraining_model
@@ -101,63 +98,59 @@ def pretrain_mae(config: MaeConfig) -> Path:
 
 def _pretrain(config: MaeConfig, group: Processes) -> Path:
     prepare(config, group)
-    device = group.device
     sizes = create_pretraining_model(config.model, **config.model_options())
     spec = ImageSpec.of(sizes)
-    model = build_mae(sizes, config.mask_ratio).to(device)
-    if config.cuda_graph:
-        check_graph(config, group)
     check_divisible(config.batch_size, group)
     batches = training_batches(config, spec, group)
-    capturable = {'capturable': True} if config.cuda_graph else {}
-    optimizer = create_optimizer(config, model, **adam_options(config), **capturable)
-    steps = config.epochs * batches.per_epoch
-    schedule = create_schedule(config, optimizer, batches.per_epoch)
+    objective = MaskedAutoencoding(config, build_mae(sizes, config.mask_ratio).to(group.device), sizes, spec, group)
+    trainer = Trainer(config, objective, batches, group)
     with Run(config, 'mae', group, {'train_images': batches.sampler.length}) as run:
-        if run.finished:
-            return run.folder
-        losses = Losses(group, lambda step: f'of {steps}: lower --lr.')
-        first_step = 0
-        if run.state:
-            first_step = losses.step = run.state['step']
-            losses.values = run.state['losses']
-            set_state(model, optimizer, run.state, False, str(run.folder / 'last.pt'))
-        start(run, config, parameters=sum(p.numel() for p in model.parameters()),
-              encoder_parameters=sum(p.numel() for p in model.vit.parameters()))
-        trained = replicate(torch.compile(model) if config.compile else model, group)
-        generator, share = torch.Generator(device), group.share(config.batch_size)
-        with autocast(config.precision, device):
-            settle_buckets(trained, spec.nothing(share.stop - share.start, device))
-
-        def train_step(images_of: Iterator) -> torch.Tensor:
-            images = next(images_of)[0].to(device, non_blocking=True)
-            # What is masked is drawn for the whole step, so that no sharing out of its images changes it.
-            noise = torch.rand(
-                config.batch_size, sizes.encoder.patch_embed.num_patches, generator=generator, device=device)
-            with autocast(config.precision, device):
-                loss = trained(images, noise=noise[share]).loss
-            loss.backward()
-            losses.check(loss.detach())
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss.detach()
-
-        model.train()
-        images_of = batches.start_at(first_step)
-        step_on = GraphedStep(train_step, optimizer, [generator]) if config.cuda_graph else train_step
-
-        def take_step(step: int) -> torch.Tensor:
-            generator.manual_seed(mix_seed(config.seed, 'ranks', step))
-            schedule.step_update(step)
-            return step_on(images_of)
-
-        def save(step: int) -> None:
-            losses.read()
-            run.save({'step': step, 'losses': losses.values, **get_state(model, optimizer, False)})
-
-        run_steps(config, run, losses, optimizer, batches.per_epoch, first_step, take_step=take_step,
-                  evaluate=lambda step: None, save=save)
-        if group.is_main:
-            export_encoder(to_timm(model, sizes), run.folder / 'encoder', mean=spec.mean, std=spec.std)
-        run.finish()
+        if not run.finished:
+            trainer.run(run)
+            trainer.export(run.folder)
+            run.finish()
         return run.folder
+
+
+class MaskedAutoencoding(Objective):
+    """Masked tokens predicted from those that are left (He et al. 2022).
+
+    Args:
+        config: Settings of the run.
+        model: transformers' model, on the device.
+        sizes: The model that gave its sizes.
+        spec: Images that it takes.
+        group: The processes.
+    """
+
+    def __init__(
+            self,
+            config: MaeConfig,
+            model: nn.Module,
+            sizes: AutoregressiveViT,
+            spec: ImageSpec,
+            group: Processes,
+    ):
+        super().__init__(model, f'MAE as large as {config.model}', {
+            'parameters': sum(p.numel() for p in model.parameters()),
+            'encoder_parameters': sum(p.numel() for p in model.vit.parameters())})
+        self.config, self.sizes, self.spec, self.group = config, sizes, spec, group
+        self.share, self.generators = group.share(config.batch_size), [torch.Generator(group.device)]
+
+    def seed(self, step: int) -> None:
+        self.generators[0].manual_seed(mix_seed(self.config.seed, 'ranks', step))
+
+    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+        # What is masked is drawn for all processes, so that no sharing out of the images changes it.
+        noise = torch.rand(self.config.batch_size, self.sizes.encoder.patch_embed.num_patches,
+                           generator=self.generators[0], device=self.group.device)
+        return network(batch[0], noise=noise[self.share]).loss
+
+    def settle(self, network: nn.Module) -> torch.Tensor:
+        return network(self.spec.nothing(self.share.stop - self.share.start, self.group.device)).loss
+
+    def evaluate(self, model: nn.Module) -> None:
+        """Its encoder is probed when it is trained."""
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        export_encoder(to_timm(model, self.sizes), folder / 'encoder', mean=self.spec.mean, std=self.spec.std)

@@ -20,18 +20,23 @@ those of matrix products, attention counted over all keys, forward and backward.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import timm
 import torch
 
 from autoreg_vit import ops
-from autoreg_vit.engine.graph import GraphedStep
-from autoreg_vit.engine.machine import autocast, keep_freed_memory, resolve_precision
+from autoreg_vit.commands.pretraining import Pretraining
+from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.engine.machine import keep_freed_memory, resolve_precision
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.engine.trainer import Trainer
 from autoreg_vit.models import AutoregressiveViT
 from autoreg_vit.serialization import Layout
 from autoreg_vit.settings.pretraining import PretrainConfig
@@ -69,43 +74,43 @@ class DenseAttention:
         return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-def training_step(
+class Repeated:
+    """Stands in for training batches: what `images` gives for the number of a batch, [B, C, H, W] on the device."""
+    per_epoch = 1000
+
+    def __init__(self, images: Callable[[int], torch.Tensor]):
+        self.images = images
+
+    def start_at(self, batch: int) -> Iterator[tuple[torch.Tensor]]:
+        for number in itertools.count(batch):
+            yield (self.images(number),)
+
+    def describe(self, batch: int, count: int) -> str:
+        return 'synthetic images'
+
+
+def trainer_of(
         model: AutoregressiveViT,
-        precision: str,
-        generator: torch.Generator,
-        *,
-        compiled: Callable | None = None,
-        graphed: bool = False,
-        capturable: bool = False,
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One step of pretraining, from images [B, C, H, W] on the model's device to the loss there: ranks, forward,
-    backward and AdamW.
+        images: Callable[[int], torch.Tensor],
+        device: torch.device,
+        **settings: Any,
+) -> Trainer:
+    """What `autoreg-vit pretrain` trains a model with, about to take its first step.
 
     Args:
-        model: To be trained.
-        precision: As `resolve_precision` gives it.
-        generator: Ranks are drawn from it, on the model's device.
-        compiled: Called in the model's place, what torch.compile made of it.
-        graphed: Replay the step as a CUDA graph after its first calls.
-        capturable: Without a graph, have AdamW keep its rate and count on the device, as a graph wants them.
+        model: On the device.
+        images: From the number of a batch to its images [B, C, H, W] on the device.
+        device: Where it trains.
+        **settings: Of `PretrainConfig`, such as compile and cuda_graph.
     """
-    device, forward = generator.device, model if compiled is None else compiled
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], fused=True, capturable=graphed or capturable,
-        lr=torch.tensor(1e-3, device=device) if capturable else 1e-3)
-
-    def step(batches: Iterator) -> torch.Tensor:
-        images = next(batches)[0]
-        ranks = model.draw_ranks(len(images), generator=generator, device=device)
-        with autocast(precision, device):
-            loss = forward(images, ranks).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    take_step = GraphedStep(step, optimizer, [generator]) if graphed else step
-    return lambda images: take_step(iter([(images,)]))
+    batch_size = len(images(0))
+    config = PretrainConfig(
+        batch_size=batch_size, lr=1e-3 * 256 / batch_size, device=device.type, workers=0,
+        precision=resolve_precision('auto', device), **settings)
+    group = Processes(device)
+    trainer = Trainer(config, Pretraining(config, model, ImageSpec.of(model), None, group), Repeated(images), group)
+    trainer.begin()
+    return trainer
 
 
 def product_rate(precision: str, device: torch.device, side: int | None = None) -> Callable[[], float]:
@@ -133,15 +138,14 @@ def turn(pipe, device_name: str, model_name: str, variant: str, batch_size: int)
             ops, 'segment_attention_qkvpacked', lambda qkv, limits: dense(*qkv.unbind(2), limits)).start()
         mock.patch.object(
             ops, 'segment_attention_kvpacked', lambda q, kv, limits: dense(q, *kv.unbind(2), limits)).start()
-    take_step = training_step(
-        model, precision, torch.Generator(device), graphed=variant == 'captured',
-        compiled=torch.compile(model) if variant in ('captured', 'compiled') else None)
+    trainer = trainer_of(model, lambda number: images, device, cuda_graph=variant == 'captured',
+                         compile=variant in ('captured', 'compiled'))
     count = 10 if device.type == 'cuda' else 1
 
     def steps() -> None:
         for _ in range(count):
             dense.masks.clear()
-            take_step(images)
+            trainer.take_step()
 
     product = product_rate(precision, device)
     steps()

@@ -1,6 +1,7 @@
 """Fixtures of all tests: no network, a fixed seed, and models that run in milliseconds."""
 
 import os
+from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
 from torch import nn
 
 import autoreg_vit  # noqa: F401  registers the models with timm
+from tests.support.coco import write_coco
 
 # Tensors are tiny here: a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -49,3 +51,12 @@ def randomise():
         return module
 
     return redraw
+
+
+@pytest.fixture(scope='session')
+def coco(tmp_path_factory) -> Path:
+    """A folder with 8 images to train on and 5 to test."""
+    root = tmp_path_factory.mktemp('coco')
+    write_coco(root, 'train2017', 8)
+    write_coco(root, 'val2017', 5, seed=1)
+    return root

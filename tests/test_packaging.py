@@ -12,15 +12,20 @@ import pytest
 pytest.importorskip('setuptools', minversion='77')
 
 REPOSITORY = Path(__file__).parents[1]
-IGNORED = shutil.ignore_patterns('__pycache__', '.*', '*.egg-info', 'weights', 'build', 'dist', 'runs', 'data', '*.png',
-                                 '*.gif')
+SCRATCH = {'weights', 'build', 'dist', 'runs', 'data'}
+IGNORED = shutil.ignore_patterns('__pycache__', '.*', '*.egg-info', '*.png', '*.gif')
+
+
+def ignored(folder: str, names: list[str]) -> set[str]:
+    """What a fresh clone lacks; `data` is scratch at the top alone."""
+    return IGNORED(folder, names) | (SCRATCH & set(names) if Path(folder) == REPOSITORY else set())
 
 
 @pytest.fixture(scope='module')
 def contents(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], dict[str, bytes]]:
     """The files of a clone, with small weights in place of its own, and those of its source distribution."""
     folder = tmp_path_factory.mktemp('clone') / 'autoreg-vit'
-    shutil.copytree(REPOSITORY, folder, ignore=IGNORED)
+    shutil.copytree(REPOSITORY, folder, ignore=ignored)
     (folder / 'weights' / 'model.tag').mkdir(parents=True)
     (folder / 'weights' / 'model.tag' / 'config.json').write_text('{}')
     files = {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
@@ -35,7 +40,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], dict[s
 def test_holds_every_file(contents: tuple[set[str], dict[str, bytes]]):
     files, held = contents
     assert not files - held.keys()
-    assert {'hubconf.py', 'pyproject.toml', 'LICENSE', 'tests/launching.py', 'benchmarks/kernel_resources.py',
+    assert {'hubconf.py', 'pyproject.toml', 'LICENSE', 'tests/support/launching.py', 'benchmarks/kernel_resources.py',
             'autoreg_vit/commands/recipes/digits.yaml', 'weights/model.tag/config.json'} <= files
     assert {name for name in held.keys() - files if '.egg-info/' not in name} == {'PKG-INFO', 'setup.cfg'}
 

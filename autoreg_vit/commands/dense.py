@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ..errors import ConfigError
 from ..hub.lookup import load_encoder, source_config
-from ..settings.classification import DenseConfig
+from ..settings.dense import Dense
 
 
 def require(command: str, *packages: str) -> None:
@@ -22,7 +22,7 @@ def require(command: str, *packages: str) -> None:
         raise ConfigError(f'autoreg-vit {command} needs {" and ".join(missing)}: pip install "autoreg-vit[dense]".')
 
 
-def dense_encoder(config: DenseConfig, **options: Any) -> tuple[VisionTransformer, dict[str, Any]]:
+def dense_encoder(config: Dense, **options: Any) -> tuple[VisionTransformer, dict[str, Any]]:
     """The encoder of a run as the neck takes it, and what makes it again: timm's `architecture` and its `model_args`.
 
     Args:

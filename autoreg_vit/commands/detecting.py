@@ -10,23 +10,26 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..artifacts import writing
+from ..artifacts import write_synced, writing
 from ..data.batches import Batches
+from ..data.boxes import Part, collate, open_data
 from ..data.order import check_divisible
 from ..data.transforms import ImageSpec
-from ..engine.loop import adam_options, create_optimizer, prepare, start
-from ..engine.machine import autocast
-from ..engine.parallel import replicate, settle_buckets
+from ..engine.objective import Evaluation, Objective
+from ..engine.objective import Part as ForwardPass
 from ..engine.processes import Processes, processes
 from ..engine.run import Run
 from ..engine.seeding import mix_seed
+from ..engine.trainer import Trainer, prepare
 from ..errors import ConfigError
+from ..evaluation.box_scores import coco_results, evaluate
 from ..figures.plots import learning_figure
+from ..figures.predicted_boxes import detection_figure
 from ..hub.lookup import short_name
-from ..settings.detecting import DetectConfig
+from ..models.dense.detector import ViTMaskRCNN, save_detector
+from ..settings.dense import DetectConfig
 from .dense import dense_encoder, require
-from .results import finished, leave_results
-from .supervised import Learner, train
+from .results import evaluation_of, finished, leave_results
 
 
 def detect(config: DetectConfig) -> Path:
@@ -50,12 +53,7 @@ def detect(config: DetectConfig) -> Path:
 
 
 def _detect(config: DetectConfig, group: Processes) -> Path:
-    from ..data.boxes import collate, open_data
-    from ..evaluation.box_scores import coco_results, evaluate
-    from ..figures.predicted_boxes import detection_figure
-    from ..models.dense.detector import ViTMaskRCNN, save_detector
-
-    # 1. Settings, data and model, all checked before anything is written.
+    # Settings, data and model, all checked before anything is written.
     prepare(config, group)
     check_divisible(config.batch_size, group)
     if config.norm == 'batch' and group.world_size > 1 and group.device.type != 'cuda':
@@ -69,30 +67,19 @@ def _detect(config: DetectConfig, group: Processes) -> Path:
     model = ViTMaskRCNN(encoder, len(categories), **options).to(group.device)
     if group.world_size > 1 and group.device.type == 'cuda':
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    batches = Batches(train_part, config.batch_size, config.seed, group, config.workers, config.accumulate,
-                      config.max_corrupt, collate)
-    optimizer = create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
+    objective = Detection(config, model, spec, train_part, test_part, group)
+    trainer = Trainer(config, objective, Batches(
+        train_part, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt,
+        collate), group)
 
-    # 2. The run.
+    # The run.
     facts = {'train_images': len(train_part), 'test_images': len(test_part)}
     with Run(config, f'detect-{short_name(config.weights)}', group, facts, config.steps) as run:
         if finished(run):
             return run.folder
-        start(run, config, **facts, classes=len(categories), parameters=sum(p.numel() for p in model.parameters()))
-        run.say(f'Training Mask R-CNN on {config.weights} with {len(train_part):,} images of {len(categories)} classes '
-                f'for {config.steps:,} steps of {config.batch_size * config.accumulate}; {group.world_size} x '
-                f'{group.device}, {config.precision}; writing to {run.folder}')
-        trained = replicate(SumOfLosses(model), group)
-        settle(trained, config, spec, group)
+        result = trainer.run(run).result
 
-        def measure() -> dict[str, Any]:
-            model.eval()
-            return evaluate(model, test_part, categories, config, group)
-
-        learner = Learner(model, trained, optimizer, seeded_loss(trained, config.seed, group), measure)
-        result = train(config, run, batches, learner)
-
-        # 3. What is left.
+        # What is left.
         if group.is_main:
             with writing(run.folder):
                 save_detector(model, run.folder / 'model', source, options, categories)
@@ -100,12 +87,68 @@ def _detect(config: DetectConfig, group: Processes) -> Path:
                 learning_figure({'': run.log.lines}, run.folder / 'figures' / 'learning.png')
                 detection_figure(test_part, result['detections'], run.folder / 'figures' / 'detections.png')
                 if config.save_detections:
-                    (run.folder / 'detections.json').write_text(
-                        json.dumps(coco_results(result['detections'], test_part)), encoding='utf-8')
+                    write_synced(run.folder / 'detections.json',
+                                 json.dumps(coco_results(result['detections'], test_part)))
         leave_results(run, config, result, list(categories.values()), **facts, steps=config.steps,
                       per_class={name: {k: round(v, 4) for k, v in scores.items()}
                                  for name, scores in result['per_class'].items()})
         return run.folder
+
+
+class Detection(Objective):
+    """Boxes, classes and masks of objects, by Mask R-CNN on an encoder. Draws, of regions and of stochastic depth, are
+    functions of (seed, forward pass, process).
+
+    Args:
+        config: Settings of the run.
+        model: On the device.
+        spec: Images that its encoder takes.
+        train_part: Images to train on.
+        test_part: Images to report on.
+        group: The processes.
+    """
+
+    def __init__(
+            self,
+            config: DetectConfig,
+            model: ViTMaskRCNN,
+            spec: ImageSpec,
+            train_part: Part,
+            test_part: Part,
+            group: Processes,
+    ):
+        count, self.categories = len(train_part), train_part.dataset.categories
+        super().__init__(
+            model, f'Training Mask R-CNN on {config.weights} with {count:,} images of {len(self.categories)} classes '
+            f'for {config.steps:,} steps of {config.images_per_step}',
+            {'train_images': count, 'test_images': len(test_part), 'classes': len(self.categories),
+             'parameters': sum(p.numel() for p in model.parameters())})
+        self.network = SumOfLosses(model)
+        self.config, self.spec, self.test_part, self.group = config, spec, test_part, group
+
+    def optimized(self) -> tuple[Any, dict[str, Any]]:
+        return self.model, {'layer_decay': self.config.layer_decay}
+
+    def loss(self, network: nn.Module, batch: Any, part: ForwardPass) -> torch.Tensor:
+        images, targets = batch
+        torch.manual_seed(mix_seed(self.config.seed, 'detection', part.number, self.group.rank))
+        return network([image / 255 for image in images], targets)
+
+    def settle(self, network: nn.Module) -> torch.Tensor:
+        network.train()
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()  # an empty image leaves their statistics as they are
+        target = {'boxes': torch.tensor([[0.0, 0.0, 32.0, 32.0]]), 'labels': torch.tensor([1]),
+                  'masks': torch.ones(1, *self.config.canvas, dtype=torch.uint8)}
+        image = torch.zeros(self.spec.channels, *self.config.canvas, device=self.group.device)
+        return network([image], [{name: value.to(self.group.device) for name, value in target.items()}])
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        model.eval()
+        return evaluation_of(evaluate(
+            model, self.test_part, self.categories, precision=self.config.precision, workers=self.config.loaders,
+            group=self.group))
 
 
 class SumOfLosses(nn.Module):
@@ -117,27 +160,3 @@ class SumOfLosses(nn.Module):
 
     def forward(self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         return sum(self.model(images, targets).values())
-
-
-def settle(trained: nn.Module, config: DetectConfig, spec: ImageSpec, group: Processes) -> None:
-    """`settle_buckets` with an empty image, which leaves the statistics of batch norms as they are."""
-    trained.train()
-    for module in trained.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-    target = {'boxes': torch.tensor([[0.0, 0.0, 32.0, 32.0]]), 'labels': torch.tensor([1]),
-              'masks': torch.ones(1, *config.canvas, dtype=torch.uint8)}
-    with autocast(config.precision, group.device):
-        settle_buckets(trained, [torch.zeros(spec.channels, *config.canvas, device=group.device)],
-                       [{name: value.to(group.device) for name, value in target.items()}])
-
-
-def seeded_loss(trained: nn.Module, seed: int, group: Processes):
-    """The loss of a batch, whose draws, of regions and of stochastic depth, are a function of (seed, forward pass,
-    process)."""
-    def loss(batch: list[list], number: int) -> torch.Tensor:
-        images, targets = batch
-        torch.manual_seed(mix_seed(seed, 'detection', number, group.rank))
-        return trained([image / 255 for image in images], targets)
-
-    return loss

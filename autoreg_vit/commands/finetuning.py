@@ -9,20 +9,19 @@ import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import save_for_hf
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..artifacts import replaced, write_checksum, writing
 from ..data.batches import Batches
-from ..data.labelled import labelled_images
+from ..data.labelled import LabelledImages, labelled_images
 from ..data.order import check_divisible
 from ..data.transforms import ImageSpec
-from ..engine.loop import adam_options, create_optimizer, length_of, prepare, start
-from ..engine.machine import autocast
-from ..engine.parallel import replicate, settle_buckets, share_buffers
+from ..engine.objective import Evaluation, Objective, Part
+from ..engine.parallel import share_buffers
 from ..engine.processes import Processes, processes
 from ..engine.run import Run
 from ..engine.seeding import mix_seed, seed_cpu
+from ..engine.trainer import Trainer, prepare
 from ..errors import ConfigError, ModelError
 from ..evaluation.class_scores import evaluate
 from ..evaluation.metrics import scores
@@ -31,8 +30,7 @@ from ..hub.lookup import load_encoder, short_name, source_config
 from ..models.encoders import SinCosVisionTransformer
 from ..models.pretrained import CONFIG, WEIGHTS
 from ..settings.classification import FinetuneConfig
-from .results import finished, leave_results
-from .supervised import Learner, train
+from .results import evaluation_of, finished, leave_results
 
 #: Entries of timm's configuration of a model that hold for whatever weights it has.
 OF_THE_ARCHITECTURE = ('num_classes', 'fixed_input_size', 'pool_size', 'first_conv', 'classifier')
@@ -58,56 +56,98 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def _finetune(config: FinetuneConfig, group: Processes) -> Path:
-    # 1. Settings, data and model, all checked before anything is written.
+    # Settings, data and model, all checked before anything is written.
     prepare(config, group)
     check_divisible(config.batch_size, group)
     check_pairs(config, group)
     model = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
     spec = ImageSpec.of(model, config.in_chans)
     images = labelled_images(config, spec, group, auto_augment=config.auto_augment, erase=config.erase)
-    classes = len(images.classes)
-    add_classifier(model, classes, config.seed)
+    add_classifier(model, len(images.classes), config.seed)
     model.to(group.device)
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
-    batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate,
-                      config.max_corrupt)
-    optimizer = create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
-    average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
-    steps = length_of(config, batches.per_epoch // config.accumulate).steps
+    objective = Finetuning(config, model, spec, images, group)
+    trainer = Trainer(config, objective, Batches(
+        images.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
+        group)
 
-    # 2. The run.
+    # The run.
     facts = {'train_images': len(images.train)}
-    with Run(config, f'finetune-{short_name(config.weights)}', group, facts, steps) as run:
+    with Run(config, f'finetune-{short_name(config.weights)}', group, facts, trainer.steps) as run:
         if finished(run):
             return run.folder
-        start(run, config, train_images=len(images.train), classes=classes,
-              parameters=sum(p.numel() for p in model.parameters()))
-        run.say(f'Fine-tuning {config.weights} on {len(images.train):,} images of {classes} classes for '
-                f'{config.epochs} epochs; {group.world_size} x {group.device}, {config.precision}; writing to '
-                f'{run.folder}')
-        trained = replicate(model, group)
-        with autocast(config.precision, group.device):
-            settle_buckets(trained.eval(), torch.zeros(2, spec.channels, *spec.size, device=group.device))
+        result, average, more = trainer.run(run).result, trainer.average, {}
+        if average is not None:
+            more['average'] = scores(objective.measure(average.module))
 
-        def measure(network: nn.Module) -> dict[str, Any]:
-            share_buffers(network, group)
-            network.eval()
-            return evaluate(network, images.test, classes, config, group)
-
-        learner = Learner(model, trained, optimizer, mixing_loss(config, trained, classes, group),
-                          lambda: measure(model), average)
-        result = train(config, run, batches, learner)
-
-        # 3. What is left.
-        more = {} if average is None else {'average': scores(measure(average.module))}
+        # What is left.
+        whole = trainer.export(run.folder)
         if group.is_main:
             with writing(run.folder):
-                export_classifier(model, run.folder / 'model', config, spec, images.classes)
+                export_classifier(whole, run.folder / 'model', config, spec, images.classes)
                 if average is not None:
                     export_classifier(average.module, run.folder / 'average', config, spec, images.classes)
         leave_results(run, config, result, images.classes, epochs=config.epochs, train_images=len(images.train), **more)
         return run.folder
+
+
+class Finetuning(Objective):
+    """An encoder and its classifier, trained end to end. Draws are functions of (seed, forward pass, process).
+
+    Args:
+        config: Settings of the run.
+        model: With a classifier, on the device.
+        spec: Images that it takes.
+        images: Labelled images.
+        group: The processes.
+    """
+
+    def __init__(
+            self,
+            config: FinetuneConfig,
+            model: nn.Module,
+            spec: ImageSpec,
+            images: LabelledImages,
+            group: Processes,
+    ):
+        count, classes = len(images.train), len(images.classes)
+        super().__init__(
+            model, f'Fine-tuning {config.weights} on {count:,} images of {classes} classes for {config.epochs} epochs',
+            {'train_images': count, 'classes': classes, 'parameters': sum(p.numel() for p in model.parameters())})
+        self.config, self.spec, self.images, self.group = config, spec, images, group
+        self.mixup = None
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
+            self.criterion: nn.Module = SoftTargetCrossEntropy()
+        elif config.label_smoothing:
+            self.criterion = LabelSmoothingCrossEntropy(config.label_smoothing)
+        else:
+            self.criterion = nn.CrossEntropyLoss()
+
+    def optimized(self) -> tuple[Any, dict[str, Any]]:
+        return self.model, {'layer_decay': self.config.layer_decay}
+
+    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+        images, labels = batch
+        if self.mixup is not None:
+            seed_cpu(mix_seed(self.config.seed, 'mixup', part.number, self.group.rank))
+            images, labels = self.mixup(images, labels)
+        torch.manual_seed(mix_seed(self.config.seed, 'dropout', part.number, self.group.rank))
+        return self.criterion(network(images).float(), labels)
+
+    def settle(self, network: nn.Module) -> torch.Tensor:
+        return network.eval()(self.spec.nothing(2, self.group.device)).sum()
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        return evaluation_of(self.measure(model))
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """Accuracies of a classifier on the test images."""
+        share_buffers(model, self.group)
+        model.eval()
+        return evaluate(model, self.images.test, len(self.images.classes), precision=self.config.precision,
+                        workers=self.config.loaders, group=self.group)
 
 
 def check_pairs(config: FinetuneConfig, group: Processes) -> None:
@@ -136,28 +176,6 @@ def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
         nn.init.trunc_normal_(head.weight, std=2e-5, generator=torch.Generator().manual_seed(seed))
         if head.bias is not None:
             head.bias.zero_()
-
-
-def mixing_loss(config: FinetuneConfig, trained: nn.Module, classes: int, group: Processes):
-    """The loss of a batch after mixup and cutmix, whose draws are a function of (seed, forward pass, process)."""
-    mixup = None
-    if config.mixup or config.cutmix:
-        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
-        criterion = SoftTargetCrossEntropy()
-    elif config.label_smoothing:
-        criterion = LabelSmoothingCrossEntropy(config.label_smoothing)
-    else:
-        criterion = nn.CrossEntropyLoss()
-
-    def loss(batch: list[torch.Tensor], number: int) -> torch.Tensor:
-        images, labels = batch
-        if mixup is not None:
-            seed_cpu(mix_seed(config.seed, 'mixup', number, group.rank))
-            images, labels = mixup(images, labels)
-        torch.manual_seed(mix_seed(config.seed, 'dropout', number, group.rank))
-        return criterion(trained(images).float(), labels)
-
-    return loss
 
 
 def export_classifier(

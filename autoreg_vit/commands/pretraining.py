@@ -1,32 +1,31 @@
-"""`autoreg-vit pretrain`, to be read from top to bottom; `loop.run_steps` is the loop around its steps."""
+"""`autoreg-vit pretrain`, to be read from top to bottom."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, Subset
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from .. import ops
 from ..artifacts import write_checksum, writing
-from ..data import sources as data
 from ..data.batches import Batches
 from ..data.checks import check_images
 from ..data.labelled import Images, NoLabels, open_splits, say_untrained, some_of
 from ..data.on_device import DeviceBatches, DeviceImages
 from ..data.order import check_divisible
+from ..data.sources import open_split
 from ..data.transforms import ImageSpec, evaluation_transform, training_transform
-from ..engine.graph import GraphedStep, check_graph
 from ..engine.log import Log
-from ..engine.loop import adam_options, create_optimizer, create_schedule, prepare, run_steps, start
-from ..engine.losses import Losses
-from ..engine.machine import autocast
-from ..engine.parallel import WholeModel, get_state, replicate, set_state, settle_buckets, shard, synchronised
+from ..engine.objective import Evaluation, Objective, Part
 from ..engine.processes import Processes, processes
 from ..engine.progress import say
 from ..engine.run import Run
 from ..engine.seeding import mix_seed
+from ..engine.trainer import Trainer, prepare
 from ..errors import ConfigError, ModelError
 from ..evaluation.classifiers import accuracies
 from ..evaluation.features import Readable
@@ -60,152 +59,108 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def _pretrain(config: PretrainConfig, group: Processes) -> Path:
-    # 1. The machine. Every draw from here on is a function of the seed and of what it is for.
-    device, shortened = group.device, config.warmup_epochs > config.epochs / 2
+    # The machine. Every draw from here on is a function of the seed and of what it is for.
     prepare(config, group)
 
-    # 2. The model.
+    # The model.
     check_untrained(config.model)
-    model = create_pretraining_model(config.model, **config.model_options()).to(device)
+    model = create_pretraining_model(config.model, **config.model_options()).to(group.device)
     model.set_grad_checkpointing(config.grad_checkpointing)
-    spec = ImageSpec.of(model)
-    attention = _attention(config, model, device)
-    whole = WholeModel(model, config.fsdp)
-    if config.fsdp:
-        shard(model, group)
-    if config.cuda_graph:
-        check_graph(config, group)
+    spec, attention = ImageSpec.of(model), attention_of(model, config, group.device)
 
-    # 3. The data.
-    if config.dataset is None:
-        config.dataset = 'digits' if config.data_dir is None else 'folder'
-    if config.crop_scale is None:
-        config.crop_scale = (0.67, 1.0) if config.model.startswith('saim') else (0.2, 1.0)
+    # The data.
+    config.dataset = config.dataset or ('digits' if config.data_dir is None else 'folder')
+    config.crop_scale = config.crop_scale or ((0.67, 1.0) if config.is_saim else (0.2, 1.0))
     check_divisible(config.batch_size, group)
     batches = training_batches(config, spec, group)
-    labelled = _labelled_sets(config, spec, group)
+    labelled = labelled_sets(config, spec, group)
+    train_images = batches.sampler.length if batches.sampler else None
 
-    # 4. The optimizer.
-    options = adam_options(config)
-    if config.cuda_graph:
-        options['capturable'] = True
-    optimizer = create_optimizer(config, model, **options)
-    steps_per_epoch = batches.per_epoch // config.accumulate
-    steps, images_per_step = config.epochs * steps_per_epoch, config.batch_size * config.accumulate
-    schedule = create_schedule(config, optimizer, steps_per_epoch)
-
-    # 5. The run: begun, resumed, or found finished.
-    facts = {'train_images': batches.sampler.length if batches.sampler else None,
-             'workers': None if batches.sampler else config.workers}
-    with Run(config, f'{config.model}-{Path(config.dataset).name}', group, facts, steps) as run:
-        folder, log = run.folder, run.log
+    # What is learned, and the run: begun, resumed, or found finished.
+    title = (f'{config.model} on {config.dataset}: {train_images or "streamed"} images, {config.epochs} epochs of '
+             f'{batches.per_epoch // config.accumulate} steps of {config.images_per_step} images')
+    about = {'attention': attention, 'train_images': train_images or 0}
+    objective = Pretraining(config, model, spec, labelled, group, title, about)
+    trainer = Trainer(config, objective, batches, group)
+    facts = {'train_images': train_images, 'workers': None if batches.sampler else config.loaders}
+    with Run(config, f'{config.model}-{Path(config.dataset).name}', group, facts, trainer.steps) as run:
         if run.finished:
-            run.say(f'The run in {folder} is finished: its weights are in {folder / "encoder"} and '
-                    f'{folder / "pretrain"}. Name another --output-dir for a new one.')
-            return folder
-
-        def explain(step: int) -> str:
-            epoch, number = divmod(step * config.accumulate, batches.per_epoch)
-            images = f'batch {number} of the stream {config.dataset}'
-            if batches.sampler:
-                indices = batches.sampler.batch(epoch, number, config.accumulate)
-                images = f'images {", ".join(map(str, indices[:8]))}{", ..." * (len(indices) > 8)} of {config.dataset}'
-            return (f'(epoch {epoch}, {images}): lower --lr ({config.lr:g}) or lengthen --warmup-epochs in a new run. '
-                    f'{_kept(folder)}')
-
-        losses = Losses(group, explain)
-        first_step = 0
-        if run.state:
-            first_step = losses.step = run.state['step']
-            losses.values = run.state['losses']
-            set_state(model, optimizer, run.state, config.fsdp, str(folder / 'last.pt'))
-        start(run, config, attention=attention, train_images=facts['train_images'] or 0,
-              parameters=sum(p.numel() for p in model.parameters()),
-              encoder_parameters=sum(p.numel() for p in model.encoder.parameters()))
-        if shortened:
-            run.say(f'Warm-up shortened to {config.warmup_epochs:g} epochs, half of the run.')
-        run.say(f'{config.model} on {config.dataset}: {facts["train_images"] or "streamed"} images, {config.epochs} '
-                f'epochs of {steps_per_epoch} steps of {images_per_step} images; {group.world_size} x {device}, '
-                f'{config.precision}; ' + (f'going on from step {first_step} of {steps} in' if run.state
-                                           else 'writing to') + f' {folder}')
-        run.state = None  # as large as the model and its optimizer
-
-        def evaluate(step: int) -> None:
-            losses.read()
-            images = step * images_per_step
-            if labelled and not any(line['event'] == 'evaluation' and line['images'] == images for line in log.lines):
-                encoder = whole.gather().encoder
-                if group.is_main:
-                    log.write(event='evaluation', images=images, **accuracies(
-                        encoder, *labelled, device, config.precision, config.workers))
-                    run.say('{images:>9,} images seen: kNN {knn:.1f} %, linear {linear:.1f} %'.format(**log.lines[-1]))
-
-        def export() -> None:
-            whole_model = whole.gather()
-            if group.is_main:
-                with writing(folder):
-                    export_encoder(whole_model.encoder, folder / 'encoder', mean=spec.mean, std=spec.std)
-                    export_pretraining(whole_model, folder / 'pretrain', mean=spec.mean, std=spec.std)
-                    for name in ('encoder', 'pretrain'):
-                        write_checksum(folder / name / 'model.safetensors')
-
-        def save(step: int) -> None:
-            losses.read()  # never save what follows a loss that is not finite
-            run.save({'step': step, 'losses': losses.values, **get_state(model, optimizer, config.fsdp)})
-            if step < steps:
-                export()
-
-        def train_step(images_of: Iterator) -> torch.Tensor:
-            """Forward, backward and optimizer step; the loss, on the device."""
-            # Orders are drawn for the whole step, so that no sharing out of its images changes them.
-            ranks = model.draw_ranks(images_per_step, generator=ranks_generator, device=device)
-            loss = torch.zeros((), device=device)
-            for part, part_ranks in enumerate(ranks.split(config.batch_size)):
-                images = next(images_of)[0].to(device, non_blocking=True)
-                with synchronised(trained, last=part == config.accumulate - 1):
-                    with autocast(config.precision, device):
-                        part_loss = trained(images, part_ranks[share]).loss / config.accumulate
-                    part_loss.backward()
-                loss += part_loss.detach()
-            losses.check(loss)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss
-
-        # 6. The loop.
-        trained = torch.compile(model) if config.compile else model
-        trained = trained if config.fsdp else replicate(trained, group)
-        ranks_generator = torch.Generator(device)
-        share = group.share(config.batch_size)
-        with autocast(config.precision, device):
-            nothing = spec.nothing(share.stop - share.start, device)
-            settle_buckets(trained, nothing, model.draw_ranks(len(nothing), device=device))
-        model.train()
-        images_of = batches.start_at(first_step * config.accumulate)
-        step_on = GraphedStep(train_step, optimizer, [ranks_generator]) if config.cuda_graph else train_step
-
-        def take_step(step: int) -> torch.Tensor:
-            ranks_generator.manual_seed(mix_seed(config.seed, 'ranks', step))
-            torch.manual_seed(mix_seed(config.seed, 'dropout', step, group.rank))
-            schedule.step_update(step)
-            return step_on(images_of)
-
-        run_steps(config, run, losses, optimizer, steps_per_epoch, first_step, take_step=take_step, evaluate=evaluate,
-                  save=save, evaluate_first=True)
-
-        # 7. What was learned.
-        evaluate(steps)
-        export()
-        whole_model = whole.gather()
+            run.say(f'The run in {run.folder} is finished: its weights are in {run.folder / "encoder"} and '
+                    f'{run.folder / "pretrain"}. Name another --output-dir for a new one.')
+            return run.folder
+        trainer.run(run)
+        whole = trainer.export(run.folder)
         if group.is_main:
             torch.manual_seed(mix_seed(config.seed, 'figures'))
-            examples_from = labelled[1] if labelled else data.open_split(
+            examples_from = labelled[1] if labelled else open_split(
                 config, config.train_split, evaluation_transform(spec))
-            with writing(folder):
-                draw_figures(whole_model, log, examples_from, spec, folder / 'figures')
-            _report(run)
+            with writing(run.folder):
+                draw_figures(whole, run.log, examples_from, spec, run.folder / 'figures')
+            report(run)
         run.finish()
-        return folder
+        return run.folder
+
+
+class Pretraining(Objective):
+    """Autoregressive pretraining: each segment of an image is predicted from those before it.
+
+    Args:
+        config: Settings of the run.
+        model: The model, on the device.
+        spec: Images that it takes.
+        labelled: Data sets to fit and to test classifiers of frozen features on, or None.
+        group: The processes.
+        title: As `Objective` has it.
+        about: As `Objective` has it; the numbers of parameters are added.
+    """
+    evaluated_untrained = True
+
+    def __init__(
+            self,
+            config: PretrainConfig,
+            model: AutoregressiveViT,
+            spec: ImageSpec,
+            labelled: tuple[Dataset, Dataset] | None,
+            group: Processes,
+            title: str = '',
+            about: dict[str, Any] | None = None,
+    ):
+        super().__init__(model, title, {
+            **(about or {}), 'parameters': sum(p.numel() for p in model.parameters()),
+            'encoder_parameters': sum(p.numel() for p in model.encoder.parameters())})
+        self.config, self.spec, self.labelled, self.group = config, spec, labelled, group
+        self.share = group.share(config.batch_size)
+        self.generators = [torch.Generator(group.device)]
+
+    def seed(self, step: int) -> None:
+        self.generators[0].manual_seed(mix_seed(self.config.seed, 'ranks', step))
+        torch.manual_seed(mix_seed(self.config.seed, 'dropout', step, self.group.rank))
+
+    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+        if part.index == 0:
+            # Orders are drawn for the whole step, so that no sharing out of its images changes them.
+            self._ranks = self.model.draw_ranks(
+                self.config.images_per_step, generator=self.generators[0], device=self.group.device
+            ).split(self.config.batch_size)
+        return network(batch[0], self._ranks[part.index][self.share]).loss
+
+    def settle(self, network: nn.Module) -> torch.Tensor:
+        nothing = self.spec.nothing(self.share.stop - self.share.start, self.group.device)
+        return network(nothing, self.model.draw_ranks(len(nothing), device=self.group.device)).loss
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        if self.labelled is None or not self.group.is_main:
+            return Evaluation({})
+        scores = accuracies(model.encoder, *self.labelled, self.group.device, self.config.precision,
+                            self.config.loaders)
+        return Evaluation(scores, 'kNN {knn:.1f} %, linear {linear:.1f} %'.format(**scores))
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        with writing(folder):
+            export_encoder(model.encoder, folder / 'encoder', mean=self.spec.mean, std=self.spec.std)
+            export_pretraining(model, folder / 'pretrain', mean=self.spec.mean, std=self.spec.std)
+            for name in ('encoder', 'pretrain'):
+                write_checksum(folder / name / 'model.safetensors')
 
 
 def check_untrained(model: str) -> None:
@@ -219,7 +174,7 @@ def check_untrained(model: str) -> None:
 def draw_figures(
         model: AutoregressiveViT,
         log: Log,
-        examples_from: torch.utils.data.Dataset,
+        examples_from: Dataset,
         spec: ImageSpec,
         folder: Path,
 ) -> None:
@@ -235,7 +190,7 @@ def draw_figures(
     plots.loss_by_rank_figure(model, by_rank, folder / 'loss_by_rank.png')
 
 
-def _examples(dataset: torch.utils.data.Dataset, most: int) -> torch.Tensor:
+def _examples(dataset: Dataset, most: int) -> torch.Tensor:
     """Up to `most` images [B, C, H, W], spread over the data set, of those that can be read."""
     if isinstance(dataset, IterableDataset):
         return torch.stack([image for (image, _), _ in zip(dataset, range(most))])
@@ -248,8 +203,8 @@ def training_batches(
         spec: ImageSpec,
         group: Processes,
 ) -> Batches | DeviceBatches:
-    def load(transform: Callable) -> torch.utils.data.Dataset:
-        dataset = data.open_split(
+    def load(transform: Callable) -> Dataset:
+        dataset = open_split(
             config, config.train_split, transform, training=True, batch_size=config.batch_size // group.world_size,
             seed=config.seed, images=config.train_images)
         group.on_main(lambda: check_images(dataset, config.check_images, config.max_corrupt))
@@ -262,11 +217,15 @@ def training_batches(
         return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
                              config.hflip)
     dataset = load(training_transform(spec, config.crop_scale, config.hflip))
-    return Batches(dataset, config.batch_size, config.seed, group, config.workers, config.accumulate,
+    return Batches(dataset, config.batch_size, config.seed, group, config.loaders, config.accumulate,
                    config.max_corrupt)
 
 
-def _labelled_sets(config: PretrainConfig, spec: ImageSpec, group: Processes) -> tuple | None:
+def labelled_sets(
+        config: PretrainConfig,
+        spec: ImageSpec,
+        group: Processes,
+) -> tuple[Dataset, Dataset] | None:
     """Data sets to fit and to test classifiers on, or None without labels. Of a held-out fifth the encoder has seen the
     images in pretraining, and the classifiers have not seen the labels."""
     try:
@@ -281,10 +240,11 @@ def _labelled_sets(config: PretrainConfig, spec: ImageSpec, group: Processes) ->
         group.on_main(lambda: check_images(splits.test.dataset, config.check_images, config.max_corrupt))
     group.on_main(lambda: say_untrained(splits))
     transform = evaluation_transform(spec)
-    return tuple(Images(part.dataset, part.indices, transform) for part in (splits.train, splits.test))
+    fitted, tested = splits.train, splits.test
+    return Images(fitted.dataset, fitted.indices, transform), Images(tested.dataset, tested.indices, transform)
 
 
-def _attention(config: PretrainConfig, model: AutoregressiveViT, device: torch.device) -> str:
+def attention_of(model: AutoregressiveViT, config: PretrainConfig, device: torch.device) -> str:
     """The implementation of segment attention that the encoder will run on, tried out."""
     block, tokens = model.encoder.blocks[0].attn, model.encoder.patch_embed.num_patches
     q = torch.zeros(1, tokens, block.num_heads, block.head_dim, dtype=getattr(torch, config.precision), device=device)
@@ -292,7 +252,7 @@ def _attention(config: PretrainConfig, model: AutoregressiveViT, device: torch.d
     return ops.choose_implementation(q, q)
 
 
-def _report(run: Run) -> None:
+def report(run: Run) -> None:
     lines, folder = run.log.lines, run.folder
     evaluations = [line for line in lines if line['event'] == 'evaluation']
     losses = [line['loss'] for line in lines if line['event'] == 'step']
@@ -307,7 +267,3 @@ def _report(run: Run) -> None:
     run.say('Load the encoder, with timm alone:\n'
             f"  timm.create_model('local-dir:{folder / 'encoder'}', pretrained=True)")
 
-
-def _kept(folder: Path) -> str:
-    return (f'The last checkpoint before it is {folder / "last.pt"}, its weights are in {folder / "encoder"} and '
-            f'{folder / "pretrain"}.' if (folder / 'last.pt').exists() else 'No checkpoint was written yet.')

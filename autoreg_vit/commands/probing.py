@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from ..artifacts import write_checksum, writing
+from ..artifacts import save_tensors, writing
 from ..data.batches import Batches
-from ..data.labelled import hold_out, labelled_images, some_of
+from ..data.labelled import LabelledImages, hold_out, labelled_images, some_of
 from ..data.order import check_divisible
+from ..data.samples import some
 from ..data.transforms import ImageSpec
-from ..engine.loop import create_optimizer, length_of, prepare, scaled_lr, start
-from ..engine.parallel import replicate, settle_buckets
+from ..engine.objective import Evaluation, Objective, Part
 from ..engine.processes import Processes, processes
 from ..engine.run import Run
+from ..engine.trainer import Trainer, prepare
 from ..evaluation.cached import cached_features
 from ..evaluation.class_scores import evaluate
 from ..evaluation.classifiers import Bank, knn_accuracy
@@ -27,8 +27,7 @@ from ..evaluation.features import Features, features_of, gather_features, images
 from ..evaluation.metrics import describe, scores
 from ..hub.lookup import load_encoder, short_name
 from ..settings.classification import ProbeConfig
-from .results import finished, leave_results
-from .supervised import Learner, train
+from .results import evaluation_of, finished, leave_results
 
 
 def probe(config: ProbeConfig) -> Path:
@@ -51,66 +50,90 @@ def probe(config: ProbeConfig) -> Path:
 
 
 def _probe(config: ProbeConfig, group: Processes) -> Path:
-    # 1. Settings, data and model, all checked before anything is written.
+    # Settings, data and model, all checked before anything is written.
     prepare(config, group)
     check_divisible(config.batch_size, group)
     encoder = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
-    spec = ImageSpec.of(encoder, config.in_chans)
-    images = labelled_images(config, spec, group)
+    images = labelled_images(config, ImageSpec.of(encoder, config.in_chans), group)
     encoder.to(group.device).eval().requires_grad_(False)
     head = LinearHead(encoder.head_hidden_size, len(images.classes), config.batch_norm, config.seed, group)
-    head.to(group.device)
-    optimizer = create_optimizer(config, lars_groups(head), **optimizer_options(config))
-    batches, steps = None, None
-    if not config.fast:
-        batches = Batches(images.train, config.batch_size, config.seed, group, config.workers, config.accumulate,
-                          config.max_corrupt)
-        steps = length_of(config, batches.per_epoch // config.accumulate).steps
+    objective = Probing(config, head.to(group.device), encoder, images, group)
+    trainer = None if config.fast else Trainer(config, objective, Batches(
+        images.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
+        group)
 
-    # 2. The run.
+    # The run.
     facts = {'train_images': len(images.train)}
+    steps = trainer.steps if trainer else None
     with Run(config, f'probe-{short_name(config.weights)}', group, facts, steps) as run:
         if finished(run):
             return run.folder
-        start(run, config, train_images=len(images.train), classes=len(images.classes), width=encoder.head_hidden_size)
-        run.say(f'Probing {config.weights} with {len(images.train):,} images of {len(images.classes)} classes; '
-                f'{group.world_size} x {group.device}, {config.precision}; writing to {run.folder}')
-        if config.fast:
-            train_set, test = cached_features(config, run, encoder, images)
+        if trainer is None:
+            run.start(config.precision, **objective.about)
+            run.say(f'{objective.title}; {group.device}, {config.precision}; writing to {run.folder}')
+            train_set, test = cached_features(
+                run, encoder, images, precision=config.precision, workers=config.loaders)
             result, more = fit_features(config, run, head, train_set, test)
         else:
-            trained = replicate(head, group)
-            # In evaluation mode, so that the batch norm takes no notice.
-            settle_buckets(trained.eval(), torch.zeros(2, encoder.head_hidden_size, device=group.device))
-
-            def loss(batch: list[torch.Tensor], number: int) -> torch.Tensor:
-                images, labels = batch
-                return cross_entropy(trained(frozen_features(encoder, images)).float(), labels)
-
-            def measure() -> dict[str, Any]:
-                head.eval()
-                return evaluate(lambda batch: head(frozen_features(encoder, batch)), images.test, len(images.classes),
-                                config, group)
-
-            result = train(config, run, batches, Learner(head, trained, optimizer, loss, measure))
+            result = trainer.run(run).result
             more = {'epochs': config.epochs, 'optimizer': config.opt}
             if config.knn:
-                some = some_of(np.arange(len(images.plain)), config.knn_images, config.seed)
-                plain = Subset(images.plain, some)
-                train_set, test = (gather_features(encoder, part, config, group) for part in (plain, images.test))
+                searched = some_of(np.arange(len(images.plain)), config.knn_images, config.seed)
+                train_set, test = (
+                    gather_features(encoder, part, precision=config.precision, workers=config.loaders, group=group)
+                    for part in (some(images.plain, searched), images.test))
         if config.knn:
             more['knn'] = knn(config, run, train_set, test)
 
-        # 3. What is left.
+        # What is left.
         if group.is_main:
             with writing(run.folder):
-                path = run.folder / 'classifier.safetensors'
-                save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, path)
-                path.chmod(0o644)  # safetensors leaves 0600
-                write_checksum(path)
+                save_tensors(run.folder / 'classifier.safetensors', head.state_dict())
         leave_results(run, config, result, images.classes, train_images=len(images.train), fast=config.fast,
                       batch_norm=config.batch_norm, global_pool=getattr(encoder, 'global_pool', None), **more)
         return run.folder
+
+
+class Probing(Objective):
+    """A linear classifier of an encoder's frozen features.
+
+    Args:
+        config: Settings of the run.
+        head: The classifier, on the device.
+        encoder: Frozen, in evaluation mode, on the device.
+        images: Labelled images.
+        group: The processes.
+    """
+
+    def __init__(
+            self,
+            config: ProbeConfig,
+            head: 'LinearHead',
+            encoder: nn.Module,
+            images: LabelledImages,
+            group: Processes,
+    ):
+        count, classes = len(images.train), len(images.classes)
+        super().__init__(head, f'Probing {config.weights} with {count:,} images of {classes} classes',
+                         {'train_images': count, 'classes': classes, 'width': encoder.head_hidden_size})
+        self.config, self.head, self.encoder, self.images, self.group = config, head, encoder, images, group
+
+    def optimized(self) -> tuple[Any, dict[str, Any]]:
+        return lars_groups(self.head), optimizer_options(self.config)
+
+    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+        images, labels = batch
+        return cross_entropy(network(frozen_features(self.encoder, images)).float(), labels)
+
+    def settle(self, network: nn.Module) -> torch.Tensor:
+        # In evaluation mode, so that the batch norm takes no notice.
+        return network.eval()(torch.zeros(2, self.encoder.head_hidden_size, device=self.group.device)).sum()
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        model.eval()
+        return evaluation_of(evaluate(
+            lambda batch: model(frozen_features(self.encoder, batch)), self.images.test, len(self.images.classes),
+            precision=self.config.precision, workers=self.config.loaders, group=self.group))
 
 
 class LinearHead(nn.Module):
@@ -192,7 +215,7 @@ def fit_features(
         kept, held = (torch.from_numpy(i).to(device)
                       for i in hold_out(len(train_set.labels), config.holdout, config.seed))
         kept, held = (Features(on_device.features[i], on_device.labels[i]) for i in (kept, held))
-        trials = Bank(kept, [scaled_lr(config, rate) for rate in rates], classes, config).accuracies(held)
+        trials = Bank(kept, [config.scaled(rate) for rate in rates], classes, config).accuracies(held)
         for rate, right in zip(rates, trials):
             run.log.write(event='sweep', lr=rate, held_out_top1=round(right, 4))
         best = int(np.argmax(trials))
@@ -200,9 +223,10 @@ def fit_features(
                 f'images: {trials[best]:.2f} %.' + (
                     ' It is at the end of the sweep: consider a wider one with --learning-rates.'
                     if len(rates) > 1 and best in (0, len(rates) - 1) else ''))
-        Bank(on_device, [scaled_lr(config, rates[best])], classes, config).copy_to(head)
+        Bank(on_device, [config.scaled(rates[best])], classes, config).copy_to(head)
         # The main process alone evaluates here, so it counts as the only one.
-        result = evaluate(head.eval(), TensorDataset(*test), classes, config, Processes(device))
+        result = evaluate(head.eval(), TensorDataset(*test), classes, precision=config.precision,
+                          workers=config.loaders, group=Processes(device))
         run.log.write(event='evaluation', images=config.epochs * len(on_device.labels), test_images=result['images'],
                       **scores(result))
         return result, {'epochs': config.epochs, 'optimizer': 'sgd', 'learning_rate': rates[best],

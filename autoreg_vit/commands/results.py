@@ -3,13 +3,14 @@
 from typing import Any
 
 from ..artifacts import write_json, writing
+from ..engine.objective import Evaluation
 from ..engine.run import Run
-from ..evaluation.metrics import scores
+from ..evaluation.metrics import describe, scores
 from ..figures import plots
-from ..settings.classification import RunConfig
+from ..settings.parts import Training
 
 
-def leave_results(run: Run, config: RunConfig, result: dict[str, Any], classes: list[str], **more: Any) -> None:
+def leave_results(run: Run, config: Training, result: dict[str, Any], classes: list[str], **more: Any) -> None:
     """Write results.json and, of a classifier with up to twenty classes, figures/confusion.png, on the main process;
     end the run."""
     if run.group.is_main:
@@ -27,6 +28,11 @@ def leave_results(run: Run, config: RunConfig, result: dict[str, Any], classes: 
             write_json(run.folder / 'results.json', content)
     run.finish()
     run.say(f'Results: {run.folder / "results.json"}')
+
+
+def evaluation_of(result: dict[str, Any]) -> Evaluation:
+    """Scores as `evaluation` measures them, as the trainer takes them."""
+    return Evaluation({'test_images': result['images'], **scores(result)}, describe(result), result)
 
 
 def finished(run: Run) -> bool:

@@ -11,21 +11,24 @@ from torch import nn
 
 from ..artifacts import writing
 from ..data.batches import Batches
+from ..data.masks import SegmentationData, open_data
 from ..data.order import check_divisible
 from ..data.transforms import ImageSpec
-from ..engine.loop import adam_options, create_optimizer, prepare, start
-from ..engine.machine import autocast
-from ..engine.parallel import replicate, settle_buckets, share_buffers
+from ..engine.objective import Evaluation, Objective, Part
+from ..engine.parallel import share_buffers
 from ..engine.processes import Processes, processes
 from ..engine.run import Run
 from ..engine.seeding import mix_seed
+from ..engine.trainer import Trainer, prepare
 from ..errors import ConfigError
+from ..evaluation.mask_scores import Windows, evaluate, predict
 from ..figures.plots import learning_figure
+from ..figures.predicted_masks import predictions_figure
 from ..hub.lookup import short_name
-from ..settings.segmenting import SegmentConfig
+from ..models.dense.segmenter import Segmenter, save_segmenter
+from ..settings.dense import SegmentConfig
 from .dense import dense_encoder, require
-from .results import finished, leave_results
-from .supervised import Learner, train
+from .results import evaluation_of, finished, leave_results
 
 
 def segment(config: SegmentConfig) -> Path:
@@ -36,7 +39,7 @@ def segment(config: SegmentConfig) -> Path:
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `figures/`, and the network in
-        `model/`, which `models.segmenter.load_segmenter` loads.
+        `model/`, which `models.dense.segmenter.load_segmenter` loads.
 
     Raises:
         UsageError: for settings, data or weights that cannot work, before training begins.
@@ -49,67 +52,35 @@ def segment(config: SegmentConfig) -> Path:
 
 
 def _segment(config: SegmentConfig, group: Processes) -> Path:
-    from ..data.masks import open_data
-    from ..evaluation.mask_scores import evaluate, predict
-    from ..figures.predicted_masks import predictions_figure
-    from ..models.dense.segmenter import Segmenter, save_segmenter
-
-    # 1. Settings, data and model, all checked before anything is written.
+    # Settings, data and model, all checked before anything is written.
     prepare(config, group)
     check_divisible(config.batch_size, group)
     synced = group.world_size > 1 and group.device.type == 'cuda'  # PyTorch has no such batch norm for the CPU
-    if config.batch_size // (1 if synced else group.world_size) < 2:
-        raise ConfigError(
-            f'UPerNet normalises over the images of a batch, and one of {config.batch_size} leaves each of '
-            f'{group.world_size} processes a single image: use --batch-size {2 * group.world_size} or more.')
+    check_batch(config, group, synced)
     encoder, source = dense_encoder(config, in_chans=config.in_chans)
     spec = dataclasses.replace(ImageSpec.of(encoder, config.in_chans), size=config.crop)
     data = open_data(config, spec, group)
-    classes = len(data.classes)
-    model = Segmenter(encoder, classes, config.crop, decoder_channels=config.decoder_channels,
+    model = Segmenter(encoder, len(data.classes), config.crop, decoder_channels=config.decoder_channels,
                       auxiliary=config.auxiliary, dropout=config.dropout).to(group.device)
     if synced:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    batches = Batches(data.train, config.batch_size, config.seed, group, config.workers, config.accumulate,
-                      config.max_corrupt)
-    optimizer = create_optimizer(config, model, layer_decay=config.layer_decay, **adam_options(config))
+    objective = Segmentation(config, model, spec, data, group)
+    trainer = Trainer(config, objective, Batches(
+        data.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
+        group)
 
-    # 2. The run.
+    # The run.
     facts = {'train_images': len(data.train)}
     with Run(config, f'segment-{short_name(config.weights)}', group, facts, config.steps) as run:
         if finished(run):
             return run.folder
-        start(run, config, **facts, classes=classes, parameters=sum(p.numel() for p in model.parameters()))
-        run.say(f'Segmenting with {config.weights}: {len(data.train):,} images of {classes} classes, {config.steps:,} '
-                f'steps; {group.world_size} x {group.device}, {config.precision}; writing to {run.folder}')
-        trained = replicate(model, group)
-        with autocast(config.precision, group.device):
-            settle_buckets(trained.eval(), spec.nothing(2, group.device),
-                           torch.zeros(2, *spec.size, dtype=torch.long, device=group.device))
+        result = trainer.run(run).result
 
-        def loss(batch: list[torch.Tensor], number: int) -> torch.Tensor:
-            torch.manual_seed(mix_seed(config.seed, 'dropout', number, group.rank))
-            return trained(*batch)
-
-        def measure() -> dict[str, Any]:
-            share_buffers(model, group)
-            model.eval()
-            return evaluate(model, data.test, classes, config, group)
-
-        result = train(config, run, batches, Learner(model, trained, optimizer, loss, measure))
-
-        # 3. What is left, with batch norms' statistics as they were reported.
+        # What is left, with batch norms' statistics as they were reported.
         model.eval()
         if group.is_main:
-            figures = run.folder / 'figures'
             with writing(run.folder):
-                figures.mkdir(exist_ok=True)
-                learning_figure({'': run.log.lines}, figures / 'learning.png')
-                if config.pictures:
-                    chosen = np.unique(np.linspace(0, len(data.test) - 1, config.pictures).astype(int))
-                    images, truths = zip(*(data.test[int(i)] for i in chosen))
-                    found = predict(model, images, [tuple(t.shape) for t in truths], config, group)
-                    predictions_figure(images, truths, found, data.classes, spec, figures / 'predictions.png')
+                draw_figures(model, run, data, spec, config, group)
                 save_segmenter(
                     model, run.folder / 'model', source, classes=list(data.classes),
                     crop_size=list(config.crop), stride=list(config.steps_between_windows), mean=list(spec.mean),
@@ -117,3 +88,80 @@ def _segment(config: SegmentConfig, group: Processes) -> Path:
         leave_results(run, config, result, data.classes, steps=config.steps, **facts,
                       iou={name: round(value, 4) for name, value in zip(data.classes, result['iou'])})
         return run.folder
+
+
+class Segmentation(Objective):
+    """A class for each pixel, by UPerNet on an encoder. Draws are functions of (seed, forward pass, process).
+
+    Args:
+        config: Settings of the run.
+        model: On the device.
+        spec: Crops that it takes.
+        data: Images and masks.
+        group: The processes.
+    """
+
+    def __init__(
+            self,
+            config: SegmentConfig,
+            model: Segmenter,
+            spec: ImageSpec,
+            data: SegmentationData,
+            group: Processes,
+    ):
+        count, classes = len(data.train), len(data.classes)
+        super().__init__(
+            model, f'Segmenting with {config.weights}: {count:,} images of {classes} classes, {config.steps:,} steps',
+            {'train_images': count, 'classes': classes, 'parameters': sum(p.numel() for p in model.parameters())})
+        self.config, self.spec, self.data, self.group = config, spec, data, group
+
+    def optimized(self) -> tuple[Any, dict[str, Any]]:
+        return self.model, {'layer_decay': self.config.layer_decay}
+
+    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+        torch.manual_seed(mix_seed(self.config.seed, 'dropout', part.number, self.group.rank))
+        return network(*batch)
+
+    def settle(self, network: nn.Module) -> torch.Tensor:
+        return network.eval()(self.spec.nothing(2, self.group.device),
+                              torch.zeros(2, *self.spec.size, dtype=torch.long, device=self.group.device)).sum()
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        share_buffers(model, self.group)
+        model.eval()
+        return evaluation_of(evaluate(
+            model, self.data.test, len(self.data.classes), windows_of(self.config), precision=self.config.precision,
+            workers=self.config.loaders, group=self.group))
+
+
+def windows_of(config: SegmentConfig) -> Windows:
+    """How windows slide over the images of an evaluation."""
+    return Windows(config.crop, config.steps_between_windows, config.batch_size)
+
+
+def check_batch(config: SegmentConfig, group: Processes, synced: bool) -> None:
+    """Raise ConfigError for a batch that leaves a process less than two images to normalise over."""
+    if config.batch_size // (1 if synced else group.world_size) < 2:
+        raise ConfigError(
+            f'UPerNet normalises over the images of a batch, and one of {config.batch_size} leaves each of '
+            f'{group.world_size} processes a single image: use --batch-size {2 * group.world_size} or more.')
+
+
+def draw_figures(
+        model: Segmenter,
+        run: Run,
+        data: SegmentationData,
+        spec: ImageSpec,
+        config: SegmentConfig,
+        group: Processes,
+) -> None:
+    """figures/learning.png, and figures/predictions.png where pictures are asked for."""
+    figures = run.folder / 'figures'
+    figures.mkdir(exist_ok=True)
+    learning_figure({'': run.log.lines}, figures / 'learning.png')
+    if config.pictures:
+        chosen = np.unique(np.linspace(0, len(data.test) - 1, config.pictures).astype(int))
+        images, truths = zip(*(data.test[int(i)] for i in chosen))
+        found = predict(model, images, [tuple(t.shape) for t in truths], windows_of(config),
+                        precision=config.precision, group=group)
+        predictions_figure(images, truths, found, data.classes, spec, figures / 'predictions.png')

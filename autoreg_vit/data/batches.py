@@ -2,12 +2,13 @@
 run can go on from any place."""
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from .._compat import counted_readers
 from ..engine.processes import Processes
 from ..engine.progress import say
 from ..engine.seeding import kept_random_state, mix_seed, seed_cpu
@@ -16,6 +17,7 @@ from .checks import image_name, refuse_corrupt, some_names
 from .images import DAMAGE
 from .loaders import all_or_none, fitting
 from .order import EpochSampler, check_divisible
+from .samples import Samples
 from .streams import Stream
 
 
@@ -30,7 +32,7 @@ class SeededSamples(Dataset):
         count: How many there may be, a lower bound, int64 [1], shared likewise.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: Samples, seed: int):
         self.dataset, self.seed = dataset, seed
         self.corrupt = torch.zeros(len(dataset), dtype=torch.uint8)
         self.count = torch.zeros(1, dtype=torch.int64)
@@ -43,7 +45,7 @@ class SeededSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]):
+    def __getitem__(self, key: tuple[int, int]) -> Any:
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list:
@@ -54,7 +56,7 @@ class SeededSamples(Dataset):
         """Names of the images that could not be read so far."""
         return [image_name(self.dataset, index) for index in self.corrupt.nonzero().flatten().tolist()]
 
-    def _sample(self, epoch: int, index: int):
+    def _sample(self, epoch: int, index: int) -> Any:
         for another in range(min(16, len(self))):
             place = (index + another) % len(self)
             seed_cpu(mix_seed(self.seed, 'image', epoch, index))
@@ -80,7 +82,7 @@ class SeededStream(IterableDataset):
     def __init__(self, dataset: IterableDataset, seed: int, rank: int = 0):
         self.dataset, self.seed, self.rank, self.number = dataset, seed, rank, (0, 0)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Any, dict[str, str]]]:
         worker = torch.utils.data.get_worker_info()
         place = (*self.number, self.rank, worker.id if worker else 0)
         if hasattr(self.dataset, 'set_epoch'):
@@ -138,7 +140,7 @@ class Batches:
 
     def __init__(
             self,
-            dataset: Dataset,
+            dataset: Samples | IterableDataset,
             batch_size: int,
             seed: int,
             group: Processes,
@@ -148,9 +150,12 @@ class Batches:
             collate: Callable[[list], Any] | None = None,
     ):
         check_divisible(batch_size, group)
-        self.max_corrupt, self._counted, self._damages = max_corrupt, 0, {}
-        self.is_stream = isinstance(dataset, IterableDataset)
-        images = stream_length(dataset, workers) * group.world_size if self.is_stream else len(dataset)
+        self.max_corrupt, self._counted = max_corrupt, 0
+        self._damages: dict[str, str] = {}
+        if isinstance(dataset, IterableDataset):
+            images = stream_length(dataset, workers) * group.world_size
+        else:
+            images = len(dataset)
         if images < batch_size:
             raise DataError(f'{images} training images are fewer than a batch of {batch_size}: use --batch-size '
                             f'{images} or less.')
@@ -159,67 +164,82 @@ class Batches:
         if self.per_epoch == 0:
             raise ConfigError(
                 f'accumulate={multiple_of} asks for more batches than the {images // batch_size} of an epoch.')
-        shared = dict(num_workers=workers, pin_memory=group.device.type == 'cuda')
-        if self.is_stream:
-            self.sampler = None
+        self.sampler: EpochSampler | None = None
+        self.dataset: SeededSamples | SeededStream
+        self._collate, self._pin_memory = collate, group.device.type == 'cuda'
+        if isinstance(dataset, IterableDataset):
             self.dataset = SeededStream(dataset, seed, group.rank)
             # New processes for every pass, since they learn its number when they start.
-            self.loader = DataLoader(self.dataset, batch_size // group.world_size, drop_last=True,
-                                     generator=torch.Generator(), collate_fn=CollateStream(collate), **shared)
+            self.loader = DataLoader(
+                self.dataset, batch_size // group.world_size, drop_last=True, generator=torch.Generator(),
+                collate_fn=CollateStream(collate), num_workers=workers, pin_memory=self._pin_memory)
         else:
             self.dataset = SeededSamples(dataset, seed)
             if workers:
                 self.dataset.share()
             self.sampler = EpochSampler(images, batch_size, seed, group, self.per_epoch)
-            self._make_loader = lambda workers: DataLoader(self.dataset, batch_sampler=self.sampler, **{
-                **shared, 'num_workers': workers, 'persistent_workers': workers > 0, 'collate_fn': collate})
-            self.loader = self._make_loader(workers)
+            self.loader = self._loader_of(self.dataset, workers)
 
     def start_at(self, batch: int) -> Iterator:
         """Batches from number `batch` of the whole run on, as `collate` makes them."""
         epoch, offset = divmod(batch, self.per_epoch)
         while True:
-            if self.is_stream:
-                yield from self._stream(epoch, offset)
+            if isinstance(self.dataset, SeededStream):
+                yield from self._from_stream(self.dataset, epoch, offset)
             else:
-                load = functools.partial(self._load, epoch, offset)
-                for batch in fitting(load, self.loader.num_workers):
-                    self._check_corrupt()
-                    yield batch
+                yield from self._from_samples(self.dataset, epoch, offset)
             epoch, offset = epoch + 1, 0
 
-    def _load(self, epoch: int, offset: int, first: int, workers: int) -> DataLoader:
+    def describe(self, batch: int, count: int) -> str:
+        """What a person can find `count` batches by, from number `batch` of the whole run on."""
+        if self.sampler is None:
+            return f'batch {batch % self.per_epoch} of the stream'
+        return self.sampler.describe(batch, count)
+
+    def _loader_of(self, samples: SeededSamples, workers: int) -> DataLoader:
+        return DataLoader(samples, batch_sampler=self.sampler, num_workers=workers, persistent_workers=workers > 0,
+                          pin_memory=self._pin_memory, collate_fn=self._collate)
+
+    def _from_samples(self, samples: SeededSamples, epoch: int, offset: int) -> Iterator:
+        """The batches of an epoch of a map-style data set after the first `offset`."""
+        for batch in fitting(functools.partial(self._load, samples, epoch, offset), self.loader.num_workers):
+            self._check_corrupt(samples)
+            yield batch
+
+    def _load(self, samples: SeededSamples, epoch: int, offset: int, first: int, workers: int) -> DataLoader:
         """The loader of a map-style data set, about to give an epoch's batches from `offset` + `first` on."""
         if workers != self.loader.num_workers:
-            self.loader = self._make_loader(workers)
+            self.loader = self._loader_of(samples, workers)
+        assert self.sampler is not None
         self.sampler.start_at(epoch, offset + first)
         return self.loader
 
-    def _check_corrupt(self) -> None:
+    def _check_corrupt(self, samples: SeededSamples) -> None:
         """Name images that turned out to be unreadable since the last batch; too many are a DataError."""
-        if self._counted != (count := int(self.dataset.count)):
+        count = int(samples.count)
+        if self._counted != count:
             self._counted = count
-            self._tolerate(self.dataset.damaged(), len(self.dataset))
+            self._tolerate(samples.damaged(), len(samples))
 
     def _tolerate(self, names: list[str], images: int) -> None:
         refuse_corrupt(len(names), images, self.max_corrupt, names)
         say(f'{len(names)} images cannot be read, and others stand in for them: {some_names(names)}')
 
-    def _stream(self, epoch: int, offset: int) -> Iterator:
+    def _from_stream(self, stream: SeededStream, epoch: int, offset: int) -> Iterator:
         """The batches of an epoch after the first `offset`; a stream that ends early begins again."""
         given, again = 0, 0
         while given < self.per_epoch:
-            self.dataset.number = (epoch, again)
+            stream.number = (epoch, again)
             # Loader processes shuffle by the seeds that they take from here.
-            self.loader.generator.manual_seed(mix_seed(self.dataset.seed, 'processes', epoch, again))
+            self.loader.generator.manual_seed(mix_seed(stream.seed, 'processes', epoch, again))
             before = given
             for batch, damages in all_or_none(self.loader):
                 if damages.keys() - self._damages.keys():
                     self._damages.update(damages)
-                    source = self.dataset.dataset.source
+                    described = getattr(getattr(stream.dataset, 'source', None), 'images', None)
                     # Where nothing says how many images there are, each epoch may have had other ones.
                     self._tolerate([f'{name} ({reason})' for name, reason in self._damages.items()],
-                                   source.images or self._images * (epoch + 1))
+                                   described or self._images * (epoch + 1))
                 given += 1
                 if given > offset:
                     yield batch
@@ -234,8 +254,8 @@ class Batches:
 def stream_length(dataset: IterableDataset, workers: int) -> int:
     """Images of a stream for each process, as its description counts them; 0 where it does not."""
     if hasattr(dataset, 'set_loader_cfg'):
-        dataset.set_loader_cfg(num_workers=max(workers, 1))  # before timm 1.0.31 none would count as no reader at all
+        dataset.set_loader_cfg(num_workers=counted_readers(workers))
     try:
-        return len(dataset)
+        return len(cast(Sized, dataset))
     except TypeError:
         return 0

@@ -1,15 +1,15 @@
 """Images with boxes and masks in COCO's format, checked before anything is trained on them."""
 
+import functools
 import json
 import math
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
@@ -19,10 +19,11 @@ from torchvision.transforms.v2 import functional as transforms
 from ..engine.processes import Processes
 from ..engine.progress import say
 from ..errors import DataError
-from ..settings.detecting import DetectConfig
+from ..settings.dense import DetectConfig
 from .checks import check_images
 from .images import DAMAGE, ToMode, open_image, prepared, stored_size
 from .labelled import hold_out, some_of
+from .samples import named
 
 Target = dict[str, torch.Tensor]
 
@@ -60,7 +61,7 @@ class CocoImages(Dataset):
         self.mode, self.categories = ToMode(channels), categories_of(content, file)
         labels = {identity: label for label, identity in enumerate(self.categories, start=1)}
         images = images_of(content, file)
-        objects = {identity: [] for identity in images}
+        objects: dict[int | str, list[dict]] = {identity: [] for identity in images}
         for annotation in content['annotations']:
             check_annotation(annotation, images, labels, file)
             objects[annotation['image_id']].append(annotation)
@@ -100,9 +101,9 @@ class CocoImages(Dataset):
             raise DataError(f'Cannot read {path}: it is damaged or no image ({" ".join(str(error).split())}). Replace '
                             'or remove it.') from error
         if image.size != (width, height):
-            reason = ('its EXIF orientation turns it, and annotations should be of the upright picture.'
-                      if stored_size(path) == (width, height) else
-                      'the image or the file of annotations is another one.')
+            reason = 'the image or the file of annotations is another one.'
+            if stored_size(path) == (width, height):
+                reason = 'its EXIF orientation turns it, and annotations should be of the upright picture.'
             raise DataError(f'{path} has {image.width} x {image.height} pixels, and its annotations are for {width} x '
                             f'{height}: {reason}')
         return image
@@ -187,7 +188,7 @@ def open_data(config: DetectConfig, channels: int, group: Processes) -> tuple[Pa
         DataError: for data that is not there, is damaged, or has no objects, and for splits with other categories.
     """
     def open_split(split: str, file: str | None) -> CocoImages:
-        root = Path(config.data_dir)
+        root = Path(named(config.data_dir))
         folder = root / split
         if not folder.is_dir():
             raise DataError(f'No folder {folder}: --data-dir names a folder in COCO\'s layout, with the images of each '
@@ -214,11 +215,11 @@ def open_data(config: DetectConfig, channels: int, group: Processes) -> tuple[Pa
     test_indices = some_of(test_indices, config.test_images, config.seed)
     if group.is_main and not test_set.has_objects[test_indices].any():
         say(f'Of {len(test_indices)} images to report on none has an object: there will be no average precision.')
-    jitter = LargeScaleJitter(config.canvas, config.jitter, config.hflip)
+    least, greatest = config.jitter
+    jitter = LargeScaleJitter(config.canvas, (least, greatest), config.hflip)
     train_part, test_part = Part(train_set, train_indices, jitter), Part(test_set, test_indices)
     for part, most in ((train_part, config.max_corrupt), (test_part, 0.0)):
-        group.on_main(lambda part=part, most=most: check_images(
-            part, config.check_images, most, try_sample=part.open))
+        group.on_main(functools.partial(check_images, part, config.check_images, most, try_sample=part.open))
     return train_part, test_part
 
 
@@ -237,6 +238,8 @@ class Records:
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """The mask of an annotation, polygons or run lengths (compressed or not), uint8 [height, width]."""
+    from faster_coco_eval.core import mask as coco_mask
+
     if isinstance(segmentation, list):
         segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation['counts'], list):
@@ -298,7 +301,7 @@ def check_files(paths: list[Path], file: Path) -> None:
 
 def check_annotation(annotation: dict, images: dict[int | str, dict], labels: dict[int, int], file: Path) -> None:
     """Raise DataError, naming file and annotation, for one that refers to nothing or whose box or mask is none."""
-    def refuse(problem: str) -> None:
+    def refuse(problem: str) -> NoReturn:
         raise DataError(f'Annotation {annotation.get("id")!r} of {file} {problem}.')
 
     identity, category = annotation.get('image_id'), annotation.get('category_id')
@@ -333,7 +336,7 @@ def check_annotation(annotation: dict, images: dict[int | str, dict], labels: di
         refuse('has no mask: expected "segmentation", polygons or run lengths')
 
 
-def _are_numbers(values: Any) -> bool:
+def _are_numbers(values: Any) -> TypeGuard[list[float]]:
     return isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
 
 

@@ -7,27 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..errors import DataError
 from .images import DAMAGE, open_image, prepared
+from .samples import Samples
 
 
-def image_name(dataset: Dataset, index: int) -> str:
+def image_name(dataset: Any, index: int) -> str:
     """File of an image where its data set knows it, else its number."""
     while isinstance(dataset, Subset):
-        dataset, index = dataset.dataset, dataset.indices[index]
+        index = dataset.indices[index]
+        dataset = dataset.dataset
     samples = getattr(dataset, 'samples', None)
     if samples is not None:
         return str(samples[index][0] if isinstance(samples[index], tuple) else samples[index])
+    filename: Any = getattr(dataset, 'filename', None)
     try:
-        return str(dataset.filename(index))
+        return str(filename(index))
     except (AttributeError, AssertionError, KeyError, NotImplementedError, TypeError):
         return f'image {index}'
 
 
 def check_images(
-        dataset: Dataset,
+        dataset: Samples,
         most: int,
         max_corrupt: float,
         say: Callable[[str], None] = print,
@@ -49,14 +52,16 @@ def check_images(
     Raises:
         DataError: for more unreadable images, naming them.
     """
-    if (left_out := getattr(dataset, 'left_out', None)) and (text := left_out.describe(Path(dataset.root))):
+    left_out, root = getattr(dataset, 'left_out', None), getattr(dataset, 'root', None)
+    text = left_out.describe(Path(root)) if left_out and root else None
+    if text:
         say(text)
     samples = getattr(dataset, 'samples', None)
     if not samples or most < 1:
         return []
     paths = [Path(image_name(dataset, i)) for i in range(len(samples))]
     chosen = sorted(set(np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int).tolist()))
-    damages = {}
+    damages: dict[Path, str] = {}
     for path in paths:
         try:
             if path.stat().st_size == 0:

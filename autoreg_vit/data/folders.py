@@ -29,7 +29,7 @@ Reason = tuple[str, str]
 class LeftOut:
     """What of a folder is not taken: how many things for which reason, and the first three of them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts: Counter[Reason] = Counter()
         self.first: dict[Reason, list[str]] = defaultdict(list)
 
@@ -90,8 +90,9 @@ class ClassFolders(VisionDataset):
                  for name in self.classes]
         empty = [name for name, found in zip(self.classes, files) if not found]
         if empty:
-            raise DataError(f'Class folders without images under {root}: {", ".join(empty[:10])}'
-                            f'{", ..." * (len(empty) > 10)}. Fill or remove them. {self.left_out.describe(root) or ""}')
+            more = ', ...' if len(empty) > 10 else ''
+            raise DataError(f'Class folders without images under {root}: {", ".join(empty[:10])}{more}. '
+                            f'Fill or remove them. {self.left_out.describe(root) or ""}')
         self.samples = [(file, label) for label, found in enumerate(files) for file in found]
         self.targets = [label for _, label in self.samples]
 
@@ -141,7 +142,7 @@ def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFo
 def kind_of_split(name: str) -> str | None:
     """'train', 'val' or 'test' for a usual spelling of one (Training, valid, test_images, train2017), else None."""
     found = _SPLIT.fullmatch(name.casefold())
-    return found[found.lastindex] if found else None
+    return found[found.lastindex or 0] if found else None
 
 
 def find_split(root: Path, folders: list[str], split: str) -> str | None:
@@ -210,9 +211,10 @@ def list_folder(
             found.files.append(entry.path)  # a link to nowhere is an image that cannot be read
         elif is_file:
             found.others.append((('file of another ending', 'files of other endings'), entry.path))
+        elif is_link:
+            found.others.append((('link to nowhere', 'links to nowhere'), entry.path))
         else:
-            found.others.append((('link to nowhere', 'links to nowhere') if is_link else
-                                 ('thing that is no file', 'things that are no files'), entry.path))
+            found.others.append((('thing that is no file', 'things that are no files'), entry.path))
     found.folders.sort()
     return found
 

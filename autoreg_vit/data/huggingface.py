@@ -51,7 +51,8 @@ class HubImages(VisionDataset):
         self.name = name
         self.images = undecoded(rows.select_columns([column]), column)
         label, self.unlabelled = find_label_column(rows.features, label_column)
-        self.targets, self.classes = None, None
+        self.targets: list[int] | None = None
+        self.classes: list[str] | None = None
         if label is not None:
             self._read_labels(list(rows[label]), getattr(rows.features[label], 'names', None), label)
 
@@ -60,9 +61,9 @@ class HubImages(VisionDataset):
         if missing:
             self.unlabelled = f'{missing} of {len(values)} labels in the column {column!r} are missing'
         elif values and isinstance(values[0], (str, bool)):
-            self.classes = sorted(set(values))
-            number = {value: index for index, value in enumerate(self.classes)}
-            self.targets, self.classes = [number[v] for v in values], list(map(str, self.classes))
+            found = sorted(set(values))
+            number = {value: index for index, value in enumerate(found)}
+            self.targets, self.classes = [number[v] for v in values], list(map(str, found))
         else:
             self.targets, self.classes = values, names
 
@@ -153,8 +154,9 @@ def find_image_column(features: dict[str, Any], given: str | None = None) -> str
     if 'image' in found:
         return 'image'
     if len(found) != 1:
-        what = f'The columns {", ".join(found)} all hold images' if found else (
-            f'No column holds images: there are {", ".join(features)}')
+        what = f'No column holds images: there are {", ".join(features)}'
+        if found:
+            what = f'The columns {", ".join(found)} all hold images'
         raise DataError(f'{what}. Name the column of the images with --image-column.')
     return found[0]
 
@@ -183,8 +185,9 @@ def find_label_column(features: dict[str, Any], given: str | None = None) -> tup
     found = found or [name for name in able if name.lower() in LABEL_NAMES]
     if len(found) == 1:
         return found[0], None
-    which = f'the columns {", ".join(found)} could all be labels' if found else (
-        f'no column is known to hold labels, of {", ".join(features)}')
+    which = f'no column is known to hold labels, of {", ".join(features)}'
+    if found:
+        which = f'the columns {", ".join(found)} could all be labels'
     return None, f'{which}: name one with --label-column'
 
 

@@ -3,6 +3,7 @@
 import struct
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,7 +28,7 @@ def image_extensions() -> frozenset[str]:
                      if kind in Image.OPEN and kind not in _NOT_DECODED)
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | IO[bytes]) -> Image.Image:
     """Decode a file, of several pictures the first, in its own mode and turned upright as its EXIF data say.
 
     Raises:

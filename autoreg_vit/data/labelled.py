@@ -6,26 +6,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose
 
+from .._compat import posterize
 from ..engine.console import printable
 from ..engine.processes import Processes
 from ..engine.progress import say
 from ..errors import ConfigError, DataError
-from ..settings.classification import SupervisedConfig
+from ..settings.classification import Classification
 from .checks import check_images, image_name, some_names
 from .images import DAMAGE, ToMode, prepared
+from .samples import Samples
 from .sources import check_labels, labels_of, open_split
-from .transforms import ImageSpec, evaluation_transform, training_transform
+from .transforms import NO_JITTER, ImageSpec, evaluation_transform, training_transform
 
 
 class Images(Dataset):
     """Some images of a map-style data set that gives PIL images, under a transform."""
 
-    def __init__(self, dataset: Dataset, indices: np.ndarray, transform: Callable):
+    def __init__(self, dataset: Samples, indices: np.ndarray, transform: Callable):
         self.dataset, self.indices, self.transform = dataset, indices, transform
 
     def __len__(self) -> int:
@@ -56,15 +57,15 @@ class LabelledImages:
         train_labels: int64 [images of train].
         classes: Names of the classes.
     """
-    train: Dataset
-    plain: Dataset
-    test: Dataset
+    train: Samples
+    plain: Samples
+    test: Samples
     train_labels: np.ndarray
     classes: list[str]
 
 
 def labelled_images(
-        config: SupervisedConfig,
+        config: Classification,
         spec: ImageSpec,
         group: Processes,
         **augmentation: Any,
@@ -83,7 +84,8 @@ def labelled_images(
     """
     if config.dataset is None:
         config.dataset = 'digits' if config.data_dir is None else 'folder'
-    augment = augmenting_transform(spec, config.crop_scale, config.hflip, **augmentation)
+    least, greatest = config.crop_scale
+    augment = augmenting_transform(spec, (least, greatest), config.hflip, **augmentation)
     plain = evaluation_transform(spec, config.evaluated_part(spec.size))
     splits = open_splits(config, config.train_images, config.test_images, config.num_classes)
     train, test = splits.train, splits.test
@@ -97,7 +99,7 @@ def labelled_images(
 
 class Part(NamedTuple):
     """Images of a data set: which, and their labels, int64 each."""
-    dataset: Dataset
+    dataset: Samples
     indices: np.ndarray
     labels: np.ndarray
 
@@ -157,7 +159,7 @@ def open_splits(
                   [printable(name) for name in names or map(str, range(count))])
 
 
-def class_names(dataset: Dataset) -> list[str] | None:
+def class_names(dataset: Samples) -> list[str] | None:
     """Names of a data set's classes, in the order of the labels, where it knows them."""
     names = getattr(dataset, 'classes', None)
     return list(names) if names else None
@@ -172,7 +174,7 @@ def check_same_classes(config: Any, train: list[str] | None, test: list[str] | N
     if not odd:
         raise DataError(f'{splits} the same classes in another order: their labels would not mean the same.')
     kind = 'class folders' if config.dataset == 'folder' else 'classes'
-    raise DataError(f'{splits} other {kind}: {", ".join(odd[:5])}{", ..." * (len(odd) > 5)} '
+    raise DataError(f'{splits} other {kind}: {", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""} '
                     f'{"is" if len(odd) == 1 else "are"} in one alone.')
 
 
@@ -204,7 +206,7 @@ def hold_out(count: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray
         DataError: for a single image, which cannot be both.
     """
     if count < 2:
-        raise DataError(f'Of {count} training image{"s" * (count != 1)} none can be held out to report on: name '
+        raise DataError(f'Of {count} training image{"" if count == 1 else "s"} none can be held out to report on: name '
                         '--eval-split, or add images.')
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
     held = min(max(round(count * part), 1), count - 1)
@@ -233,11 +235,11 @@ def augmenting_transform(
     if auto_augment is None and not erase:
         return training_transform(spec, crop_scale, hflip)
 
-    def parts(channels: int) -> tuple[Callable, Callable, Callable]:
+    def parts(channels: int) -> tuple[Callable, Any, Callable]:
         mean, std = (v if len(v) == channels else v * channels for v in (spec.mean, spec.std))
         return create_transform(
             (channels, *spec.size), is_training=True, scale=crop_scale, ratio=(3 / 4, 4 / 3), hflip=hflip,
-            color_jitter=None, auto_augment=auto_augment, interpolation='bicubic', re_prob=erase, re_mode='pixel',
+            color_jitter=NO_JITTER, auto_augment=auto_augment, interpolation='bicubic', re_prob=erase, re_mode='pixel',
             mean=mean, std=std, separate=True)
 
     try:
@@ -246,7 +248,10 @@ def augmenting_transform(
         raise ConfigError(f'Unknown auto_augment {auto_augment!r}: a policy of timm, such as rand-m9-mstd0.5-inc1, '
                           'original, 3a or augmix-m5-w4, or none.') from error
     for transform in policy.transforms:
-        for op in [*getattr(transform, 'ops', ()), *(o for ops in getattr(transform, 'policy', ()) for o in ops)]:
+        operations = list(getattr(transform, 'ops', ()))
+        for several in getattr(transform, 'policy', ()):
+            operations += several
+        for op in operations:
             if op.name.startswith('Posterize'):
                 op.aug_fn = posterize
     return Compose([ToMode(3), crop, policy, ToMode(spec.channels), parts(spec.channels)[2]])
@@ -260,15 +265,7 @@ def some_of(indices: np.ndarray, most: int | None, seed: int) -> np.ndarray:
     return indices[np.sort(draw[:most])]
 
 
-def posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """Keep the upper bits of each value. timm's policies ask for none at their largest magnitude, which Pillow took for
-    black up to version 11 and refuses since."""
-    if bits >= 8:
-        return image
-    return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
-
-
-def _open(config: Any, split: str) -> tuple[Dataset, np.ndarray]:
+def _open(config: Any, split: str) -> tuple[Samples, np.ndarray]:
     dataset = open_split(config, split, prepared)
     where = f'{config.dataset!r} {config.data_dir or ""}'.strip()
     if isinstance(dataset, IterableDataset):

@@ -4,12 +4,12 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 
 from ..engine.processes import Processes
 from ..engine.progress import say, with_progress
 from ..errors import DataError, UsageError
-from ..settings.classification import RunConfig
+from .samples import Samples, some
 
 REMEDY = 'In Docker raise it with --shm-size (or --ipc=host); --workers sets how many processes load images.'
 
@@ -26,7 +26,7 @@ class InOrder:
 
     def __init__(
             self,
-            dataset: Dataset,
+            dataset: Samples,
             batch_size: int,
             workers: int,
             collate: Callable[[list], Any] | None = None,
@@ -40,7 +40,7 @@ class InOrder:
         return fitting(self._from, self.workers)
 
     def _from(self, first: int, workers: int) -> DataLoader:
-        rest = Subset(self.dataset, range(first * self.batch_size, len(self.dataset)))
+        rest = some(self.dataset, range(first * self.batch_size, len(self.dataset)))
         return DataLoader(rest, self.batch_size, num_workers=workers, collate_fn=self.collate)
 
 
@@ -100,22 +100,23 @@ def lacks_shared_memory(error: Exception) -> bool:
 
 
 def own_part(
-        dataset: Dataset,
+        dataset: Samples,
         batch_size: int,
-        config: RunConfig,
-        group: Processes,
+        *,
+        workers: int,
         collate: Callable[[list], Any] | None = None,
+        group: Processes,
 ) -> Iterator:
     """Batches of this process's part of a data set, in its order; the processes together see each image once.
 
     Args:
         dataset: Map-style.
         batch_size: Images a batch of one process.
-        config: Gives loader processes.
-        group: The processes.
+        workers: Loader processes.
         collate: Makes a batch of a list of samples; by default tensors are stacked.
+        group: The processes.
     """
-    part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
+    part = some(dataset, range(group.rank, len(dataset), group.world_size))
     if not len(part):
         return iter(())
-    return iter(with_progress(InOrder(part, batch_size, config.workers, collate), 'evaluating', group.is_main))
+    return iter(with_progress(InOrder(part, batch_size, workers, collate), 'evaluating', group.is_main))

@@ -18,11 +18,12 @@ from ..engine.processes import Processes
 from ..engine.progress import say
 from ..errors import ConfigError, DataError
 from ..models.dense.segmenter import IGNORED
-from ..settings.segmenting import SegmentConfig
+from ..settings.dense import SegmentConfig
 from .checks import check_images, some_names
 from .folders import LeftOut, find_split, list_folder, no_files, walk
 from .images import DAMAGE, ToMode, open_image, stored_size
 from .labelled import distinct, hold_out, some_of
+from .samples import named
 from .transforms import ImageSpec
 
 #: Files of masks: of formats that keep every value.
@@ -56,7 +57,8 @@ class MaskFormat:
             image = open_image(path)
         except DAMAGE as error:
             raise DataError(f'the mask {path} cannot be read: {" ".join(str(error).split())}') from error
-        if (bands := len(image.getbands())) > 1:
+        bands = len(image.getbands())
+        if bands > 1:
             kind = 'grey with transparency' if image.mode in ('LA', 'La', 'PA') else 'a colour picture'
             raise DataError(f'the mask {path} is {kind} ({image.mode}): expected one channel that holds the index of '
                             f'each pixel\'s class, not {bands}')
@@ -123,8 +125,9 @@ class MaskedImages(Dataset):
         mask = self.masks.read(mask_path)
         if image.shape[1:] != mask.shape:
             sizes = ' and '.join(f'{w} x {h}' for h, w in (mask.shape, image.shape[1:]))
-            turned = ('. The EXIF orientation of the image turns it: draw masks on the upright picture'
-                      if stored_size(path) == tuple(mask.shape[::-1]) else '')
+            turned = ''
+            if stored_size(path) == tuple(mask.shape[::-1]):
+                turned = '. The EXIF orientation of the image turns it: draw masks on the upright picture'
             raise DataError(f'the mask {mask_path} and its image {path} differ in size: {sizes} pixels{turned}')
         return image, mask
 
@@ -155,7 +158,7 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
         DataError: for a folder that is not there, files without a counterpart, and images or masks that do not do.
         ConfigError: where the number of classes is not known or not the data's.
     """
-    root = Path(config.data_dir)
+    root = Path(named(config.data_dir))
     if not root.is_dir():
         raise DataError(f'No folder {root}: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
     masks = _mask_format(config, root)
@@ -166,8 +169,8 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
     else:
         kept, held = hold_out(len(train), 0.2, config.seed)
         train, test = [train[i] for i in kept], [train[i] for i in held]
-    train, test = ([pairs[i] for i in some_of(np.arange(len(pairs)), most, config.seed)]
-                   for pairs, most in ((train, config.train_images), (test, config.test_images)))
+    train = [train[i] for i in some_of(np.arange(len(train)), config.train_images, config.seed)]
+    test = [test[i] for i in some_of(np.arange(len(test)), config.test_images, config.seed)]
     data = SegmentationData(MaskedImages(train, masks, spec.channels, Augment(config, spec)),
                             MaskedImages(test, masks, spec.channels, Plain(config, spec)), masks.classes)
     group.on_main(lambda: check_masks(config, data.train, config.max_corrupt, 'train on'))
@@ -261,7 +264,7 @@ def _mask_format(config: SegmentConfig, root: Path) -> MaskFormat:
                           '{"classes": [NAME, ...]}.')
     if config.num_classes is not None and classes and config.num_classes != len(classes):
         raise ConfigError(f'num_classes={config.num_classes} does not fit {path}, which names {len(classes)} classes.')
-    names = distinct(classes) or [str(n) for n in range(config.num_classes)]
+    names = distinct(classes) or [str(n) for n in range(config.num_classes or 0)]
     return MaskFormat(tuple(names), ignored if config.ignore_index is None else config.ignore_index,
                       config.reduce_zero_label)
 
@@ -286,8 +289,8 @@ def find_pairs(root: Path, split: str, tell: Callable[[str], None] = _ignore) ->
         DataError: for a folder that is not there or is empty, for files without a counterpart, and for two of the same
             name but for the ending, naming them.
     """
-    images, masks = (_files_by_name(root / kind, split, extensions, tell)
-                     for kind, extensions in (('images', None), ('annotations', MASK_EXTENSIONS)))
+    images = _files_by_name(root / 'images', split, None, tell)
+    masks = _files_by_name(root / 'annotations', split, MASK_EXTENSIONS, tell)
     for some, others, text in ((images, masks, 'images without a mask'), (masks, images, 'masks without an image')):
         alone = sorted(some.keys() - others.keys())
         if alone:
@@ -307,10 +310,12 @@ def _files_by_name(
     splits = list_folder(parent).folders if parent.is_dir() else []
     name = find_split(parent, splits, split)
     if name is None:
-        raise DataError(f'No folder {parent / split}: ' + (
-            f'{parent} has the splits {", ".join(splits)}; name one with --train-split or --eval-split.'
-            if splits else f'--data-dir {parent.parent} should hold images/SPLIT and annotations/SPLIT.'))
-    folder, left_out, found = parent / name, LeftOut(), {}
+        remedy = f'--data-dir {parent.parent} should hold images/SPLIT and annotations/SPLIT.'
+        if splits:
+            remedy = f'{parent} has the splits {", ".join(splits)}; name one with --train-split or --eval-split.'
+        raise DataError(f'No folder {parent / split}: {remedy}')
+    folder, left_out = parent / name, LeftOut()
+    found: dict[str, Path] = {}
     for path in sorted(map(Path, walk(folder, extensions, left_out))):
         key = path.relative_to(folder).with_suffix('').as_posix()
         if key in found:
@@ -320,7 +325,8 @@ def _files_by_name(
     if not found:
         raise no_files(parent.name, folder, ', '.join(extensions or ('.jpg', '.png', '.tif or what else Pillow reads')),
                        left_out)
-    if text := left_out.describe(folder):
+    text = left_out.describe(folder)
+    if text:
         tell(text)
     return found
 
@@ -373,17 +379,24 @@ class Augment:
         config, (height, width) = self.config, self.spec.size
         image = self.resize(image, torch.empty(()).uniform_(*config.scale).item())
         mask = interpolate(mask[None, None].float(), size=image.shape[1:], mode='nearest-exact')[0, 0].long()
-        for _ in range(10):
-            top, left = (int(torch.randint(max(have - want, 0) + 1, ()))
-                         for have, want in zip(mask.shape, (height, width)))
-            crop = mask[top:top + height, left:left + width]
-            counts = torch.bincount(crop[crop != IGNORED])
-            if (counts > 0).sum() > 1 and counts.max() <= config.crop_share * counts.sum():
-                break
-        image, mask = image[:, top:top + height, left:left + width], crop
+        top, left = self._corner_of_crop(mask)
+        image, mask = image[:, top:top + height, left:left + width], mask[top:top + height, left:left + width]
         if torch.rand(()) < config.hflip:
             image, mask = image.flip(-1), mask.flip(-1)
         if config.photometric:
             image = self.distort(image)
         beyond = (0, width - mask.shape[1], 0, height - mask.shape[0])
         return pad(normalise(image, self.spec), beyond), pad(mask, beyond, value=IGNORED)
+
+    def _corner_of_crop(self, mask: torch.Tensor) -> tuple[int, int]:
+        """The upper left of a crop in which no class fills too much: the first of ten draws, or else the tenth."""
+        height, width = self.spec.size
+        top = left = 0
+        for _ in range(10):
+            top = int(torch.randint(max(mask.shape[0] - height, 0) + 1, ()))
+            left = int(torch.randint(max(mask.shape[1] - width, 0) + 1, ()))
+            crop = mask[top:top + height, left:left + width]
+            counts = torch.bincount(crop[crop != IGNORED])
+            if (counts > 0).sum() > 1 and counts.max() <= self.config.crop_share * counts.sum():
+                return top, left
+        return top, left

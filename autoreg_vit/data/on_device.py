@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from ..engine.processes import Processes
 from ..engine.progress import say
@@ -16,6 +16,7 @@ from ..errors import ConfigError, DataError
 from .checks import image_name, refuse_corrupt, some_names
 from .images import DAMAGE, ToMode
 from .order import EpochSampler
+from .samples import Samples
 from .transforms import ImageSpec
 
 
@@ -37,12 +38,21 @@ class DeviceImages:
         DataError: for images of several sizes, and for too many unreadable ones.
     """
 
-    def __init__(self, dataset: Dataset, spec: ImageSpec, device: torch.device, max_corrupt: float = 0.001):
+    def __init__(
+            self,
+            dataset: Samples | IterableDataset,
+            spec: ImageSpec,
+            device: torch.device,
+            max_corrupt: float = 0.001,
+    ):
         if isinstance(dataset, IterableDataset):
             raise ConfigError('cache_on_device needs a data set that fits on the device, not a stream: leave '
                               '--cache-on-device out.')
         self.spec, self.device = spec, device
-        to_mode, images, size, readable, damages = ToMode(spec.channels), None, None, [], []
+        to_mode, size = ToMode(spec.channels), (0, 0)
+        images: np.ndarray | None = None
+        readable: list[int] = []
+        damages: list[str] = []
         for index in range(len(dataset)):
             try:
                 image = to_mode(dataset[index][0])
@@ -59,12 +69,14 @@ class DeviceImages:
                 raise DataError(f'cache_on_device needs images of one size: image {index} has {image.size[0]} x '
                                 f'{image.size[1]} pixels, the first {size[0]} x {size[1]}. Leave --cache-on-device '
                                 'out, or resize them beforehand.')
-            images[index] = np.asarray(image).reshape(shape[1:])
+            images[index] = np.asarray(image).reshape(images.shape[1:])
         if damages:
             refuse_corrupt(len(damages), len(dataset), max_corrupt if readable else 0, damages)
             say(f'{len(damages)} images cannot be read, and others stand in for them: {some_names(damages)}')
-            for index in set(range(len(dataset))) - set(readable):
-                images[index] = images[readable[bisect.bisect(readable, index) % len(readable)]]
+        if images is None:
+            raise DataError('cache_on_device: the data set has no images.')
+        for index in set(range(len(dataset))) - set(readable):
+            images[index] = images[readable[bisect.bisect(readable, index) % len(readable)]]
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)  # uint8 [N, C, H, W]
         self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
 
@@ -160,18 +172,23 @@ class DeviceBatches:
         self.crop_scale, self.hflip = crop_scale, hflip
         self.sampler = EpochSampler(len(images), batch_size, seed, group, self.per_epoch)
 
+    def describe(self, batch: int, count: int) -> str:
+        """The images of `count` batches from number `batch` of the whole run on."""
+        return self.sampler.describe(batch, count)
+
     def start_at(self, batch: int) -> Iterator[tuple[torch.Tensor]]:
         """Batches from number `batch` of the whole run on, which must begin a step: (images,) on the device."""
         generator = torch.Generator(self.images.device)
         size, share = self.sampler.batch_size, self.group.share(self.sampler.batch_size)
         epoch, number = divmod(batch, self.per_epoch)
+        height, width = self.images.images.shape[2:]
         while True:
             order = self.sampler.order(epoch).to(self.images.device)
             for step in range(number // self.accumulate, self.per_epoch // self.accumulate):
                 whole_step = epoch * (self.per_epoch // self.accumulate) + step
                 generator.manual_seed(mix_seed(self.seed, 'crops', whole_step))
-                boxes = draw_boxes(size * self.accumulate, tuple(self.images.images.shape[2:]), self.crop_scale,
-                                   self.hflip, generator)
+                boxes = draw_boxes(size * self.accumulate, (height, width), self.crop_scale, self.hflip,
+                                   generator)
                 indices = order[step * len(boxes):(step + 1) * len(boxes)]
                 for part_indices, part_boxes in zip(indices.split(size), boxes.split(size)):
                     yield (self.images.augment(part_indices[share], part_boxes[share]),)
@@ -179,6 +196,9 @@ class DeviceBatches:
 
 
 def _check_memory(size: int, device: torch.device) -> None:
-    if device.type == 'cuda' and size > (free := torch.cuda.mem_get_info(device)[0]) / 2:
+    if device.type != 'cuda':
+        return
+    free = torch.cuda.mem_get_info(device)[0]
+    if size > free / 2:
         raise ConfigError(f'cache_on_device: the images take {size / 2 ** 30:.1f} GiB of the {free / 2 ** 30:.1f} GiB '
                           'free on the device, more than half. Leave --cache-on-device out.')

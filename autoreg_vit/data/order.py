@@ -54,9 +54,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, 'order', epoch))
         return torch.randperm(self.length, generator=generator)
 
-    def batch(self, epoch: int, number: int, count: int = 1) -> list[int]:
-        """Indices of the images of `count` whole batches from `number` on, over all processes."""
-        return self.order(epoch)[number * self.batch_size:(number + count) * self.batch_size].tolist()
+    def describe(self, batch: int, count: int) -> str:
+        """The first images of `count` batches from number `batch` of the whole run on, over all processes."""
+        epoch, number = divmod(batch, self.batches)
+        indices = self.order(epoch)[number * self.batch_size:(number + count) * self.batch_size].tolist()
+        return f'images {", ".join(map(str, indices[:8]))}' + (', ...' if len(indices) > 8 else '')
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, share = self.epoch, self.group.share(self.batch_size)

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import Compose
 
 from ..errors import ConfigError, DataError, suggest
 from .folders import FlatFolder, open_folder
 from .images import open_image, prepared
+from .samples import Samples
 
 #: What timm's names of data sets begin with.
 KINDS = ('torch', 'hfds', 'hfids', 'wds', 'tfds')
@@ -32,7 +33,7 @@ def open_dataset(
         images: int | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
-) -> Dataset:
+) -> Samples | IterableDataset:
     """A data set of (image, label).
 
     Args:
@@ -70,10 +71,16 @@ def open_dataset(
     if kind == 'hfds':
         return huggingface.HubImages(rest, data_dir, split, transform, image_column, label_column)
     if kind == 'tfds' or kind == 'torch':
-        options = dict(is_training=training, batch_size=batch_size, num_samples=images, seed=seed, input_img_mode='RGB')
-        return _open_with_timm(name, data_dir, split, transform, download, **(options if kind == 'tfds' else {}))
-    source = (streams.Shards(name, data_dir, split, image_column) if kind == 'wds' else
-              streams.HubStream(rest, data_dir, split, image_column, download))
+        options: dict[str, Any] = {}
+        if kind == 'tfds':
+            options = dict(is_training=training, batch_size=batch_size, num_samples=images, seed=seed,
+                           input_img_mode='RGB')
+        return _open_with_timm(name, data_dir, split, transform, download, **options)
+    source: streams.Source
+    if kind == 'wds':
+        source = streams.Shards(name, data_dir, split, image_column)
+    else:
+        source = streams.HubStream(rest, data_dir, split, image_column, download)
     return streams.Stream(source, transform, images, training, batch_size, seed)
 
 
@@ -84,7 +91,7 @@ def _open_with_timm(
         transform: Callable,
         download: bool,
         **options: Any,
-) -> Dataset:
+) -> Samples | IterableDataset:
     try:
         dataset = create_dataset(
             name, root=data_dir, split=split, transform=transform, download=download, **options)
@@ -102,7 +109,7 @@ def _open_with_timm(
     return dataset
 
 
-def open_split(config: Any, split: str, transform: Callable, **more: Any) -> Dataset:
+def open_split(config: Any, split: str, transform: Callable, **more: Any) -> Samples | IterableDataset:
     """`open_dataset` of a split of the data that the settings of a command name."""
     return open_dataset(config.dataset, config.data_dir, split, transform, config.download,
                         image_column=config.image_column, label_column=config.label_column, **more)
@@ -137,7 +144,7 @@ class Digits(VisionDataset):
         return self.transform(Image.fromarray(self.images[index])), self.targets[index]
 
 
-def labels_of(dataset: Dataset) -> np.ndarray | None:
+def labels_of(dataset: Samples | IterableDataset) -> np.ndarray | None:
     """Labels of a map-style data set [images], or None if it has none or only one class."""
     if isinstance(dataset, (IterableDataset, FlatFolder)):
         return None
@@ -147,7 +154,8 @@ def labels_of(dataset: Dataset) -> np.ndarray | None:
     labels = np.asarray(labels)
     if len(np.unique(labels)) < 2:
         return None
-    check_labels(labels, len(classes) if (classes := getattr(dataset, 'classes', None)) else None)
+    classes = getattr(dataset, 'classes', None)
+    check_labels(labels, len(classes) if classes else None)
     return labels
 
 

@@ -1,7 +1,6 @@
 """Data sets that are read from their beginning to their end, without labels: WebDataset shards (wds/...) and Hugging
 Face data sets (hfids/...)."""
 
-import inspect
 import io
 import math
 import os
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .._compat import mixed_shards
 from ..errors import DataError
 from . import huggingface
 from .images import DAMAGE, image_extensions, open_image
@@ -43,7 +43,7 @@ class Share(NamedTuple):
         return self.rank * self.workers + self.worker
 
     @property
-    def count(self) -> int:
+    def readers(self) -> int:
         return self.world_size * self.workers
 
 
@@ -172,7 +172,7 @@ class Stream(IterableDataset):
                 return
 
     def _quota(self, workers: int) -> int:
-        images = math.ceil(self.images / (self.world_size * workers))
+        images = math.ceil((self.images or 0) / (self.world_size * workers))
         return math.ceil(images / self.batch_size) * self.batch_size
 
 
@@ -216,7 +216,7 @@ class Shards:
         urls = iter(self.urls)
         if order:
             urls = shuffle(500, initial=100, rng=random.Random(order.seed))(urls)
-        samples = self._samples(list(urls)[share.number::share.count])
+        samples = self._samples(list(urls)[share.number::share.readers])
         if order:
             samples = shuffle(SAMPLE_SHUFFLE_SIZE, initial=SAMPLE_INITIAL_SIZE, rng=order.draws)(samples)
         for sample in samples:
@@ -247,8 +247,9 @@ class Shards:
                 return io.BytesIO(sample[known[0]])
         elif self.column in sample:
             return io.BytesIO(sample[self.column])
-        raise ValueError(f'no image among its members {", ".join(members)}' if self.column or not known else
-                         f'{" and ".join(known)} could both be its image: name one with --image-column')
+        if self.column or not known:
+            raise ValueError(f'no image among its members {", ".join(members)}')
+        raise ValueError(f'{" and ".join(known)} could both be its image: name one with --image-column')
 
 
 class HubStream:
@@ -278,13 +279,10 @@ class HubStream:
 
         rows = self.rows
         if isinstance(rows, Dataset):
-            rows = rows.to_iterable_dataset(num_shards=min(share.count, len(rows)))
+            rows = rows.to_iterable_dataset(num_shards=min(share.readers, len(rows)))
         if order:
-            parts = {}
-            if 'max_buffer_input_shards' in inspect.signature(rows.shuffle).parameters:
-                # datasets 5 mixes several parts into one; leave one for every process.
-                parts['max_buffer_input_shards'] = max(1, min(10, rows.num_shards // share.count))
-            rows = rows.shuffle(seed=order.seed, buffer_size=SHUFFLE_SIZE, **parts)
+            mixed = mixed_shards(rows.shuffle, rows.num_shards, share.readers)
+            rows = rows.shuffle(seed=order.seed, buffer_size=SHUFFLE_SIZE, **mixed)
         rows = huggingface.undecoded(rows, self.column)
         # The loader processes of a process share out its parts among themselves.
         rows = iter(split_dataset_by_node(rows, rank=share.rank, world_size=share.world_size))

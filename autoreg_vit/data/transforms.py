@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
 from ..errors import DataError
+from ..models.interface import as_timm, encoder_of
 from .images import ToMode
+
+#: timm takes None for no change of colours, which its types do not say.
+NO_JITTER: Any = None
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class ImageSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise DataError(f'Image files have 1 (grey) or 3 (RGB) channels, and this model takes {self.channels}. '
                             'Use in_chans 1 or 3 here, or train on tensors of your own with the model itself.')
@@ -28,9 +33,12 @@ class ImageSpec:
     def of(cls, model: torch.nn.Module, in_chans: int | None = None) -> 'ImageSpec':
         """Of a pretraining model or a timm model: its configured normalisation, and the size of its patch embedding or
         else, for want of one, the configured size and `in_chans`."""
-        embed, cfg = getattr(getattr(model, 'encoder', model), 'patch_embed', None), model.pretrained_cfg
+        cfg = as_timm(model).pretrained_cfg
+        embed: Any = getattr(encoder_of(model), 'patch_embed', None)
         size = getattr(embed, 'img_size', None) or cfg['input_size'][-2:]
-        channels = embed.proj.in_channels if hasattr(embed, 'proj') else in_chans or cfg['input_size'][0]
+        channels = in_chans or cfg['input_size'][0]
+        if hasattr(embed, 'proj'):
+            channels = embed.proj.in_channels
         mean, std = cfg['mean'], cfg['std']
         if channels == 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
@@ -46,7 +54,7 @@ def training_transform(spec: ImageSpec, crop_scale: tuple[float, float], hflip: 
     configurations")."""
     return Compose([ToMode(spec.channels), create_transform(
         (spec.channels, *spec.size), is_training=True, scale=crop_scale, ratio=(3 / 4, 4 / 3), hflip=hflip,
-        color_jitter=None, interpolation='bicubic', mean=spec.mean, std=spec.std)])
+        color_jitter=NO_JITTER, interpolation='bicubic', mean=spec.mean, std=spec.std)])
 
 
 def evaluation_transform(spec: ImageSpec, crop_pct: float = 1.0) -> Callable:

@@ -1,15 +1,18 @@
 """A whole training step captured in a CUDA graph, for models so small that launching kernels takes longer than they."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConfigError
-from ..settings.pretraining import PretrainConfig
+from ..settings.parts import Training
+from .machine import to_device
 from .processes import Processes
 
 
-def check_graph(config: PretrainConfig, group: Processes) -> None:
+def check_graph(config: Training, group: Processes) -> None:
     """Raise ConfigError for settings that a captured step cannot honour."""
     if group.device.type != 'cuda':
         raise ConfigError(f'cuda_graph needs a CUDA device, and this run is on {group.device.type}: leave --cuda-graph '
@@ -27,8 +30,8 @@ class GraphedStep:
     follow the seeds that `generators` have at each call.
 
     Args:
-        step: Takes an iterator of batches, of which it uses one, (images, ...) of a fixed shape, and returns the loss:
-            forward, backward and optimizer step.
+        step: From a batch on the device, tensors of fixed shapes in any structure, to the loss: forward, backward and
+            optimizer step.
         optimizer: Capturable; its learning rates are tensors on the device from here on, and `set_rates` fills them.
         generators: On the device, that the step draws from, besides the default one.
     """
@@ -37,7 +40,7 @@ class GraphedStep:
 
     def __init__(
             self,
-            step: Callable[[Iterator], torch.Tensor],
+            step: Callable[[Any], torch.Tensor],
             optimizer: torch.optim.Optimizer,
             generators: Sequence[torch.Generator],
     ):
@@ -53,22 +56,26 @@ class GraphedStep:
                 rate.fill_(group['lr'])
                 group['lr'] = rate
 
-    def __call__(self, batches: Iterator) -> torch.Tensor:
+    def __call__(self, batch: Any) -> torch.Tensor:
+        """The loss of a step over `batch`, which is moved to the device."""
         self.set_rates()
-        images = next(batches)[0].to(self.device, non_blocking=True)
+        batch = to_device(batch, self.device)
         self.calls += 1
         if self.calls <= self.warm_up:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                loss = self.step(iter([(images,)]))
+                loss = self.step(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return loss
         if self.graph is None:
-            self.images, self.graph = images.clone(), torch.cuda.CUDAGraph()
+            self.batch = tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
+            self.graph = torch.cuda.CUDAGraph()
             for generator in self.generators:
                 self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph):
-                self.loss = self.step(iter([(self.images,)]))
-        self.images.copy_(images)
+                self.loss = self.step(self.batch)
+        for kept, given in zip(tree_leaves(self.batch), tree_leaves(batch)):
+            if torch.is_tensor(kept):
+                kept.copy_(given)
         self.graph.replay()
         return self.loss.clone()

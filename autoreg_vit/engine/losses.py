@@ -33,6 +33,15 @@ class Losses:
         self.step, self.values = 0, []
         self._unread: list[torch.Tensor] = []
 
+    def load(self, step: int, values: list[float]) -> None:
+        """Go on from a checkpoint: after `step` steps, with the losses since the last line."""
+        self.step, self.values = step, values
+
+    def take(self) -> list[float]:
+        """All losses since the last line, for the next one; raises as `read`."""
+        values, self.values = self.read(), []
+        return values
+
     def check(self, loss: torch.Tensor) -> None:
         """Before the optimizer's step, on a CPU: raise NonFiniteLoss, on all processes, for one that is not finite."""
         if self.group.device.type == 'cpu':

@@ -1,4 +1,4 @@
-"""The machine a run is on: device, precision, memory, signals, and the folder it writes to."""
+"""The machine a run is on: device, precision and memory."""
 
 import ctypes
 import platform

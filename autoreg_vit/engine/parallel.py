@@ -54,15 +54,6 @@ def replicate(model: nn.Module, group: Processes) -> nn.Module:
     return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
 
 
-def settle_buckets(model: nn.Module, *inputs: torch.Tensor) -> None:
-    """Run one forward and backward pass for nothing, after which DistributedDataParallel sums gradients in the order it
-    keeps from then on: the first step after a resume must round like every other."""
-    if isinstance(model, DistributedDataParallel):
-        output = model(*inputs)
-        getattr(output, 'loss', output).sum().backward()
-        model.zero_grad(set_to_none=True)
-
-
 def share_buffers(model: nn.Module, group: Processes) -> None:
     """Give all processes the main one's buffers: a batch norm has statistics of its own on each."""
     if group.world_size > 1:
@@ -129,11 +120,12 @@ class WholeModel:
         self.model, self.fsdp = model, fsdp
         self.copy = copy.deepcopy(model) if fsdp else model  # made before sharding
 
-    def gather(self) -> nn.Module:
-        """The whole model with the present weights; called on every process, of use on the main one."""
+    def gather(self, everywhere: bool = False) -> nn.Module:
+        """The whole model with the present weights; called on every process, of use on the main one, or `everywhere`,
+        where each device holds it whole."""
         if self.fsdp:
             state = get_model_state_dict(
-                self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+                self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=not everywhere))
             if state:
                 self.copy.load_state_dict(state)
         return self.copy

@@ -6,16 +6,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from ..artifacts import writing
 from ..errors import ConfigError
 from ..settings.base import free_settings, read_settings, save_config
+from ..version import __version__
 from .checkpoints import load_checkpoint, previous_of, save_checkpoint
 from .locks import FolderLock
 from .log import Log, _followers, check_tracker, read_log
 from .processes import Processes
 from .progress import say
+from .provenance import hardware, source_commit
 
 CHECKPOINT = 'last.pt'
 
@@ -71,6 +74,14 @@ class Run:
         except BaseException:
             self.close()
             raise
+
+    def start(self, precision: str, **about: Any) -> None:
+        """Log where the run begins or goes on: versions, hardware, what a resume may change, and `about`."""
+        self.log.write(
+            event='start' if self.state is None else 'resume', version=__version__, commit=source_commit(),
+            torch=torch.__version__, timm=timm.__version__, hardware=hardware(self.group.device),
+            device=str(self.group.device), processes=self.group.world_size, threads=torch.get_num_threads(),
+            precision=precision, **about)
 
     def save(self, state: dict[str, Any]) -> None:
         """Save `state` with the log's position and the run's facts, on the main process alone.

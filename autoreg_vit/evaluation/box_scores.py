@@ -1,27 +1,24 @@
 """Average precision of boxes and masks, as COCO defines it."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from faster_coco_eval.core import mask as coco_mask
 from torch import nn
-from torch.utils.data import Dataset
-from torchmetrics.detection import MeanAveragePrecision
 
 from ..data.boxes import Part, collate
 from ..data.labelled import distinct
 from ..data.loaders import own_part
+from ..data.samples import Samples
 from ..engine.machine import autocast
 from ..engine.processes import Processes
-from ..settings.classification import RunConfig
 
 #: What torchmetrics calls map, map_50, ...: COCO's AP, AP50, AP75, and APs, APm and APl, of objects below 32 x 32
 #: pixels, up to 96 x 96, and above.
 SCORES = {'ap': 'map', 'ap50': 'map_50', 'ap75': 'map_75', 'ap_small': 'map_small', 'ap_medium': 'map_medium',
           'ap_large': 'map_large'}
-KINDS = {'box': 'bbox', 'mask': 'segm'}
+KINDS: dict[str, Literal['bbox', 'segm']] = {'box': 'bbox', 'mask': 'segm'}
 
 Detections = dict[str, Any]
 
@@ -29,9 +26,11 @@ Detections = dict[str, Any]
 @torch.no_grad()
 def evaluate(
         model: nn.Module,
-        dataset: Dataset,
+        dataset: Samples,
         categories: dict[int, str],
-        config: RunConfig,
+        *,
+        precision: str,
+        workers: int,
         group: Processes,
 ) -> dict[str, Any]:
     """Detect on every image of `dataset`, of which every process sees its own part, each once, and score the result.
@@ -40,7 +39,8 @@ def evaluate(
         model: torchvision's Mask R-CNN, in evaluation.
         dataset: Gives what `CocoImages` gives.
         categories: Names by id, in the order of labels.
-        config: Gives precision and loader processes.
+        precision: Of the forward pass.
+        workers: Loader processes.
         group: The processes.
 
     Returns:
@@ -49,15 +49,18 @@ def evaluate(
         image in the order of `dataset` what was found: boxes float32 [n, 4], scores float32 [n], labels int64 [n], and
         masks as run lengths of COCO.
     """
+    from torchmetrics.detection import MeanAveragePrecision
+
     # COCO's own thresholds: torchmetrics' default ones are rounded to float32, and an overlap of exactly 0.6 below 0.6.
     metric = MeanAveragePrecision(
         iou_type=tuple(KINDS.values()), iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
         rec_thresholds=np.linspace(0, 1, 101).tolist(), class_metrics=True, backend='faster_coco_eval',
         sync_on_compute=False)
     metric.warn_on_many_detections = False
-    detections = []
-    for images, targets in own_part(dataset, 1 if group.device.type == 'cpu' else 4, config, group, collate):
-        with autocast(config.precision, group.device):
+    detections: list[Detections] = []
+    at_once = 1 if group.device.type == 'cpu' else 4
+    for images, targets in own_part(dataset, at_once, workers=workers, collate=collate, group=group):
+        with autocast(precision, group.device):
             outputs = model([image.to(group.device) / 255 for image in images])
         for output, target in zip(outputs, targets):
             output['masks'] = (output['masks'][:, 0] >= 0.5).to(torch.uint8)  # [n, H, W]
@@ -65,11 +68,12 @@ def evaluate(
             metric.update([output], [target])
             output['masks'] = encode_masks(output['masks'])
             detections.append(output)
-    parts = [(metric.metric_state, detections)]
+    own = (metric.metric_state, detections)
+    parts: list[Any] | None = [own]
     if group.world_size > 1:
         parts = [None] * group.world_size if group.is_main else None
-        dist.gather_object((metric.metric_state, detections), parts, group=group.control)
-    if group.is_main:
+        dist.gather_object(own, parts, group=group.control)
+    if parts is not None:
         # Image i was on process i % world_size, so that interleaving gives the order of one process.
         for name in metric.metric_state:
             setattr(metric, name, _interleave([states[name] for states, _ in parts]))
@@ -80,14 +84,17 @@ def evaluate(
 
 def encode_masks(masks: torch.Tensor) -> list[dict[str, Any]]:
     """Run lengths, as COCO's files of results have them, of masks uint8 [n, H, W]."""
+    from faster_coco_eval.core import mask as coco_mask
+
     encoded = [coco_mask.encode(np.asfortranarray(mask)) for mask in masks.numpy()]
     return [{'size': list(code['size']), 'counts': code['counts'].decode('ascii')} for code in encoded]
 
 
 def summary(scores: dict[str, torch.Tensor], categories: dict[int, str]) -> dict[str, Any]:
     """torchmetrics' scores in percent, under the names that `evaluate` gives; -1 there stands for nothing to find."""
-    result = {f'{kind}_{name}': 100 * scores[f'{prefix}_{key}'].item()
-              for kind, prefix in KINDS.items() for name, key in SCORES.items() if scores[f'{prefix}_{key}'] >= 0}
+    result: dict[str, Any] = {
+        f'{kind}_{name}': 100 * scores[f'{prefix}_{key}'].item()
+        for kind, prefix in KINDS.items() for name, key in SCORES.items() if scores[f'{prefix}_{key}'] >= 0}
     names, labels = distinct(list(categories.values())), scores['classes'].view(-1).tolist()
     result['per_class'] = {names[label - 1]: {} for label in labels}
     for kind, prefix in KINDS.items():

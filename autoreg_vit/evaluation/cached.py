@@ -4,23 +4,23 @@ import hashlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from ..artifacts import verify_checksum, write_checksum, writing
+from ..artifacts import save_tensors, verify_checksum, writing
 from ..data.labelled import LabelledImages
 from ..engine.run import Run
-from ..settings.classification import ProbeConfig
 from .features import Features, gather_features
 
 CACHE = 'features.safetensors'
 
 
 def cached_features(
-        config: ProbeConfig,
         run: Run,
         encoder: nn.Module,
         images: LabelledImages,
+        *,
+        precision: str,
+        workers: int,
 ) -> tuple[Features | None, Features | None]:
     """Features of the training images without augmentation and of the test images, on the main process. They are kept
     in the run's folder and read from there when its command is repeated with the same weights."""
@@ -28,22 +28,21 @@ def cached_features(
     kept = run.group.on_main(lambda: _read(path, key) is not None)
     if kept:
         run.say(f'Reading the features from {path}.')
-        return _read(path, key) if run.group.is_main else (None, None)
-    sets = tuple(gather_features(encoder, part, config, run.group) for part in (images.plain, images.test))
-    if run.group.is_main:
-        keep_features(path, key, *sets)
-    return sets
+        found = _read(path, key) if run.group.is_main else None
+        return found or (None, None)
+    train = gather_features(encoder, images.plain, precision=precision, workers=workers, group=run.group)
+    test = gather_features(encoder, images.test, precision=precision, workers=workers, group=run.group)
+    if train is not None and test is not None:
+        keep_features(path, key, train, test)
+    return train, test
 
 
 def keep_features(path: Path, key: str, train_set: Features, test: Features) -> None:
     """Write features as `cached_features` finds them, to CACHE in a run's folder; `key`: the encoder's fingerprint."""
+    tensors = {f'{name}.{field}': value for name, part in (('train', train_set), ('test', test))
+               for field, value in part._asdict().items()}
     with writing(path):
-        scratch = path.with_name(path.name + '.new')
-        save_file({f'{name}.{field}': value.contiguous() for name, part in (('train', train_set), ('test', test))
-                   for field, value in part._asdict().items()}, scratch, metadata={'encoder': key})
-        scratch.chmod(0o644)  # safetensors leaves 0600
-        scratch.replace(path)
-        write_checksum(path)
+        save_tensors(path, tensors, {'encoder': key})
 
 
 def _read(path: Path, key: str) -> tuple[Features, Features] | None:
@@ -54,8 +53,8 @@ def _read(path: Path, key: str) -> tuple[Features, Features] | None:
         with safe_open(path, 'pt') as file:
             if (file.metadata() or {}).get('encoder') != key:
                 return None
-            return tuple(Features(*(file.get_tensor(f'{name}.{field}') for field in Features._fields))
-                         for name in ('train', 'test'))
+            train = Features(file.get_tensor('train.features'), file.get_tensor('train.labels'))
+            return train, Features(file.get_tensor('test.features'), file.get_tensor('test.labels'))
     except SafetensorError:
         return None  # cut short: computed anew
 

@@ -7,23 +7,24 @@ import torch
 import torch.distributed as dist
 from timm.utils import accuracy
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 
 from ..data.loaders import own_part
+from ..data.samples import Samples
 from ..engine.machine import autocast
 from ..engine.processes import Processes
-from ..settings.classification import SupervisedConfig
 from .features import images_at_once
 
 
 @torch.no_grad()
 def evaluate(
         predict: Callable[[torch.Tensor], torch.Tensor],
-        dataset: Dataset,
+        dataset: Samples,
         classes: int,
-        config: SupervisedConfig,
-        group: Processes,
+        *,
+        precision: str,
+        workers: int,
         batch_size: int | None = None,
+        group: Processes,
 ) -> dict[str, Any]:
     """Accuracies over `dataset`, of which every process sees its own part of the images, each once.
 
@@ -31,9 +32,10 @@ def evaluate(
         predict: Images [B, C, H, W] on the device to logits [B, classes].
         dataset: Of (image, label).
         classes: How many there are.
-        config: Gives precision and loader processes.
-        group: The processes.
+        precision: Of the forward pass.
+        workers: Loader processes.
         batch_size: Images at a time a process; by default what suits the device.
+        group: The processes.
 
     Returns:
         On every process: top1 and, for more than five classes, top5 in percent, the mean cross entropy `loss`, how many
@@ -41,8 +43,9 @@ def evaluate(
     """
     # Counts as float64, exact below 2^53: the confusion matrix, then hits of top 1 and 5, loss and images.
     counts = torch.zeros(classes * classes + 4, dtype=torch.float64)
-    for images, labels in own_part(dataset, batch_size or images_at_once(group.device), config, group):
-        with autocast(config.precision, group.device):
+    at_once = batch_size or images_at_once(group.device)
+    for images, labels in own_part(dataset, at_once, workers=workers, group=group):
+        with autocast(precision, group.device):
             logits = predict(images.to(group.device, non_blocking=True))
         logits = logits.float().cpu()
         hits = [a.item() * len(labels) / 100 for a in accuracy(logits, labels, topk=(1, 5))]
@@ -51,7 +54,8 @@ def evaluate(
     if group.world_size > 1:
         dist.all_reduce(counts, group=group.control)
     top1, top5, loss, images = counts[-4:].tolist()
-    return {
-        'top1': 100 * top1 / images, **({'top5': 100 * top5 / images} if classes > 5 else {}), 'loss': loss / images,
-        'images': int(images), 'confusion': counts[:-4].view(classes, classes).long().numpy(),
-    }
+    result: dict[str, Any] = {'top1': 100 * top1 / images}
+    if classes > 5:
+        result['top5'] = 100 * top5 / images
+    confusion = counts[:-4].view(classes, classes).long().numpy()
+    return {**result, 'loss': loss / images, 'images': int(images), 'confusion': confusion}

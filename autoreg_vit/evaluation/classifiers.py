@@ -1,6 +1,7 @@
 """Classifiers of frozen features: nearest neighbours and linear ones."""
 
 import math
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,8 +11,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 
+from ..data.samples import Samples
 from ..engine.progress import say, with_progress
 from ..engine.seeding import mix_seed
 from ..settings.classification import ProbeConfig
@@ -37,20 +38,32 @@ def linear_accuracy(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray
 
 def accuracies(
         encoder: torch.nn.Module,
-        train: Dataset,
-        test: Dataset,
+        train: Samples,
+        test: Samples,
         device: torch.device,
         precision: str = 'float32',
         workers: int = 0,
 ) -> dict[str, float]:
     """kNN and linear accuracy on `test`, in percent, of classifiers fitted on `train`. Images that cannot be read are
     left out of both, and counted on the standard output."""
-    fitted, tested = (extract_features(encoder, Readable(part), device, precision, workers=workers)
-                      for part in (train, test))
+    fitted = extract_features(encoder, Readable(train), device, precision, workers=workers)
+    tested = extract_features(encoder, Readable(test), device, precision, workers=workers)
     total, used = len(train) + len(test), len(fitted[1]) + len(tested[1])
     if used < total:
         say(f'{total - used} of {total} images cannot be read, and are left out of the accuracies.')
     return {'knn': knn_accuracy(fitted, tested), 'linear': linear_accuracy(fitted, tested)}
+
+
+class Head(Protocol):
+    """A linear classifier that standardises features first, by a batch norm of its own or by its weights alone."""
+
+    @property
+    def norm(self) -> nn.BatchNorm1d | None:
+        """Without weights."""
+
+    @property
+    def linear(self) -> nn.Linear:
+        """From features to logits."""
 
 
 class Bank:
@@ -100,10 +113,11 @@ class Bank:
         return torch.where(self.weight.isfinite().all(2).all(1), right, 0.0).tolist()
 
     @torch.no_grad()
-    def copy_to(self, head: nn.Module) -> None:
-        """Make `head`, a LinearHead, the first classifier, with the standardisation in its norm or its weights."""
+    def copy_to(self, head: Head) -> None:
+        """Make `head` the first classifier, with the standardisation in its norm or its weights."""
         weight, bias = self.weight[0, :-1].T, self.weight[0, -1]  # [classes, width], [classes]
         if head.norm is not None:
+            assert head.norm.running_mean is not None and head.norm.running_var is not None
             head.norm.running_mean.copy_(self.mean)
             head.norm.running_var.copy_(self.std.square() - head.norm.eps)
         else:

@@ -1,27 +1,28 @@
 """How good an encoder's features are: kNN and linear accuracy on frozen features."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from ..data.checks import image_name
 from ..data.images import DAMAGE
 from ..data.loaders import InOrder
+from ..data.samples import Samples, some
 from ..engine.machine import autocast
 from ..engine.processes import Processes
 from ..engine.progress import with_progress
 from ..errors import DataError
-from ..settings.classification import ProbeConfig
+from ..models.interface import as_timm
 
 
 class Readable(Dataset):
     """Samples of a map-style data set, None in place of one that cannot be read."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Samples):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -41,7 +42,7 @@ class Readable(Dataset):
 @torch.no_grad()
 def extract_features(
         encoder: torch.nn.Module,
-        dataset: Dataset,
+        dataset: Samples,
         device: torch.device,
         precision: str = 'float32',
         batch_size: int = 256,
@@ -54,7 +55,7 @@ def extract_features(
     Raises:
         DataError: where no image is left.
     """
-    was_training = encoder.training
+    was_training, network = encoder.training, as_timm(encoder)
     encoder.eval()
     features, labels = [], []
     loader = InOrder(dataset, batch_size, workers, _collate_readable)
@@ -63,8 +64,8 @@ def extract_features(
             continue
         images, targets = batch
         with autocast(precision, device):
-            tokens = encoder.forward_features(images.to(device))
-            features.append(encoder.forward_head(tokens, pre_logits=True).float().cpu())
+            tokens = network.forward_features(images.to(device))
+            features.append(network.forward_head(tokens, pre_logits=True).float().cpu())
         labels.append(targets)
     encoder.train(was_training)
     if not labels:
@@ -92,28 +93,30 @@ class Features(NamedTuple):
 
 def gather_features(
         encoder: nn.Module,
-        dataset: Dataset,
-        config: ProbeConfig,
+        dataset: Samples,
+        *,
+        precision: str,
+        workers: int,
         group: Processes,
 ) -> Features | None:
     """Features of all images on the main process, None on the others; every process computes its part."""
-    part = Subset(dataset, range(group.rank, len(dataset), group.world_size))
+    part = some(dataset, range(group.rank, len(dataset), group.world_size))
     found = extract_features(
-        encoder, part, group.device, config.precision, images_at_once(group.device), config.workers,
-        group.is_main)
+        encoder, part, group.device, precision, images_at_once(group.device), workers, group.is_main)
     if group.world_size == 1:
         return Features(*map(torch.from_numpy, found))
-    parts = [None] * group.world_size if group.is_main else None
+    parts: list[Any] | None = [None] * group.world_size if group.is_main else None
     dist.gather_object(found, parts, group=group.control)
-    if not group.is_main:
+    if parts is None:
         return None
     features, labels = np.empty((len(dataset), found[0].shape[1]), np.float32), np.empty(len(dataset), np.int64)
-    for rank, (some, their_labels) in enumerate(parts):
-        features[rank::group.world_size], labels[rank::group.world_size] = some, their_labels
+    for rank, (their_features, their_labels) in enumerate(parts):
+        features[rank::group.world_size], labels[rank::group.world_size] = their_features, their_labels
     return Features(torch.from_numpy(features), torch.from_numpy(labels))
 
 
 @torch.no_grad()
 def features_of(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Pooled features of images, [B, width]."""
-    return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
+    network = as_timm(encoder)
+    return network.forward_head(network.forward_features(images), pre_logits=True)

@@ -1,18 +1,30 @@
 """How good a segmenter is: windows slide over whole images, and mIoU and pixel accuracy are counted at their size."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import interpolate, pad
-from torch.utils.data import Dataset
 
 from ..data.loaders import own_part
+from ..data.samples import Samples
 from ..engine.machine import autocast
 from ..engine.processes import Processes
 from ..models.dense.segmenter import IGNORED
-from ..settings.segmenting import SegmentConfig
+
+
+class Windows(NamedTuple):
+    """How windows slide over an image.
+
+    Args:
+        crop: Height and width of a window.
+        stride: Pixels from one window to the next, down and to the right.
+        batch_size: Windows of a forward pass, over all processes together.
+    """
+    crop: tuple[int, int]
+    stride: tuple[int, int]
+    batch_size: int
 
 
 @torch.no_grad()
@@ -38,7 +50,7 @@ def sliding_logits(
     places = [(number, top, left) for number, image in enumerate(images)
               for top in _starts(image.shape[1], crop[0], stride[0])
               for left in _starts(image.shape[2], crop[1], stride[1])]
-    sums: list[torch.Tensor | None] = [None] * len(images)
+    sums: dict[int, torch.Tensor] = {}
     counts = [image.new_zeros(image.shape[1:]) for image in images]
     for first in range(0, len(places), at_once):
         part = places[first:first + at_once]
@@ -46,11 +58,11 @@ def sliding_logits(
         batch = torch.stack([pad(w, (0, crop[1] - w.shape[2], 0, crop[0] - w.shape[1])) for w in windows])
         for (n, top, left), window, logits in zip(part, windows, network(batch).float()):
             height, width = window.shape[1:]
-            if sums[n] is None:
+            if n not in sums:
                 sums[n] = logits.new_zeros(len(logits), *images[n].shape[1:])
             sums[n][:, top:top + height, left:left + width] += logits[:, :height, :width]
             counts[n][top:top + height, left:left + width] += 1
-    return [total / count for total, count in zip(sums, counts)]
+    return [sums[n] / count for n, count in enumerate(counts)]
 
 
 def _starts(length: int, crop: int, stride: int) -> list[int]:
@@ -60,9 +72,11 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
 
 def predict(
         network: Callable[[torch.Tensor], torch.Tensor],
-        images: list[torch.Tensor],
-        sizes: list[tuple[int, int]],
-        config: SegmentConfig,
+        images: Sequence[torch.Tensor],
+        sizes: Sequence[tuple[int, ...]],
+        windows: Windows,
+        *,
+        precision: str,
         group: Processes,
 ) -> list[torch.Tensor]:
     """Classes of images' pixels, int64 [H, W] each, on the device.
@@ -71,21 +85,29 @@ def predict(
         network: In evaluation mode.
         images: float32 [C, h, w] each.
         sizes: The height and width H, W of each, at which to predict.
-        config: Gives windows and precision.
-        group: Gives the device.
+        windows: How they slide.
+        precision: Of the forward pass.
+        group: Gives the device, and shares out the windows of a forward pass.
     """
-    with autocast(config.precision, group.device):
-        found = sliding_logits(network, [image.to(group.device) for image in images], config.crop,
-                               config.steps_between_windows, max(config.batch_size // group.world_size, 1))
-    return [(logits if logits.shape[1:] == size else interpolate(logits[None], size=size, mode='bilinear')[0]).argmax(0)
-            for logits, size in zip(found, sizes)]
+    with autocast(precision, group.device):
+        found = sliding_logits(network, [image.to(group.device) for image in images], windows.crop, windows.stride,
+                               max(windows.batch_size // group.world_size, 1))
+    predictions = []
+    for logits, size in zip(found, sizes):
+        if logits.shape[1:] != size:
+            logits = interpolate(logits[None], size=size, mode='bilinear')[0]
+        predictions.append(logits.argmax(0))
+    return predictions
 
 
 def evaluate(
         network: Callable[[torch.Tensor], torch.Tensor],
-        dataset: Dataset,
+        dataset: Samples,
         classes: int,
-        config: SegmentConfig,
+        windows: Windows,
+        *,
+        precision: str,
+        workers: int,
         group: Processes,
 ) -> dict[str, Any]:
     """mIoU and pixel accuracy over `dataset`, of which every process sees its own part of the images, each once.
@@ -94,7 +116,9 @@ def evaluate(
         network: In evaluation mode.
         dataset: Of images and masks, which may be of different sizes.
         classes: How many there are.
-        config: Gives windows, precision and loader processes.
+        windows: How they slide.
+        precision: Of the forward pass.
+        workers: Loader processes.
         group: The processes.
 
     Returns:
@@ -104,15 +128,16 @@ def evaluate(
     from torchmetrics import MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-    shared = dict(num_classes=classes, ignore_index=IGNORED, validate_args=False)
+    shared: dict[str, Any] = dict(num_classes=classes, ignore_index=IGNORED, validate_args=False)
     scores = MetricCollection({
         'miou': MulticlassJaccardIndex(average='macro', **shared),
         'iou': MulticlassJaccardIndex(average='none', **shared),
         'pixel_accuracy': MulticlassAccuracy(average='micro', **shared),
     }).to(group.device)
-    for batch in own_part(dataset, 4, config, group, collate=list):
+    for batch in own_part(dataset, 4, workers=workers, collate=list, group=group):
         images, masks = zip(*batch)
-        found = predict(network, images, [tuple(mask.shape) for mask in masks], config, group)
+        sizes = [tuple(mask.shape) for mask in masks]
+        found = predict(network, images, sizes, windows, precision=precision, group=group)
         scores.update(torch.cat([prediction.flatten() for prediction in found]),
                       torch.cat([mask.flatten() for mask in masks]).to(group.device))
     result = {name: 100 * value.cpu().double() for name, value in scores.compute().items()}

@@ -13,20 +13,27 @@ from torch import nn
 
 from ..data.transforms import ImageSpec
 from ..errors import ModelError
+from ..models.interface import attention_of, blocks_of
 from .panels import HEAT, displayed, label_panel, note, panel_grid, show_image, show_pixels
 
 
-def last_attention_block(encoder: nn.Module) -> Block:
-    """The last block of an encoder whose attention can be computed outside it.
+def with_attention(encoder: nn.Module) -> VisionTransformer:
+    """An encoder, in whose last block attention can be computed outside it.
 
     Raises:
         ModelError: for a model that is no timm VisionTransformer of plain blocks.
     """
-    last = encoder.blocks[-1] if isinstance(encoder, VisionTransformer) else None
-    if type(last) is not Block or type(last.attn) is not Attention:
-        raise ModelError('Attention maps are of timm\'s VisionTransformer with plain blocks, and this model is a '
-                         f'{type(encoder).__name__}.')
-    return last
+    if isinstance(encoder, VisionTransformer):
+        last = encoder.blocks[-1]
+        if type(last) is Block and type(last.attn) is Attention:
+            return encoder
+    raise ModelError('Attention maps are of timm\'s VisionTransformer with plain blocks, and this model is a '
+                     f'{type(encoder).__name__}.')
+
+
+def last_attention_block(encoder: nn.Module) -> Block:
+    """The last block of an encoder; raises ModelError as `with_attention`."""
+    return blocks_of(with_attention(encoder))[-1]
 
 
 @torch.no_grad()
@@ -37,14 +44,14 @@ def attention_weights(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Raises:
         ModelError: as `last_attention_block`.
     """
-    last = last_attention_block(encoder)
+    encoder, last = with_attention(encoder), last_attention_block(encoder)
     was_training = encoder.training
     encoder.eval()
     x = encoder.patch_embed(images.to(next(encoder.parameters()).device))
     x = encoder.norm_pre(encoder.patch_drop(encoder._pos_embed(x)))
-    for block in encoder.blocks[:-1]:
+    for block in blocks_of(encoder)[:-1]:
         x = block(x)
-    attention = last.attn
+    attention = attention_of(last)
     q, k, _ = attention.qkv(last.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)  # [B, N, H, D]
     q, k = attention.q_norm(q), attention.k_norm(k)
     encoder.train(was_training)
@@ -78,14 +85,15 @@ def attention_figure(
     Raises:
         ModelError: as `attention_weights`.
     """
-    maps = [attention_maps(encoder, attention_weights(encoder, images)) for _, encoder in encoders]
-    last, heads = encoders[-1], maps[-1].shape[1]
+    maps = [attention_maps(with_attention(encoder), attention_weights(encoder, images)) for _, encoder in encoders]
+    (last_heading, last), heads = encoders[-1], maps[-1].shape[1]
+    depth = len(blocks_of(with_attention(last)))
     columns = [(f'{heading}, mean', part.mean(1)) for (heading, _), part in zip(encoders, maps)]
-    columns += [(f'{last[0]}, head {head + 1}', maps[-1][:, head]) for head in range(min(heads, 4))]
-    query = 'of the class token' if last[1].cls_token is not None else 'averaged over all patches'
-    caption = (f'Attention {query}, in block {len(last[1].blocks)} of {len(last[1].blocks)}: mean over {heads} heads'
-               + (f', and the first 4 of {heads} heads' if heads > 4 else ', and each head')
-               + '. Coloured is what gets more than an even share, up to the multiple of it that each map names (at '
+    columns += [(f'{last_heading}, head {head + 1}', maps[-1][:, head]) for head in range(min(heads, 4))]
+    query = 'of the class token' if last.cls_token is not None else 'averaged over all patches'
+    alone = f'the first 4 of {heads} heads' if heads > 4 else 'each head'
+    caption = (f'Attention {query}, in block {depth} of {depth}: mean over {heads} heads, and {alone}. '
+               'Coloured is what gets more than an even share, up to the multiple of it that each map names (at '
                  'least 2).')
     figure, axes = panel_grid(len(images), len(columns) + 1, spec.size, 'Attention of the last block', name, caption)
     for row, image in enumerate(images):
@@ -104,10 +112,10 @@ def _overlay(axis: Axes, values: np.ndarray) -> None:
     """Attention [rows, columns] in multiples of even attention over an image: clear up to 1, opaque at the largest."""
     most = values.max()
     _, width, height, _ = axis.images[0].get_extent()
-    size = [max(int(side * 256 / max(width, height)), 1) for side in (width, height)]
-    excess = Image.fromarray(((values - 1) / (max(most, 2) - 1)).astype(np.float32))
-    excess = np.asarray(excess.resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
-    colours = HEAT(excess)
+    columns, rows = (max(int(side * 256 / max(width, height)), 1) for side in (width, height))
+    coarse = Image.fromarray(((values - 1) / (max(most, 2) - 1)).astype(np.float32))
+    excess = np.asarray(coarse.resize((columns, rows), Image.Resampling.BICUBIC)).clip(0, 1)
+    colours = np.asarray(HEAT(excess))
     colours[..., 3] = 0.95 * excess ** 0.7
     axis.imshow(colours, extent=(0, width, height, 0), interpolation='bilinear')
     note(axis, f'{most:.1f}×')

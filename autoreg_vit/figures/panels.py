@@ -1,6 +1,7 @@
 """What all pictures of images are made of: a palette, a grid of panels, images, segments and their outlines."""
 
 import textwrap
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -63,8 +64,8 @@ def panel_grid(
     height = width * ratio
     total_width = max(columns * width + rest, _NARROWEST)
     # At 9 points a character is about 0.066 inches wide.
-    model_lines, caption_lines = (
-        textwrap.wrap(text, int((total_width - 2 * _MARGIN) / 0.066)) for text in (model, caption))
+    characters = int((total_width - 2 * _MARGIN) / 0.066)
+    model_lines, caption_lines = textwrap.wrap(model, characters), textwrap.wrap(caption, characters)
     top = 0.38 + 0.17 * len(model_lines)
     bottom = 0.1 + (0.08 + 0.17 * len(caption_lines) if caption_lines else 0)
     total_height = top + _LABEL + rows * height + (rows - 1) * between + bottom
@@ -125,7 +126,7 @@ def show_image(axis: Axes, image: torch.Tensor, spec: ImageSpec) -> None:
     show_pixels(axis, displayed(image, spec))
 
 
-def show_pixels(axis: Axes, pixels: np.ndarray, **options) -> None:
+def show_pixels(axis: Axes, pixels: np.ndarray, **options: Any) -> None:
     """Draw pixels, values [H, W] or uint8 RGB [H, W, 3]."""
     height, width = pixels.shape[:2]
     axis.imshow(pixels, interpolation='nearest' if max(height, width) <= 96 else 'antialiased',
@@ -171,17 +172,19 @@ def boundaries(labels: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int
     return below + right
 
 
-def _add_lines(axis: Axes, lines: list, grid: tuple[int, int], **style) -> LineCollection:
+def _add_lines(axis: Axes, lines: list, grid: tuple[int, ...], **style: Any) -> LineCollection:
     width, height = _extent(axis)
     scale = np.array([width / grid[1], height / grid[0]])
-    return axis.add_collection(LineCollection([np.array(line) * scale for line in lines], capstyle='projecting',
-                                              **style), autolim=False)
+    drawn = LineCollection([np.array(line) * scale for line in lines], capstyle='projecting', **style)
+    axis.add_collection(drawn, autolim=False)
+    return drawn
 
 
 def _middle(member: np.ndarray) -> np.ndarray:
     """The point (y, x), in tokens, nearest to the centre of `member` [rows, columns] and well inside it: the middle of
     a token, or where members alone meet."""
-    (top, bottom), (left, right) = (((i := np.arange(2 * n - 1)) // 2, (i + 1) // 2) for n in member.shape)
+    rows, columns = (np.arange(2 * n - 1) for n in member.shape)  # in half tokens
+    top, bottom, left, right = rows // 2, (rows + 1) // 2, columns // 2, (columns + 1) // 2
     inside = (member[np.ix_(top, left)] & member[np.ix_(top, right)]
               & member[np.ix_(bottom, left)] & member[np.ix_(bottom, right)])
     points = (np.argwhere(inside) + 1) / 2
@@ -191,7 +194,7 @@ def _middle(member: np.ndarray) -> np.ndarray:
 
 def _token(axis: Axes, columns: int) -> float:
     """Width of a token on the axes, in points."""
-    return axis.get_position().width * axis.figure.get_figwidth() * 72 / columns
+    return axis.get_position().width * cast(Figure, axis.figure).get_figwidth() * 72 / columns
 
 
 def _extent(axis: Axes) -> tuple[float, float]:

@@ -36,7 +36,11 @@ def describe(model: AutoregressiveViT, name: str | None = None) -> str:
     """The model's name, by default timm's, and its order of prediction."""
     order = model.serialization
     segments = ' ' + ' → '.join(map(str, order.segments)) if order.segments else ''
-    way = ', shuffled' * order.shuffle + ' in raster order' * (order.segment_order == 'raster')
+    way = ''
+    if order.shuffle:
+        way = ', shuffled'
+    if order.segment_order == 'raster':
+        way += ' in raster order'
     return f'{name or model.pretrained_cfg["architecture"]}, {order.name}{segments}{way}'
 
 
@@ -151,8 +155,9 @@ def serialization_figure(
         for column, ranks in enumerate(model.draw_ranks(draws).view(draws, *model.serialization.grid), start=1):
             show_image(axes[row, column], image, spec)
             show_ranks(axes[row, column], ranks.numpy())
-    for column, axis in enumerate(axes[0]):
-        label_panel(axis, 'image' if column == 0 else 'order' if always_same else f'draw {column}')
+    label_panel(axes[0, 0], 'image')
+    for column, axis in enumerate(axes[0, 1:], start=1):
+        label_panel(axis, 'order' if always_same else f'draw {column}')
     order_legend(figure)
     figure.savefig(path)
 
@@ -192,7 +197,7 @@ def reconstruction_figure(
         show_image(axes[row, -2], _image(model, done.pred[row]), spec)
         label_panel(axes[row, -2], 'all predictions')
         show_image(axes[row, -1], _image(model, done.target[row]), spec)
-        label_panel(axes[row, -1], 'target' + ', blurred' * (model.target.blur is not None))
+        label_panel(axes[row, -1], _target_heading(model))
     order_legend(figure)
     figure.savefig(path)
 
@@ -220,7 +225,7 @@ def reconstruction_film(
     done = reconstruction or reconstruct(model, images)
     counts = [done.segments(i) for i in range(len(images))]
     length = min(max(counts) - done.first, most_frames)
-    headings = ('seen', 'predicted', 'target' + ', blurred' * (model.target.blur is not None))
+    headings = ('seen', 'predicted', _target_heading(model))
     text = 'Reconstruction by segments', describe(model, name), f'{_FRAMED} {conditions(model)}'
     if len(images) > 2:  # a column an image, else a row
         figure, axes = panel_grid(3, len(images), spec.size, *text, beside=True, widest=1.5)
@@ -286,7 +291,7 @@ def comparison_figure(
     grid = model.serialization.grid
     columns: list[tuple[str, torch.Tensor | None]] = [('image', done.truth), ('order', None)]
     if model.target.blur is not None:
-        columns.append(('target, blurred', done.target))
+        columns.append((_target_heading(model), done.target))
     if done.given is not None:
         columns.append(('mean of each patch', done.given))
     columns.append(('prediction', done.pred))
@@ -313,6 +318,10 @@ def comparison_figure(
     figure.savefig(path)
 
 
+def _target_heading(model: AutoregressiveViT) -> str:
+    return 'target' if model.target.blur is None else 'target, blurred'
+
+
 def _image(model: AutoregressiveViT, patches: torch.Tensor) -> torch.Tensor:
     """Patches [N, P * P * C] as an image [C, H, W]."""
     return unpatchify(patches[None], model.serialization.grid, model.target.patch_size)[0]
@@ -326,16 +335,17 @@ def _snapshot(canvas: FigureCanvasAgg) -> Image.Image:
 def _share_palette(frames: list[Image.Image]) -> list[Image.Image]:
     """RGB frames in one palette of 256 colours, so that nothing flickers: those of the drawing itself, and those found
     in the last frame, which has everything on it."""
-    own = np.array([to_rgb('white'), EMPTY, to_rgb(INK), to_rgb(MUTED), *(COLOURS(np.linspace(0, 1, 28))[:, :3])])
+    drawn = np.asarray(COLOURS(np.linspace(0, 1, 28)))[:, :3]
+    own = np.array([to_rgb('white'), EMPTY, to_rgb(INK), to_rgb(MUTED), *drawn])
     own = (255 * own).round().astype(np.uint8)
-    found = frames[-1].quantize(256 - len(own), Image.Quantize.MEDIANCUT).getpalette()
+    found = frames[-1].quantize(256 - len(own), Image.Quantize.MEDIANCUT).getpalette() or []
     palette = Image.new('P', (1, 1))
     palette.putpalette([*own.flatten().tolist(), *found])
-    shared = []
+    colours, shared = palette.getpalette() or [], []
     for frame in frames:
         indices, pixels = np.array(frame.quantize(palette=palette, dither=Image.Dither.NONE)), np.asarray(frame)
         for index in (0, 1):  # Pillow takes the nearest colour but roughly, which shows on plain areas
             indices[(pixels == own[index]).all(-1)] = index
         shared.append(Image.fromarray(indices))
-        shared[-1].putpalette(palette.getpalette())
+        shared[-1].putpalette(colours)
     return shared

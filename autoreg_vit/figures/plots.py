@@ -61,13 +61,13 @@ def loss_by_rank(model: AutoregressiveViT, images: torch.Tensor, batch_size: int
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    losses, ranks = [], []
+    parts, orders = [], []
     for part in images.split(batch_size):
         out = model(part.to(device))
-        losses.append((out.pred.double() - out.target.double()).square().mean(-1).cpu())  # [B, N]
-        ranks.append(out.ranks.cpu())
+        parts.append((out.pred.double() - out.target.double()).square().mean(-1).cpu())  # [B, N]
+        orders.append(out.ranks.cpu())
     model.train(was_training)
-    losses, ranks = torch.cat(losses), torch.cat(ranks)
+    losses, ranks = torch.cat(parts), torch.cat(orders)
     shape = (len(losses), int(ranks.max()) + 1)
     sums = torch.zeros(shape, dtype=torch.float64).scatter_add_(1, ranks, losses)
     tokens = torch.zeros(shape, dtype=torch.int64).scatter_add_(1, ranks, torch.ones_like(ranks))
@@ -152,8 +152,8 @@ def mix_figure(mix: np.ndarray, path: Path, name: str) -> None:
     figure = Figure(figsize=(0.9 + max(0.52 * blocks, 6.5), 1.6 + 0.42 * layers), layout='constrained')
     axes = figure.subplots()
     axes.imshow(mix, cmap='RdBu_r', vmin=-largest, vmax=largest, aspect='auto')
-    axes.set_xticks(range(blocks), range(1, blocks + 1))
-    axes.set_yticks(range(layers), range(1, layers + 1))
+    axes.set_xticks(range(blocks), [str(number) for number in range(1, blocks + 1)])
+    axes.set_yticks(range(layers), [str(number) for number in range(1, layers + 1)])
     axes.tick_params(length=0, colors=MUTED, labelsize=9)
     axes.spines[:].set_visible(False)
     axes.set_xlabel('encoder block k', color=INK, fontsize=9)

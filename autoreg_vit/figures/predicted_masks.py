@@ -47,16 +47,18 @@ def predictions_figure(
     figure = Figure(figsize=(11, 0.7 + sum(3.0 * i.shape[1] / i.shape[2] for i in images)), layout='constrained')
     axes = figure.subplots(len(images), 3, squeeze=False)
     for row, (image, truth, prediction) in zip(axes, zip(images, truths, predictions)):
-        pixels = interpolate(image[None].float(), size=truth.shape, mode='bilinear')[0]
-        pixels = displayed(pixels, spec) / 255
+        enlarged = interpolate(image[None].float(), size=truth.shape, mode='bilinear')[0]
+        pixels = displayed(enlarged, spec) / 255
         for axis, labels in zip(row, (None, truth.cpu().numpy(), prediction.cpu().numpy())):
             over = 0 if labels is None else np.where((labels >= 0)[..., None], 0.65 * colours[labels.clip(0)], 0)
             axis.imshow(pixels if labels is None else 0.35 * pixels + over)
             axis.set_axis_off()
     for axis, title in zip(axes[0], ('image', 'annotated (dark: no class)', 'predicted')):
         axis.set_title(title, fontsize=10)
-    counts = sum(np.bincount(labels.cpu().numpy()[labels.cpu().numpy() >= 0].ravel(), minlength=len(classes))
-                 for labels in (*truths, *predictions))
+    counts = np.zeros(len(classes), np.int64)
+    for mask in (*truths, *predictions):
+        known = mask.cpu().numpy()
+        counts += np.bincount(known[known >= 0].ravel(), minlength=len(classes))
     legend = [n for n in np.sort(np.argsort(-counts)[:MOST]) if counts[n]]
     figure.legend(handles=[Patch(color=colours[n], label=classes[n]) for n in legend], loc='outside lower center',
                   ncols=min(len(legend), 7), fontsize=9, frameon=False)

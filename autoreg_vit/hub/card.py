@@ -1,7 +1,6 @@
 """The model card of exported weights: where they come from, what they are worth, and what they are not for."""
 
 import dataclasses
-import itertools
 import json
 import shlex
 from pathlib import Path
@@ -66,7 +65,7 @@ class Source(NamedTuple):
     finished: bool
     data: str
     data_id: tuple[str, ...]
-    hardware: str
+    hardware: str | None
     commit: str | None
     limits: str | None
     license: str | None
@@ -92,14 +91,15 @@ def read_results(path: Path) -> dict[str, Any]:
 def card(weights: Weights, source: Source, model_config: dict[str, Any]) -> str:
     """The text of README.md; `model_config` is the content of config.json."""
     method, url = PAPERS[source.config.model.partition('_')[0]]
-    header = {
-        'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction',
-        **({'license': source.license} if source.license else {}),
-        'tags': ['timm', 'autoreg-vit', method.lower(), 'self-supervised', 'autoregressive', weights.kind],
-        **({'datasets': list(source.data_id)} if source.data_id else {}),
-    }
-    what = ('Vision Transformer encoder' if weights.kind == 'encoder' else
-            'Pretraining model, Vision Transformer encoder and decoder,')
+    header: dict[str, Any] = {'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction'}
+    if source.license:
+        header['license'] = source.license
+    header['tags'] = ['timm', 'autoreg-vit', method.lower(), 'self-supervised', 'autoregressive', weights.kind]
+    if source.data_id:
+        header['datasets'] = list(source.data_id)
+    what = 'Pretraining model, Vision Transformer encoder and decoder,'
+    if weights.kind == 'encoder':
+        what = 'Vision Transformer encoder'
     sections = [
         f'# {weights.name}',
         f'{what} of {weights.parameters / 1e6:.2f} million parameters, pretrained without labels by [{method}]({url}) '
@@ -156,19 +156,22 @@ def _use(weights: Weights, config: dict[str, Any]) -> str:
         text += (f"With autoreg-vit, which contains these weights: `timm.create_model('{weights.name}', "
                  'pretrained=True)` after `import autoreg_vit`.\n\n')
     channels, height, width = cfg['input_size']
+    others = 'work as in timm (`img_size`)'
+    if weights.kind == 'encoder':
+        others = 'and channel counts work as in timm (`img_size`, `in_chans`)'
     return text + (
         f'Images are float tensors [B, {channels}, {height}, {width}], normalised by mean '
         f'{_numbers(cfg["mean"])} and standard deviation {_numbers(cfg["std"])} of values between 0 and 1. Other sizes '
-        + ('and channel counts work as in timm (`img_size`, `in_chans`)' if weights.kind == 'encoder' else
-           'work as in timm (`img_size`)') + '. A folder of safetensors needs timm 1.0.26 or later.')
+        f'{others}. A folder of safetensors needs timm 1.0.26 or later.')
 
 
 def _training(source: Source) -> str:
     config, first = source.config, source.lines[0]
     steps = _steps(source.lines)
     seen = steps[-1]['images'] if steps else 0
-    epochs = _plural(config.epochs, 'epoch') if source.finished else (
-        f'{steps[-1]["epoch"] if steps else 0:g} of {config.epochs} epochs (the run is not finished)')
+    epochs = f'{steps[-1]["epoch"] if steps else 0:g} of {config.epochs} epochs (the run is not finished)'
+    if source.finished:
+        epochs = _plural(config.epochs, 'epoch')
     design = ', '.join(f'{k} {_plain(v)}' for k, v in config.model_options().items())
     crops = 'method\'s default' if config.crop_scale is None else ' to '.join(map(str, config.crop_scale))
     count = first.get('train_images')
@@ -204,8 +207,9 @@ def _measured(source: Source) -> str:
         parts.append(f'Loss, the mean squared error {unit}: {losses[0]:.4f} in the first line of the log, '
                      f'{losses[-1]:.4f} in the last.{_greatest_rise(source.lines)}')
     if evaluations:
-        images = (f'the split {config.eval_split}' if config.eval_split else
-                  'a fifth of the training images, held out from the classifiers but not from pretraining')
+        images = 'a fifth of the training images, held out from the classifiers but not from pretraining'
+        if config.eval_split:
+            images = f'the split {config.eval_split}'
         rows = [f'| {line["images"]:,} | {line["linear"]:.1f} % | {line["knn"]:.1f} % |' for line in evaluations]
         parts.append(
             f'Accuracy of frozen features on {images}, at most {config.eval_images:,} images; logistic regression '
@@ -229,15 +233,21 @@ def _steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _greatest_rise(lines: list[dict[str, Any]]) -> str:
     """A sentence about where the loss rose most above its least value so far, if by more than a hundredth of it."""
     steps = _steps(lines)
-    least = list(itertools.accumulate(steps, lambda a, b: min(a, b, key=lambda line: line['loss'])))
-    low, high = max(zip(least, steps), key=lambda pair: pair[1]['loss'] / pair[0]['loss'])
+    least = low = high = steps[0]
+    for line in steps:
+        if line['loss'] < least['loss']:
+            least = line
+        if line['loss'] / least['loss'] > high['loss'] / low['loss']:
+            low, high = least, line
     if high['loss'] <= 1.01 * low['loss']:
         return ''
     later = (line for line in steps if line['images'] > high['images'])
     back = next((line for line in later if line['loss'] <= 1.01 * low['loss']), None)
+    end = 'it did not come back to within 1 % of the former.'
+    if back:
+        end = f'it was within 1 % of the former again at {_place(back)}.'
     return (f' Its greatest rise on the way was from {low["loss"]:.4f} ({_place(low)}) to {high["loss"]:.4f} '
-            f'({_place(high)}); ' + (f'it was within 1 % of the former again at {_place(back)}.' if back else
-                                     'it did not come back to within 1 % of the former.'))
+            f'({_place(high)}); {end}')
 
 
 def _place(line: dict[str, Any]) -> str:
@@ -245,7 +255,7 @@ def _place(line: dict[str, Any]) -> str:
 
 
 def _protocol(result: dict[str, Any]) -> str:
-    pool = {'token': ' of the class token', 'avg': ' of the mean of tokens'}.get(result.get('global_pool'), '')
+    pool = {'token': ' of the class token', 'avg': ' of the mean of tokens'}.get(str(result.get('global_pool')), '')
     classes = f', {result["num_classes"]} classes' if 'num_classes' in result else ''
     untrained = '' if result.get('pretrained', True) else ', untrained encoder'
     epochs = f', {result["epochs"]} epochs' if 'epochs' in result else ''
@@ -296,7 +306,7 @@ def _count(result: dict[str, Any], name: str) -> str:
     return f'{result[name]:,}' if name in result else ''
 
 
-def _plural(count: int, one: str, many: str | None = None) -> str:
+def _plural(count: float, one: str, many: str | None = None) -> str:
     return f'{count} {one if count == 1 else many or one + "s"}'
 
 
@@ -314,8 +324,9 @@ def _numbers(values: list[float]) -> str:
 
 def default_data(config: PretrainConfig) -> tuple[str, tuple[str, ...]]:
     """What the images are called where nobody says, and their names on the Hub."""
-    kind, _, name = (config.dataset or 'folder').partition('/')
+    dataset = config.dataset or 'folder'
+    kind, _, name = dataset.partition('/')
     if kind in ('torch', 'hfds', 'hfids') and name:
         return name, (name,)
-    return {'folder': 'images of a folder', 'digits': 'scikit-learn\'s digits'}.get(kind, config.dataset), ()
+    return {'folder': 'images of a folder', 'digits': 'scikit-learn\'s digits'}.get(kind, dataset), ()
 

@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..artifacts import replaced, sha256_of, write_sums, writing
+from ..artifacts import replaced, sha256_of, write_sums, write_synced, writing
 from ..engine.checkpoints import load_file, load_into
 from ..engine.progress import say
 from ..errors import CheckpointError, ConfigError
 from ..models.designs import create_pretraining_model
 from ..models.encoders import METHODS, SIZES, SinCosVisionTransformer
 from ..models.fitting import flat, inside, prefixes, unwrap
+from ..models.interface import encoder_of
 from ..models.pretraining import AutoregressiveViT
 from ..models.saim_checkpoint import encoder_name, is_saim_layout, pretraining_name, rename
 from ..settings.weights import ConvertConfig
@@ -126,13 +127,15 @@ def read_checkpoint(path: Path, prefix: str = '') -> tuple[dict[str, torch.Tenso
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = load_file(path)
     if isinstance(content, dict):
-        if entries := inside(content)[1]:
+        entries = inside(content)[1]
+        if entries:
             say(f'{path}: weights of the entry {" in ".join(map(repr, reversed(entries)))}')
         content = unwrap(content)
         found = prefixes(content)
-        if found and (prefix or '') not in found:
-            raise CheckpointError(f'{path} has its tensors under {" and ".join(repr(p) for p in found)}: ' + (
-                f'give --prefix {found[0]}, which takes them off.' if found[0] else 'leave --prefix out.'))
+        if found and prefix not in found:
+            remedy = f'give --prefix {found[0]}, which takes them off.' if found[0] else 'leave --prefix out.'
+            raise CheckpointError(
+                f'{path} has its tensors under {" and ".join(repr(p) for p in found)}: {remedy}')
         content = flat(content) if prefix else content
     if not isinstance(content, dict) or not content or not all(
             isinstance(k, str) and torch.is_tensor(v) for k, v in content.items() if str(k).startswith(prefix)):
@@ -148,11 +151,12 @@ def encoder_sizes(state_dict: dict[str, torch.Tensor], source: Path, num_heads: 
         CheckpointError: for tensors of something else.
         ConfigError: for heads that do not divide the width.
     """
-    blocks = [int(match[1]) for key in state_dict if (match := re.match(r'blocks\.(\d+)\.', key))]
+    blocks = _numbers(state_dict, 'blocks')
     patch, positions = state_dict.get('patch_embed.proj.weight'), state_dict.get('pos_embed')
     hidden = state_dict.get('blocks.0.mlp.fc1.weight')
     whole = set(blocks) == set(range(len(set(blocks)))) and blocks and 'cls_token' in state_dict
-    if not whole or hidden is None or getattr(patch, 'ndim', 0) != 4 or getattr(positions, 'ndim', 0) != 3:
+    if (not whole or hidden is None or patch is None or patch.ndim != 4
+            or positions is None or positions.ndim != 3):
         raise CheckpointError(f'{source} is no Vision Transformer with a class token: {EXPECTED}.')
     width, channels, *patch_size = patch.shape
     grid = math.isqrt(positions.shape[1] - 1)
@@ -173,7 +177,9 @@ def encoder_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: dict[
     pooled = 'fc_norm.weight' in state_dict
     classes = len(state_dict['head.weight']) if 'head.weight' in state_dict else 0
     # Both methods have a class token, which is the feature; MAE's fine-tuning averages the other tokens instead.
-    design = {**METHODS['saim'], **(dict(global_pool='avg', fc_norm=True) if pooled else {})}
+    design: dict[str, Any] = METHODS['saim']
+    if pooled:
+        design = {**design, 'global_pool': 'avg', 'fc_norm': True}
     encoder = SinCosVisionTransformer(**sizes, **design, num_classes=classes)
     if method == 'SAIM':
         names = {key: encoder_name(key) for key in state_dict}
@@ -187,7 +193,7 @@ def encoder_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: dict[
 
 def pretraining_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: dict[str, Any]) -> Part:
     """SAIM's whole model."""
-    queries = 1 + max(int(match[1]) for key in state_dict if (match := re.match(r'query_blocks\.(\d+)\.', key)))
+    queries = 1 + max(_numbers(state_dict, 'query_blocks'))
     kernel = state_dict.get('gaussian_blur.weight')
     # The kernel shows its size; its sigma is that of the published command.
     blur = False if kernel is None else (kernel.shape[-1], 1.0)
@@ -201,25 +207,36 @@ def pretraining_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: d
 
 def write_folder(part: Part, folder: Path, kind: str, source: Path, method: str, outside: list[str]) -> None:
     """Write one folder: weights, config, card, report, which names those `outside` the prefix too, and checksums."""
-    write = export_encoder if kind == 'encoder' else export_pretraining
     # As both evaluate: 224 of 256 pixels, and larger images whole.
-    size = getattr(part.model, 'encoder', part.model).patch_embed.img_size
-    write(part.model, folder, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-          crop_pct=0.875 if min(size) <= 224 else 1.0)
+    size = encoder_of(part.model).patch_embed.img_size
+    cfg: dict[str, Any] = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+                               crop_pct=0.875 if min(size) <= 224 else 1.0)
+    if isinstance(part.model, AutoregressiveViT):
+        export_pretraining(part.model, folder, **cfg)
+    else:
+        export_encoder(part.model, folder, **cfg)
     origin = {'source': source.name, 'sha256': sha256_of(source), 'method': method}
-    report = {**origin, **part.report(), **({'outside': outside} if outside else {})}
-    (folder / REPORT).write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
+    report = {**origin, **part.report()}
+    if outside:
+        report['outside'] = outside
+    write_synced(folder / REPORT, json.dumps(report, indent=1) + '\n')
     header = {'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction', 'tags': ['timm', method.lower()]}
     whole = ', encoder and decoder; `import autoreg_vit` before loading it' if kind == 'pretrain' else ''
-    (folder / 'README.md').write_text(
+    write_synced(
+        folder / 'README.md',
         f'---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {method}, converted from {source.name}\n\n'
         f'Weights of a published checkpoint in timm\'s layout{whole}: '
         "`timm.create_model('local-dir:FOLDER', pretrained=True)`.\n\n"
         f'SHA-256 of the source: `{origin["sha256"]}`. What became of each of its tensors is in `{REPORT}`. '
         'Normalisation is taken to be ImageNet\'s, and the crop that of both papers\' evaluation, which no tensor '
-        'shows. The terms of use are those of the source.\n',
-        encoding='utf-8')
+        'shows. The terms of use are those of the source.\n')
     write_sums(folder)
+
+
+def _numbers(state_dict: dict[str, torch.Tensor], blocks: str) -> list[int]:
+    """The number of the block that each tensor of such blocks is of."""
+    found = (re.match(rf'{blocks}\.(\d+)\.', key) for key in state_dict)
+    return [int(match[1]) for match in found if match]
 
 
 def _remedy(sizes: dict[str, Any]) -> str:

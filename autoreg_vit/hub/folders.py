@@ -1,28 +1,27 @@
 """Folders that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
 
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import unwrap_model
 
-from ..artifacts import replaced
+from .._compat import loads_channels
+from ..artifacts import CONFIG, WEIGHTS, replaced, save_tensors, write_config
 from ..errors import ModelError
 from ..models.encoders import STOCK_ARCHITECTURES, SinCosVisionTransformer
 from ..models.pretraining import AutoregressiveViT
 
 
 def export_encoder(
-        encoder: SinCosVisionTransformer,
+        encoder: VisionTransformer,
         folder: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
-        **pretrained_cfg,
+        **pretrained_cfg: Any,
 ) -> None:
     """Write an encoder as a stock timm ViT, which loads where this package is not installed.
 
@@ -35,7 +34,7 @@ def export_encoder(
     Raises:
         ModelError: for a model that was changed into one that its arguments do not describe.
     """
-    encoder = unwrap_model(encoder)
+    encoder = cast(SinCosVisionTransformer, unwrap_model(encoder))
     # For a width of no stock model any of them serves as a base: every size is written out in the arguments.
     architecture = STOCK_ARCHITECTURES.get(encoder.embed_dim, STOCK_ARCHITECTURES[192])
     args = {**encoder.init_args, **_current_size(encoder), 'global_pool': encoder.global_pool}
@@ -51,11 +50,11 @@ def export_pretraining(
         folder: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
-        **pretrained_cfg,
+        **pretrained_cfg: Any,
 ) -> None:
     """Write a whole pretraining model, encoder and decoder; this package must be imported where it is loaded. Arguments
     are those of `export_encoder`."""
-    model = unwrap_model(model)
+    model = cast(AutoregressiveViT, unwrap_model(model))
     if not hasattr(model, 'init_args'):
         raise ModelError('Only models made by timm.create_model can be exported: others have no name to load by.')
     args = {**model.init_args, **_current_size(model.encoder)}
@@ -109,8 +108,7 @@ def _write(
         dtype: torch.dtype,
 ) -> None:
     channels = encoder.patch_embed.proj.in_channels
-    if channels not in (1, 3):
-        # timm before 1.0.31 takes weights to have three channels, and would leave these out in favour of random ones.
+    if not loads_channels(channels):  # timm adapts nothing without it
         pretrained_cfg = {**pretrained_cfg, 'first_conv': None}
     config = {
         'architecture': architecture,
@@ -132,10 +130,7 @@ def _write(
     }
     with replaced(Path(folder)) as (new,):
         new.mkdir()
-        # A tensor shared or viewed must be stored once and whole.
-        tensors = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-        save_file(tensors, new / 'model.safetensors')
-        os.chmod(new / 'model.safetensors', 0o644)
-        (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
+        save_tensors(new / WEIGHTS, tensors, checksum=False)  # which export writes for the folder, and a run for itself
+        write_config(new / CONFIG, config)
         _check_loads(new)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.interface import encoder_of
+
 
 def golden_images(channels: int, size: tuple[int, int], batch: int = 2) -> torch.Tensor:
     """Images [batch, channels, height, width] between -1 and 1, the same on every machine: value number i, counted in
@@ -27,7 +29,7 @@ def record(model: nn.Module) -> dict[str, Any]:
     """
     was_training = model.training
     model.eval()
-    encoder = getattr(model, 'encoder', model)
+    encoder = encoder_of(model)
     embed = encoder.patch_embed
     like = next(model.parameters())
     images = golden_images(embed.proj.in_channels, tuple(embed.img_size)).to(like.device)

@@ -7,11 +7,10 @@ from typing import Any
 import timm
 from torch import nn
 
-from ..artifacts import verify_checksum
+from ..artifacts import CONFIG, WEIGHTS, verify_checksum
 from ..errors import CheckpointError, ModelError, UsageError, suggest
 from ..models.designs import pretraining_models
 from ..models.encoders import check_sizes
-from ..models.pretrained import WEIGHTS
 
 #: Names under which timm looks for the weights in a folder.
 WEIGHT_FILES = (WEIGHTS, 'pytorch_model.bin')
@@ -65,7 +64,7 @@ def _create(name: str, weights: str, pretrained: bool, options: dict[str, Any]) 
                                   'from initialisation with --no-pretrained.') from error
         raise CheckpointError(f'Cannot load {weights!r} with {_show(options) or "no options"} '
                               f'({type(error).__name__}: {_line(error)}).') from error
-    embed = getattr(model, 'patch_embed', None)
+    embed: Any = getattr(model, 'patch_embed', None)
     if getattr(embed, 'img_size', None) and hasattr(embed, 'patch_size'):
         check_sizes(embed.img_size, embed.patch_size)  # timm rounds down
     return model
@@ -82,7 +81,7 @@ def source_config(weights: str) -> dict[str, Any]:
     name = _resolve(weights)
     if not name.startswith('local-dir:'):
         return {}
-    return json.loads(Path(name.removeprefix('local-dir:'), 'config.json').read_text(encoding='utf-8'))
+    return json.loads(Path(name.removeprefix('local-dir:'), CONFIG).read_text(encoding='utf-8'))
 
 
 def _resolve(weights: str, pretraining: bool = False) -> str:
@@ -92,7 +91,7 @@ def _resolve(weights: str, pretraining: bool = False) -> str:
     path = Path(weights.removeprefix('local-dir:')).expanduser()
     if path.is_dir():
         folders = [path, path / 'pretrain', path / 'encoder'] if pretraining else [path, path / 'encoder']
-        folder = next((f for f in folders if (f / 'config.json').is_file()), None)
+        folder = next((f for f in folders if (f / CONFIG).is_file()), None)
         if folder is None:
             raise CheckpointError(f'{path} holds no encoder: expected config.json and model.safetensors, as '
                                   'pretraining writes to runs/NAME/encoder.')
@@ -129,11 +128,11 @@ def _resolve(weights: str, pretraining: bool = False) -> str:
 def _architecture(folder: Path) -> str:
     """timm's name of the model in a folder, without its tag."""
     try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
         if 'architecture' in config or not ('model_type' in config or 'architectures' in config):
             return config['architecture'].partition('.')[0]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f'{folder / "config.json"} is damaged: it names no architecture ({_line(error)}).'
+        raise CheckpointError(f'{folder / CONFIG} is damaged: it names no architecture ({_line(error)}).'
                               ) from error
     raise ModelError(f'{folder} holds a model of transformers ({config.get("model_type") or config["architectures"]}), '
                      'not one of timm: --weights takes encoders that pretraining wrote, and models of timm.')

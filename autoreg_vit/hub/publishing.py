@@ -1,22 +1,24 @@
 """`autoreg-vit export`: a pretraining run's weights as folders to publish, each with a model card and checksums."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
+from torch import nn
 
-from ..artifacts import SUMS, replaced, sha256_of, write_sums, writing
+from ..artifacts import CONFIG, SUMS, WEIGHTS, replaced, sha256_of, write_config, write_sums, write_synced, writing
 from ..engine.checkpoints import load_checkpoint, load_into
 from ..engine.log import logged, read_log
 from ..engine.progress import say
 from ..engine.run import CHECKPOINT
 from ..errors import CheckpointError, ConfigError, UsageError
-from ..models.pretrained import CONFIG, DEFAULT, WEIGHTS, check_files, load_folder
+from ..models.pretrained import DEFAULT, check_files, load_folder
 from ..models.pretraining import AutoregressiveViT
 from ..settings.base import make_config, read_settings, save_config
 from ..settings.pretraining import PretrainConfig
@@ -85,7 +87,7 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
         raise ConfigError(f'{run / "log.jsonl"} is missing, or does not begin with the start of a run.')
     check_files(run / 'pretrain')
     try:
-        model = load_folder(run / 'pretrain')
+        model = cast(AutoregressiveViT, load_folder(run / 'pretrain'))
     except Exception as error:  # by the kind of damage: CheckpointError, OSError, KeyError, RuntimeError, ...
         kind = '' if isinstance(error, UsageError) else f'{type(error).__name__}: '
         raise CheckpointError(
@@ -126,35 +128,45 @@ def write_folder(
         config: Settings; with `half` None, float16 is for outputs that stay within HALF_LIMIT.
         repository: On the Hub, or None.
     """
-    write, part = (export_encoder, model.encoder) if kind == 'encoder' else (export_pretraining, model)
+    part: nn.Module = model.encoder if kind == 'encoder' else model
     trained = record(part)
-    cfg = {k: model.pretrained_cfg[k] for k in ('mean', 'std', 'crop_pct', 'interpolation')}
+    cfg: dict[str, Any] = {k: model.pretrained_cfg[k] for k in ('mean', 'std', 'crop_pct', 'interpolation')}
     if config.license:
         cfg['license'] = config.license
-    write(part, folder, **cfg)
+
+    def store(dtype: torch.dtype) -> None:
+        if kind == 'encoder':
+            export_encoder(model.encoder, folder, dtype=dtype, **cfg)
+        else:
+            export_pretraining(model, folder, dtype=dtype, **cfg)
+
+    store(torch.float32)
     trained_sum = sha256_of(folder / WEIGHTS)
-    for dtype in {None: (torch.float16, torch.float32), True: (torch.float16,), False: (torch.float32,)}[config.half]:
-        write(part, folder, dtype=dtype, **cfg)
+    dtype = torch.float32 if config.half is False else torch.float16
+    store(dtype)
+    golden = record(load_folder(folder))
+    change = deviation(golden, trained)
+    if config.half is None and change > HALF_LIMIT:
+        dtype = torch.float32
+        store(dtype)
         golden = record(load_folder(folder))
         change = deviation(golden, trained)
-        if change <= HALF_LIMIT:
-            break
     if not change < float('inf'):
         raise CheckpointError(f'Outputs of {target.name} are not finite when stored as {dtype}: leave --half out.')
-    (folder / GOLDEN).write_text(json.dumps({
+    write_synced(folder / GOLDEN, json.dumps({
         'about': 'outputs for images [2, C, H, W] whose value number i is sin(0.7 i); in float32, on a CPU',
-        'outputs': golden}) + '\n', encoding='utf-8')
+        'outputs': golden}) + '\n')
     # Of the machine it ran on, a run's settings keep no folder.
     save_config(dataclasses.replace(source.config, data_dir=None, output_dir=None), folder / 'config.yaml')
-    (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in source.lines), encoding='utf-8')
+    write_synced(folder / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in source.lines))
     model_config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     if config.default_tag:
         model_config[DEFAULT] = True
-        (folder / CONFIG).write_text(json.dumps(model_config, indent=2) + '\n', encoding='utf-8')
+        write_config(folder / CONFIG, model_config)
     sums = {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)}
     weights = Weights(target.name, kind, target, sum(p.numel() for p in part.parameters()),
                       str(dtype).removeprefix('torch.'), change, trained_sum, repository, sums)
-    (folder / 'README.md').write_text(card(weights, source, model_config), encoding='utf-8')
+    write_synced(folder / 'README.md', card(weights, source, model_config))
     write_sums(folder)
 
 
@@ -175,13 +187,13 @@ class Hub:
         names = {'encoder': repository, 'pretrain': f'{repository}-pretrain'}
         self.repositories = {kind: names[kind] for kind in kinds}
         for name in self.repositories.values():
-            self._call(name, lambda name=name: self.api.create_repo(name, private=private, exist_ok=True))
+            self._call(name, functools.partial(self.api.create_repo, name, private=private, exist_ok=True))
 
     def upload(self, kind: str, folder: Path) -> None:
         """Upload a folder as one commit."""
         name = self.repositories[kind]
-        self._call(name, lambda: self.api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=f'Upload {folder.name}'))
+        self._call(name, functools.partial(
+            self.api.upload_folder, repo_id=name, folder_path=folder, commit_message=f'Upload {folder.name}'))
 
     @staticmethod
     def _call(name: str, action: Callable[[], Any]) -> None:

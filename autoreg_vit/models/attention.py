@@ -5,6 +5,7 @@ functions, so that its encoder stays one that timm can run, save and load by its
 """
 
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from timm.layers import Attention
@@ -15,13 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..errors import ModelError
+from .interface import attention_of
 
 
 def check_encoder(encoder: nn.Module) -> None:
     """Raise ModelError unless `encoder` is a VisionTransformer whose every block these functions can run."""
     if not isinstance(encoder, VisionTransformer):
         raise ModelError(f'The encoder must be a timm VisionTransformer, got {type(encoder).__name__}.')
-    if other := {type(b).__name__ for b in encoder.blocks if type(b) is not Block}:
+    other = {type(b).__name__ for b in encoder.blocks if type(b) is not Block}
+    if other:
         raise ModelError('The encoder must be a VisionTransformer of plain Blocks: leave block_fn out (got '
                          f'{", ".join(sorted(other))}).')
     attention = encoder.blocks[0].attn
@@ -37,8 +40,13 @@ def check_encoder(encoder: nn.Module) -> None:
     if isinstance(encoder.norm, nn.Identity) or encoder.num_classes:
         raise ModelError('Pretraining ends in the encoder\'s norm and has no classifier: create the encoder with '
                          f'num_classes=0 (got {encoder.num_classes}) and, where it pools by average, fc_norm=False.')
-    unsuited = [name for name, there in (('pos_embed', encoder.pos_embed is None), (
-        'no_embed_class', encoder.no_embed_class), ('dynamic_img_size', encoder.dynamic_img_size)) if there]
+    unsuited = []
+    if encoder.pos_embed is None:
+        unsuited.append('pos_embed')
+    if encoder.no_embed_class:
+        unsuited.append('no_embed_class')
+    if encoder.dynamic_img_size:
+        unsuited.append('dynamic_img_size')
     if unsuited:
         raise ModelError('Pretraining needs a position embedding for every token of images of one size: leave '
                          f'{" and ".join(unsuited)} at the default. The encoder takes any of them once it is trained.')
@@ -86,7 +94,7 @@ def project_apart(
     return F.linear(x, weight[:width], q_bias), F.linear(memory, weight[width:], kv_bias)
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a Linear is nothing but its weight and bias: not wrapped, hooked or parametrized."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return type(layer) is nn.Linear and 'forward' not in layer.__dict__ and not any(hooks)
@@ -94,7 +102,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 def content_block(block: Block, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """A timm block on x [B, N, C] with self-attention under limits [B, N]."""
-    x = x + block.drop_path1(block.ls1(self_attention(block.attn, block.norm1(x), limits)))
+    x = x + block.drop_path1(block.ls1(self_attention(attention_of(block), block.norm1(x), limits)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
@@ -102,12 +110,12 @@ def query_block(block: Block, x: torch.Tensor, memory: torch.Tensor, limits: tor
     """A timm block on queries x [B, Nq, C] that attend to memory [B, Nk, C] under limits [B, Nq] (SAIM Eq. 5).
 
     One norm serves queries and memory, as in SAIM's published code."""
-    attended = cross_attention(block.attn, block.norm1(x), block.norm1(memory), limits)
+    attended = cross_attention(attention_of(block), block.norm1(x), block.norm1(memory), limits)
     x = x + block.drop_path1(block.ls1(attended))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-def run_block(owner: nn.Module, block: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+def run_block(owner: nn.Module, block: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     """`block(*args)`, recomputed in the backward pass where `owner.grad_checkpointing` asks for it."""
     if owner.grad_checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)

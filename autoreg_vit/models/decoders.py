@@ -17,6 +17,7 @@ from ..errors import ModelError
 from ..serialization import Layout
 from .attention import query_block, run_block, self_attention
 from .encoders import check_sizes, init_xavier, sincos_position_embedding
+from .interface import mlp_width, positions_of
 
 
 class CrossAttention(nn.Module):
@@ -100,7 +101,7 @@ class MaskedDecoder(nn.Module):
         self.memory = memory
         self.grad_checkpointing = False
         # The MLP is as wide as the encoder's, in multiples of the width.
-        mlp_ratio = encoder.blocks[0].mlp.fc1.out_features / encoder.embed_dim
+        mlp_ratio = mlp_width(encoder) / encoder.embed_dim
         self.pos_embed = nn.Parameter(torch.empty(0), requires_grad=False)
         self.set_grid(encoder.patch_embed.grid_size)
         self.blocks = nn.ModuleList(
@@ -176,7 +177,7 @@ class ParallelDecoder(nn.Module):
     def forward(self, hidden: list[torch.Tensor], layout: Layout, encoder: VisionTransformer) -> torch.Tensor:
         blocks = encoder.blocks if self.blocks is None else self.blocks
         memories = hidden[self.stride::self.stride] if self.memory == 'output' else hidden[:-1]
-        x = layout.sort(encoder.pos_embed[:, encoder.num_prefix_tokens:])
+        x = layout.sort(positions_of(encoder)[:, encoder.num_prefix_tokens:])
         for block, memory in zip(blocks, memories):
             x = run_block(self, query_block, block, x, memory, layout.memory_limits)
         return encoder.norm(x)
@@ -197,6 +198,7 @@ class NextTokenDecoder(nn.Module):
     def __init__(self, encoder: VisionTransformer, predicts_first: bool = True):
         super().__init__()
         self.dim = encoder.embed_dim
+        self.grad_checkpointing = False
         self.start = None
         if predicts_first and not encoder.num_prefix_tokens:
             self.start = nn.Parameter(torch.randn(1, 1, self.dim) * 0.02)
@@ -211,3 +213,6 @@ class NextTokenDecoder(nn.Module):
         else:
             first = self.start.expand(x.shape[0], -1, -1).to(x.dtype)
         return torch.cat([first, x[:, :tokens - 1]], dim=1)
+
+
+Decoder = MaskedDecoder | ParallelDecoder | NextTokenDecoder

@@ -4,11 +4,14 @@ RandSAC: Hua et al., "Self-supervision through random segments with autoregressi
 stochastic autoregressive image modeling for visual representation".
 """
 
+from typing import Any, cast
+
 import timm
 import torch
 from timm.models import build_model_with_cfg, register_model
 
 from ..errors import ModelError, suggest
+from .decoders import MaskedDecoder
 from .encoders import ENCODER_OPTIONS, SIZES, check_options, default_cfg, method_options, python_numbers
 from .fitting import check_fit, loading, resample, unwrap
 from .pretrained import check_tag, register_weights, weights_options
@@ -29,7 +32,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Autoregress
     encoder, problem = resample(encoder, model.encoder)
     fitted = {k: v for k, v in content.items() if not k.startswith(prefix)}
     fitted.update({prefix + k: v for k, v in encoder.items()})
-    if 'decoder.pos_embed' in fitted:
+    if 'decoder.pos_embed' in fitted and isinstance(model.decoder, MaskedDecoder):
         fitted['decoder.pos_embed'] = model.decoder.pos_embed  # fixed: a function of the grid alone
     check_fit(fitted, content, model, problem)
     return fitted
@@ -45,7 +48,7 @@ _DECODERS = {
     'vit_tiny_patch4_32': dict(decoder_depth=3),
     'vit_small_patch4_32': dict(decoder_depth=6),
 }
-_DESIGNS = {
+_DESIGNS: dict[str, dict[str, Any]] = {
     'randsac': dict(serialization='blobs', decoder='masked', first_segment='self', head='linear', norm_pix=True),
     'saim': dict(serialization='random', decoder='parallel', first_segment='none', head='mlp', norm_pix=True,
                  blur=(9, 1.0)),
@@ -58,7 +61,7 @@ default_cfgs = register_weights({
 })
 
 
-def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def _create_pretraining(variant: str, pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     # None is the model's default, as where timm.create_model drops it, but of the blur, where it is an answer.
     kwargs = python_numbers({k: v for k, v in kwargs.items() if v is not None or k == 'blur'})
     # What belongs to an encoder's classifier has no place here.
@@ -74,7 +77,7 @@ def _create_pretraining(variant: str, pretrained: bool = False, **kwargs) -> Aut
     if kwargs.get('features_only'):
         raise ModelError(f'{variant} is a pretraining model: take features from its encoder, or from '
                          f"timm.create_model('{size}_{method}', features_only=True).")
-    options = {**SIZES[size], **method_options(method, kwargs), **_DESIGNS[method]}
+    options: dict[str, Any] = {**SIZES[size], **method_options(method, kwargs), **_DESIGNS[method]}
     # Defaults that belong to one decoder or serialization stay out of the way of another.
     if kwargs.get('decoder', options['decoder']) == 'masked':
         options = {**options, **_DECODERS[size]}
@@ -99,7 +102,7 @@ def pretraining_models() -> list[str]:
     return list(default_cfgs)
 
 
-def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
+def create_pretraining_model(name: str, **kwargs: Any) -> AutoregressiveViT:
     """`timm.create_model` for pretraining models, where `blur=None` is no blur; timm's own door drops it, which leaves
     the model's default. Of every other option None is the default, here and there.
 
@@ -114,76 +117,76 @@ def create_pretraining_model(name: str, **kwargs) -> AutoregressiveViT:
         check_tag(base, tag, default_cfgs[base])
     if kwargs.get('blur', False) is None:
         kwargs['blur'] = False
-    return timm.create_model(name, **kwargs)
+    return cast(AutoregressiveViT, timm.create_model(name, **kwargs))
 
 
 @register_model
-def randsac_vit_tiny(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def randsac_vit_tiny(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """RandSAC pretraining of ViT-Ti/16 at 224."""
     return _create_pretraining('randsac_vit_tiny', pretrained, **kwargs)
 
 
 @register_model
-def randsac_vit_small(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def randsac_vit_small(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """RandSAC pretraining of ViT-S/16 at 224 (ImageNet-100, A.1)."""
     return _create_pretraining('randsac_vit_small', pretrained, **kwargs)
 
 
 @register_model
-def randsac_vit_base(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def randsac_vit_base(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """RandSAC pretraining of ViT-B/16 at 224 (ImageNet-1K, 5)."""
     return _create_pretraining('randsac_vit_base', pretrained, **kwargs)
 
 
 @register_model
-def randsac_vit_large(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def randsac_vit_large(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """RandSAC pretraining of ViT-L/16 at 224."""
     return _create_pretraining('randsac_vit_large', pretrained, **kwargs)
 
 
 @register_model
-def randsac_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def randsac_vit_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """RandSAC pretraining of ViT-Ti/4 at 32 (CIFAR-10, A.1)."""
     return _create_pretraining('randsac_vit_tiny_patch4_32', pretrained, **kwargs)
 
 
 @register_model
-def randsac_vit_small_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def randsac_vit_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """RandSAC pretraining of ViT-S/4 at 32 (low-data pretraining, 5)."""
     return _create_pretraining('randsac_vit_small_patch4_32', pretrained, **kwargs)
 
 
 @register_model
-def saim_vit_tiny(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def saim_vit_tiny(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """SAIM pretraining of ViT-Ti/16 at 224."""
     return _create_pretraining('saim_vit_tiny', pretrained, **kwargs)
 
 
 @register_model
-def saim_vit_small(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def saim_vit_small(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """SAIM pretraining of ViT-S/16 at 224."""
     return _create_pretraining('saim_vit_small', pretrained, **kwargs)
 
 
 @register_model
-def saim_vit_base(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def saim_vit_base(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """SAIM pretraining of ViT-B/16 at 224 (ImageNet-1K)."""
     return _create_pretraining('saim_vit_base', pretrained, **kwargs)
 
 
 @register_model
-def saim_vit_large(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def saim_vit_large(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """SAIM pretraining of ViT-L/16 at 224."""
     return _create_pretraining('saim_vit_large', pretrained, **kwargs)
 
 
 @register_model
-def saim_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def saim_vit_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """SAIM pretraining of ViT-Ti/4 at 32."""
     return _create_pretraining('saim_vit_tiny_patch4_32', pretrained, **kwargs)
 
 
 @register_model
-def saim_vit_small_patch4_32(pretrained: bool = False, **kwargs) -> AutoregressiveViT:
+def saim_vit_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
     """SAIM pretraining of ViT-S/4 at 32."""
     return _create_pretraining('saim_vit_small_patch4_32', pretrained, **kwargs)

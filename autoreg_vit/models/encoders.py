@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc, to_2tuple
+from timm.layers import build_sincos2d_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .._compat import refit_positions
 from ..errors import ModelError, ShapeError, UsageError, suggest
 from .fitting import check_fit, loading, resample, unwrap
+from .interface import as_timm
 from .pretrained import register_weights, weights_options
 from .saim_checkpoint import convert_saim_encoder
 
@@ -72,7 +74,7 @@ class SinCosVisionTransformer(VisionTransformer):
         ModelError: for values that timm does not know, or two that do not go together.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         check_sizes(**{k: kwargs[k] for k in ('img_size', 'patch_size', 'embed_dim', 'num_heads') if k in kwargs})
         _check_values(kwargs)
         try:
@@ -85,7 +87,7 @@ class SinCosVisionTransformer(VisionTransformer):
                              f'{" ".join(str(error).split())}).') from error
         self.init_args = kwargs
 
-    def init_weights(self, *args, **kwargs) -> None:
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
         super().init_weights(*args, **kwargs)
         self.apply(init_xavier)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
@@ -103,7 +105,7 @@ class SinCosVisionTransformer(VisionTransformer):
             patch_size: int | tuple[int, int] | None = None,
     ) -> None:
         positions, grid = self.pos_embed, self.patch_embed.grid_size
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        super().set_input_size(img_size=pair(img_size), patch_size=pair(patch_size))
         refit_positions(self, positions, grid)
 
     @torch.jit.ignore
@@ -114,20 +116,6 @@ class SinCosVisionTransformer(VisionTransformer):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         # timm has register tokens here from 1.0.28 on, norm_pre from 1.0.31; before, both learned as the last layers.
         return {**super().group_matcher(coarse), 'stem': r'^(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)'}
-
-
-@torch.no_grad()
-def refit_positions(encoder: VisionTransformer, before: nn.Parameter | None, grid: tuple[int, int]) -> None:
-    """Complete VisionTransformer.set_input_size, given the position embedding and grid before it. Until timm 1.0.31 it
-    leaves positions as they are where the new grid has as many tokens, and makes frozen ones trainable."""
-    if before is None:
-        return
-    size = encoder.patch_embed.grid_size
-    if encoder.pos_embed is before and size != grid:
-        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-        resized = resample_abs_pos_embed_nhwc(before[:, prefix:].unflatten(1, grid), list(size)).flatten(1, 2)
-        encoder.pos_embed = nn.Parameter(torch.cat([before[:, :prefix], resized], dim=1))
-    encoder.pos_embed.requires_grad_(before.requires_grad)
 
 
 def sincos_position_embedding(grid: tuple[int, int], dim: int) -> torch.Tensor:
@@ -165,6 +153,11 @@ def check_sizes(
             f'{num_heads} heads do not divide a width of {embed_dim}: use {" or ".join(map(str, fits)) or 1} heads.')
 
 
+def pair(value: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """One number twice, as timm takes height and width; two as they are, and None for none."""
+    return None if value is None else to_2tuple(value)
+
+
 def _pixels(name: str, value: Any) -> tuple[int, int]:
     """Height and width from one number or two."""
     pair = to_2tuple(value)
@@ -189,7 +182,7 @@ def _check_values(options: dict[str, Any]) -> None:
         if options.get(name, bound) < bound:
             raise ModelError(f'{name} must be at least {bound}, got {options[name]}.')
     for name, value in options.items():
-        if name.endswith('_rate') and not (isinstance(value, Real) and 0 <= value <= 1):
+        if name.endswith('_rate') and not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise ModelError(f'{name} is a probability between 0 and 1, got {value!r}.')
         if name in _CHOICES and value not in _CHOICES[name]:
             raise ModelError(f'{name} is one of {", ".join(map(repr, _CHOICES[name]))}, got {value!r}.')
@@ -220,7 +213,7 @@ def check_options(name: str, options: dict[str, Any], known: list[str]) -> None:
 ENCODER_OPTIONS = [p for p in inspect.signature(VisionTransformer.__init__).parameters if p != 'self']
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: VisionTransformer) -> dict[str, torch.Tensor]:
     """Weights in this package's, timm's or SAIM's published layout, fitted to the model's patch and image size.
 
     Raises:
@@ -229,12 +222,13 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     content = convert_saim_encoder(unwrap(state_dict), model)
     fitted, problem = resample(content, model)
     classifier = [key for key in fitted if key.startswith('head.')]
+    weight = fitted.get('head.weight')
     if classifier and isinstance(model.head, nn.Identity):
         _logger.warning('The model has no classifier; the checkpoint\'s is left out: %s', ', '.join(classifier))
         fitted = {key: value for key, value in fitted.items() if key not in classifier}
-    elif classifier and torch.is_tensor(weight := fitted.get('head.weight')):
+    elif isinstance(weight, torch.Tensor):
         # timm goes by what the configuration says, and begins a new one without a word.
-        model.pretrained_cfg['num_classes'] = len(weight)
+        as_timm(model).pretrained_cfg['num_classes'] = len(weight)
         if len(weight) != model.num_classes:
             _logger.warning('The checkpoint\'s classifier of %d classes is left out; the model\'s, of %d, is new.',
                             len(weight), model.num_classes)
@@ -242,7 +236,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return fitted
 
 
-def default_cfg(size: str, **kwargs) -> dict[str, Any]:
+def default_cfg(size: str, **kwargs: Any) -> dict[str, Any]:
     """timm's pretrained configuration of a size, without weights."""
     pixels = SIZES[size]['img_size']
     return {
@@ -265,7 +259,7 @@ def python_numbers(options: dict[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in options.items()}
 
 
-def _create_encoder(variant: str, pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def _create_encoder(variant: str, pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     kwargs = python_numbers(kwargs)
     check_options(variant, kwargs, ENCODER_OPTIONS)
     kwargs = {**weights_options(variant, default_cfgs[variant], pretrained, kwargs), **kwargs}
@@ -288,82 +282,83 @@ def _feature_indices(indices: int | Sequence[int] | None, depth: Any) -> int | S
     timm's own models of this family."""
     if not isinstance(depth, Integral):  # an error of the encoder
         return 1
+    depth = int(depth)
     if indices is None:
         return min(3, max(depth, 1))
-    numbers = [-indices] if isinstance(indices, Integral) else list(indices)
-    if not all(isinstance(i, Integral) and -depth <= i < depth for i in numbers) or indices == 0:
+    numbers = [-indices] if isinstance(indices, (int, Integral)) else list(indices)
+    if not all(isinstance(i, (int, Integral)) and -depth <= i < depth for i in numbers) or indices == 0:
         raise ModelError(f'out_indices are numbers of blocks, from 0 to {depth - 1}, or how many of the last, from 1 '
                          f'to {depth}; got {indices!r}.')
     return indices
 
 
 @register_model
-def vit_tiny_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_tiny_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-Ti/16 at 224, RandSAC."""
     return _create_encoder('vit_tiny_randsac', pretrained, **kwargs)
 
 
 @register_model
-def vit_small_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_small_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-S/16 at 224, RandSAC."""
     return _create_encoder('vit_small_randsac', pretrained, **kwargs)
 
 
 @register_model
-def vit_base_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_base_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-B/16 at 224, RandSAC."""
     return _create_encoder('vit_base_randsac', pretrained, **kwargs)
 
 
 @register_model
-def vit_large_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_large_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-L/16 at 224, RandSAC."""
     return _create_encoder('vit_large_randsac', pretrained, **kwargs)
 
 
 @register_model
-def vit_tiny_patch4_32_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_tiny_patch4_32_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-Ti/4 at 32, RandSAC (A.1)."""
     return _create_encoder('vit_tiny_patch4_32_randsac', pretrained, **kwargs)
 
 
 @register_model
-def vit_small_patch4_32_randsac(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_small_patch4_32_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-S/4 at 32, RandSAC (5, low-data pretraining)."""
     return _create_encoder('vit_small_patch4_32_randsac', pretrained, **kwargs)
 
 
 @register_model
-def vit_tiny_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_tiny_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-Ti/16 at 224, SAIM."""
     return _create_encoder('vit_tiny_saim', pretrained, **kwargs)
 
 
 @register_model
-def vit_small_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_small_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-S/16 at 224, SAIM."""
     return _create_encoder('vit_small_saim', pretrained, **kwargs)
 
 
 @register_model
-def vit_base_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_base_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-B/16 at 224, SAIM."""
     return _create_encoder('vit_base_saim', pretrained, **kwargs)
 
 
 @register_model
-def vit_large_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_large_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-L/16 at 224, SAIM."""
     return _create_encoder('vit_large_saim', pretrained, **kwargs)
 
 
 @register_model
-def vit_tiny_patch4_32_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_tiny_patch4_32_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-Ti/4 at 32, SAIM."""
     return _create_encoder('vit_tiny_patch4_32_saim', pretrained, **kwargs)
 
 
 @register_model
-def vit_small_patch4_32_saim(pretrained: bool = False, **kwargs) -> SinCosVisionTransformer:
+def vit_small_patch4_32_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
     """ViT-S/4 at 32, SAIM."""
     return _create_encoder('vit_small_patch4_32_saim', pretrained, **kwargs)

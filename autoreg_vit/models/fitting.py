@@ -1,19 +1,20 @@
 """Weights fitted to a model: taken out of what wraps them, resampled by timm to its patch and grid, and compared with
 it by name and shape, so that what does not fit is one error that says why."""
 
-import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.models import adapt_input_conv, resolve_pretrained_cfg
+from timm.models import resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
+from .._compat import adapts_any_channels
 from ..errors import CheckpointError, UsageError
+from .interface import as_timm, encoder_of
 
 #: Entries in which training scripts keep weights, in the order in which timm looks for them.
 _ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
@@ -42,10 +43,13 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def inside(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
     """What stands in the entries of a checkpoint that hold its weights, and the names of these entries."""
-    names = []
-    while name := next((e for e in _ENTRIES if isinstance(content.get(e), Mapping)), None):
-        content, names = content[name], [*names, name]
-    return content, names
+    names: list[str] = []
+    while True:
+        held = [entry for entry in _ENTRIES if isinstance(content.get(entry), Mapping)]
+        if not held:
+            return content, names
+        content = content[held[0]]
+        names.append(held[0])
 
 
 def flat(content: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -136,8 +140,10 @@ def _check_prefix(content: dict[str, Any], model: nn.Module) -> None:
         return
     # The first parts of the prefix may be entries of the file, the others are in their tensors' names.
     tensors, prefix = 'tensors', found[0]
-    while isinstance(content.get(entry := prefix.partition('.')[0]), Mapping):
+    entry = prefix.partition('.')[0]
+    while isinstance(content.get(entry), Mapping):
         tensors, content, prefix = f'{tensors}[{entry!r}]', content[entry], prefix.removeprefix(f'{entry}.')
+        entry = prefix.partition('.')[0]
     raise CheckpointError(
         f'The checkpoint has its tensors under {" and ".join(map(repr, found))}: give those of one, as '
         f'pretrained_cfg_overlay=dict(state_dict={{k[{len(prefix)}:]: v for k, v in {tensors}.items() if '
@@ -147,8 +153,8 @@ def _check_prefix(content: dict[str, Any], model: nn.Module) -> None:
 def _check_channels(shape: tuple[int, ...], own: tuple[int, ...], model: nn.Module, name: str) -> None:
     """Raise CheckpointError for a patch embedding that timm would not adapt to the model's channels but leave out, or
     fail on: it takes the channels that the configuration says, and before timm 1.0.31 three alone."""
-    cfg = model.pretrained_cfg
-    said, any_count = (cfg.get('input_size') or (3,))[0], 'base_chans' in inspect.signature(adapt_input_conv).parameters
+    cfg = as_timm(model).pretrained_cfg
+    said, any_count = (cfg.get('input_size') or (3,))[0], adapts_any_channels()
     if shape == own:
         if any_count or own[1] in (1, 3) or cfg.get('first_conv') is None:
             return
@@ -163,8 +169,8 @@ def _check_channels(shape: tuple[int, ...], own: tuple[int, ...], model: nn.Modu
 def _remedy(content: dict[str, Any], model: nn.Module) -> str:
     """The options that weights show to be others than the model's."""
     whole = hasattr(model, 'encoder')
-    prefix, encoder = ('encoder.', model.encoder) if whole else ('', model)
-    theirs, ours = _shown(content, prefix), _shown(encoder.state_dict())
+    theirs = _shown(content, 'encoder.' if whole else '')
+    ours = _shown(encoder_of(model).state_dict())
     if not theirs:
         kind = ' but an encoder\'s, which encoders load' if whole and _shown(content) else ''
         return f'They are not the weights of such a model in the layout of this package, timm or SAIM{kind}.'
@@ -179,7 +185,7 @@ def _shown(tensors: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     """Arguments of VisionTransformer that its tensors show; none where there is no such model."""
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix) and torch.is_tensor(v)}
     patch, hidden, register = map(tensors.get, ('patch_embed.proj.weight', 'blocks.0.mlp.fc1.weight', 'reg_token'))
-    if getattr(patch, 'ndim', 0) != 4 or getattr(hidden, 'ndim', 0) != 2:
+    if patch is None or patch.ndim != 4 or hidden is None or hidden.ndim != 2:
         return {}
     return {
         'embed_dim': patch.shape[0], 'depth': len({k.split('.')[1] for k in tensors if k.startswith('blocks.')}),
@@ -191,7 +197,7 @@ def _shown(tensors: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 def _few(names: Iterable[str], most: int = 8) -> str:
     """Names in a line: several of one block as that block, and no more than `most`."""
-    blocks = {}
+    blocks: dict[str, list[str]] = {}
     for name in sorted(names):
         block = re.match(r'.*?blocks\.\d+\.', name)
         blocks.setdefault(block[0] + '*' if block else name, []).append(name)

@@ -9,13 +9,12 @@ import timm
 from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
-from ..artifacts import SUMS, checksum_path, verify_checksum
+from ..artifacts import CONFIG, SUMS, WEIGHTS, checksum_path, verify_checksum
 from ..errors import CheckpointError, ModelError, suggest
 
 PACKAGE = Path(__file__).parents[1]
 #: In an installed package, and in a clone.
 ROOTS = (PACKAGE / 'weights', PACKAGE.parent / 'weights')
-CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 #: The entry of config.json by which a tag declares itself the one that its model's bare name means.
 DEFAULT = 'default_tag'
 
@@ -42,7 +41,9 @@ def register_weights(untrained: dict[str, dict[str, Any]]) -> dict[str, DefaultC
             # A damaged file is an error where the weights are asked for, not here, where everything is registered.
             saved = _mapping(_read(folder / CONFIG).get('pretrained_cfg'))
             saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
-            cfgs[name] = {**cfg, **saved, **({} if hub_repository(folder) else {'file': str(folder / WEIGHTS)})}
+            cfgs[name] = {**cfg, **saved}
+            if not hub_repository(folder):
+                cfgs[name]['file'] = str(folder / WEIGHTS)
     cfgs.update({f'{architecture}.untrained': cfg for architecture, cfg in untrained.items()})
     defaults = {architecture: default_tags(architecture) for architecture in untrained}
     marked = {f'{architecture}.{tags[0] if len(tags) == 1 else "untrained"}' for architecture, tags in defaults.items()}
@@ -52,8 +53,11 @@ def register_weights(untrained: dict[str, dict[str, Any]]) -> dict[str, DefaultC
 def default_tags(architecture: str) -> list[str]:
     """The tags that declare themselves an architecture's default in their config.json, or its only tag where none does.
     One is as it should be; with several, or none among several, the bare name means none of them."""
-    tags = {tag: folder for name, folder in shipped_weights().items()
-            for base, _, tag in [name.partition('.')] if base == architecture}
+    tags = {}
+    for name, folder in shipped_weights().items():
+        base, _, tag = name.partition('.')
+        if base == architecture:
+            tags[tag] = folder
     declared = [tag for tag, folder in tags.items() if _read(folder / CONFIG).get(DEFAULT) is True]
     return declared or (list(tags) if len(tags) == 1 else [])
 
@@ -140,8 +144,8 @@ def check_files(path: Path) -> None:
     listed, remedy = (folder / SUMS).exists(), 'Get a whole copy of it.'
     if folder in shipped_weights().values():
         clone = (folder.parents[1] / '.git').exists()
-        listed, remedy = True, 'Restore it: ' + (
-            f'git checkout -- weights/{folder.name}' if clone else 'pip install --force-reinstall autoreg-vit')
+        way = f'git checkout -- weights/{folder.name}' if clone else 'pip install --force-reinstall autoreg-vit'
+        listed, remedy = True, f'Restore it: {way}'
     expected = (SUMS, CONFIG) if hub_repository(folder) else (SUMS, CONFIG, WEIGHTS)
     names = [n for n in expected if listed or checksum_path(folder / n).exists()]
     for file in dict.fromkeys([folder / name for name in names] + ([] if path == folder else [path])):

@@ -7,18 +7,20 @@ arguments of `compose`, and of the models that `designs.py` registers with timm.
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .._compat import refit_positions
 from ..errors import ModelError, SerializationError, ShapeError
 from ..serialization import Layout, Serialization, check_ranks
 from .attention import check_encoder, content_block, run_block
-from .decoders import MaskedDecoder, NextTokenDecoder, ParallelDecoder
-from .encoders import SinCosVisionTransformer, init_xavier, refit_positions
+from .decoders import Decoder, MaskedDecoder, NextTokenDecoder, ParallelDecoder
+from .encoders import SinCosVisionTransformer, init_xavier
+from .interface import attention_of, blocks_of, mlp_width, positions_of
 from .targets import PixelTarget
 
 __all__ = ['AutoregressiveViT', 'PretrainOutput', 'compose']
@@ -62,12 +64,15 @@ class AutoregressiveViT(nn.Module):
         ModelError: for an encoder or option that cannot be pretrained this way.
         SerializationError: for an order that the decoder cannot follow.
     """
+    #: Set by `timm.create_model`: the arguments that made it, and timm's configuration of its weights.
+    init_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
 
     def __init__(
             self,
             encoder: VisionTransformer,
             serialization: Serialization,
-            decoder: nn.Module,
+            decoder: Decoder,
             target: PixelTarget,
             first_segment: str = 'self',
             head: str = 'linear',
@@ -85,7 +90,7 @@ class AutoregressiveViT(nn.Module):
         if head not in ('linear', 'mlp'):
             raise ModelError(f"head is 'linear' or 'mlp', got {head!r}.")
         self.encoder = encoder
-        self.encoder.pos_embed.requires_grad_(False)
+        positions_of(encoder).requires_grad_(False)
         self.serialization = serialization
         self.decoder = decoder
         self.target = target
@@ -93,8 +98,9 @@ class AutoregressiveViT(nn.Module):
         self.encode_ratio = encode_ratio
         self.encode_last = encode_last
         values = target.patch_size[0] * target.patch_size[1] * encoder.patch_embed.proj.in_channels
+        self.head: nn.Module
         if head == 'mlp':
-            self.head = Mlp(decoder.dim, encoder.blocks[0].mlp.fc1.out_features, values)
+            self.head = Mlp(decoder.dim, mlp_width(encoder), values)
         else:
             self.head = nn.Linear(decoder.dim, values)
         self.head.apply(init_xavier)
@@ -132,10 +138,11 @@ class AutoregressiveViT(nn.Module):
         """The input of the encoder's first block and the output of every block under source limits, each
         [B, prefix + encoded, C] in sorted order."""
         encoder, prefix = self.encoder, self.encoder.num_prefix_tokens
-        x = layout.sort(encoder.patch_embed(images) + encoder.pos_embed[:, prefix:], layout.encoded)
+        positions = positions_of(encoder)
+        x = layout.sort(encoder.patch_embed(images) + positions[:, prefix:], layout.encoded)
         if prefix:
-            tokens = [t for t in (encoder.cls_token, encoder.reg_token) if t is not None]
-            front = torch.cat(tokens, dim=1) + encoder.pos_embed[:, :prefix]
+            tokens: list[torch.Tensor] = [t for t in (encoder.cls_token, encoder.reg_token) if t is not None]
+            front = torch.cat(tokens, dim=1) + positions[:, :prefix]
             x = torch.cat([front.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         x = encoder.norm_pre(encoder.pos_drop(x))
         hidden = [x]
@@ -163,7 +170,7 @@ class AutoregressiveViT(nn.Module):
                 encoded = min(encoded, int(layout.read))
             elif last is not None:
                 encoded = min(encoded, ranks.shape[1] - last)
-        return layout.encode(max(encoded, 1))
+        return layout.with_encoded(max(encoded, 1))
 
     def _check_ranks(self, ranks: torch.Tensor, batch: int) -> None:
         tokens = self.encoder.patch_embed.num_patches
@@ -186,14 +193,14 @@ class AutoregressiveViT(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Change the image size in pixels: position embeddings are resampled or recomputed, and the serialization
         draws on the new grid."""
-        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         patch = tuple(self.encoder.patch_embed.patch_size)
-        if any(s < p or s % p for s, p in zip(img_size, patch)):
-            raise ShapeError(f'An image of {img_size} pixels is not a whole number of patches of {patch}.')
-        grid = (img_size[0] // patch[0], img_size[1] // patch[1])
+        if any(s < p or s % p for s, p in zip((height, width), patch)):
+            raise ShapeError(f'An image of {(height, width)} pixels is not a whole number of patches of {patch}.')
+        grid = (height // patch[0], width // patch[1])
         self.serialization = replace(self.serialization, grid=grid)
         positions, before = self.encoder.pos_embed, self.encoder.patch_embed.grid_size
-        self.encoder.set_input_size(img_size=img_size)
+        self.encoder.set_input_size(img_size=(height, width))
         refit_positions(self.encoder, positions, before)
         if isinstance(self.decoder, MaskedDecoder):
             self.decoder.set_grid(grid)
@@ -260,7 +267,7 @@ def compose(
         head: str = 'linear',
         norm_pix: bool = True,
         blur: Sequence[float] | bool | None = None,
-        **encoder_options,
+        **encoder_options: Any,
 ) -> AutoregressiveViT:
     """A pretraining model from keyword arguments; those of `timm.create_model('randsac_vit_tiny', ...)` end here.
 
@@ -313,12 +320,13 @@ def compose(
         if value is not None and option not in takes[decoder]:
             raise ModelError(f'{option}={value!r} has no effect with decoder={decoder!r}: leave it out. That decoder '
                              f'takes {", ".join(takes[decoder]) or "no options"}.')
+    part: Decoder
     if decoder == 'masked':
         part = MaskedDecoder(
             encoder,
             encoder.embed_dim if decoder_dim is None else decoder_dim,
             3 if decoder_depth is None else decoder_depth,
-            encoder.blocks[0].attn.num_heads if decoder_heads is None else decoder_heads,
+            attention_of(blocks_of(encoder)[0]).num_heads if decoder_heads is None else decoder_heads,
             memory or 'mix',
             mix_init,
         )
@@ -329,7 +337,8 @@ def compose(
         part = NextTokenDecoder(encoder, first_segment != 'given')
     model = AutoregressiveViT(
         encoder,
-        Serialization(serialization, grid, segments, shuffle, segment_order),
+        # It makes whatever it takes for segments a tuple.
+        Serialization(serialization, grid, cast('tuple[int, ...] | None', segments), shuffle, segment_order),
         part,
         PixelTarget(
             tuple(encoder.patch_embed.patch_size), encoder.patch_embed.proj.in_channels, norm_pix, blur or None),

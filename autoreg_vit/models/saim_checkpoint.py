@@ -76,18 +76,18 @@ def rename(
     """
     renamed = {}
     for key, value in state_dict.items():
-        match = _PROJECTION.fullmatch(key)
-        if name(key) is None:
+        match, new = _PROJECTION.fullmatch(key), name(key)
+        if new is None:
             continue
         if match is None:
-            renamed[name(key)] = value
+            renamed[new] = value
             continue
         parts = [f'{match[1]}{letter}.{match[3]}' for letter in 'qkv']
         missing = [part for part in parts if part not in state_dict]
         if missing:
             raise CheckpointError(f'{source} is incomplete: it has {key} but lacks {", ".join(missing)}.')
         if match[2] == 'q':
-            renamed[name(key)] = torch.cat([state_dict[part] for part in parts])
+            renamed[new] = torch.cat([state_dict[part] for part in parts])
     return renamed
 
 

@@ -1,5 +1,8 @@
 """What is predicted: the pixels of each patch, raw or normalised, after an optional blur of the image."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,7 +35,7 @@ def gaussian_blur(images: torch.Tensor, kernel_size: int, sigma: float) -> torch
     return F.conv2d(rows, kernel.transpose(2, 3), padding=(padding, 0), groups=images.shape[1])
 
 
-def _check_blur(blur: tuple[int, float]) -> tuple[int, float]:
+def _check_blur(blur: Any) -> tuple[int, float]:
     try:
         kernel_size, sigma = blur
         if kernel_size % 2 == 1 and kernel_size > 0 and sigma > 0:
@@ -61,7 +64,7 @@ class PixelTarget(nn.Module):
             patch_size: tuple[int, int],
             channels: int,
             norm_pix: bool = True,
-            blur: tuple[int, float] | None = None,
+            blur: Sequence[float] | bool | None = None,
     ):
         super().__init__()
         if norm_pix and patch_size[0] * patch_size[1] * channels == 1:

@@ -46,7 +46,7 @@ def segment_attention(
         ShapeError: for tensors that do not fit together.
         ModelError: for an unknown implementation, or one that cannot take these tensors.
     """
-    return _attend([q, k, v], limits, scale, impl)
+    return _dispatch([q, k, v], limits, scale, impl)
 
 
 def segment_attention_qkvpacked(
@@ -58,7 +58,7 @@ def segment_attention_qkvpacked(
 ) -> torch.Tensor:
     """Self-attention on one projection's own layout: `qkv` [B, N, 3, H, D] → [B, N, H, D]; see `segment_attention`."""
     _check_packed('qkv', qkv, 3)
-    return _attend([qkv], limits, scale, impl)
+    return _dispatch([qkv], limits, scale, impl)
 
 
 def segment_attention_kvpacked(
@@ -72,7 +72,7 @@ def segment_attention_kvpacked(
     """Cross-attention with keys and values in one projection's own layout: `q` [B, Nq, H, D], `kv` [B, Nk, 2, H, D] →
     [B, Nq, H, D]; see `segment_attention`."""
     _check_packed('kv', kv, 2)
-    return _attend([q, kv], limits, scale, impl)
+    return _dispatch([q, kv], limits, scale, impl)
 
 
 def choose_implementation(q: torch.Tensor, k: torch.Tensor) -> str:
@@ -126,7 +126,8 @@ def implementation(impl: str) -> Iterator[None]:
         set_implementation(before)
 
 
-def _attend(projections: list[torch.Tensor], limits: torch.Tensor, scale: float | None, impl: str) -> torch.Tensor:
+def _dispatch(projections: list[torch.Tensor], limits: torch.Tensor, scale: float | None, impl: str) -> torch.Tensor:
+    """Check what is to be attended to, once, and hand it to an implementation."""
     # A step may be bound by what a call costs the host: shapes are compared here, and no views made for it.
     device = projections[0].device
     kind = device.type
@@ -146,11 +147,13 @@ def _attend(projections: list[torch.Tensor], limits: torch.Tensor, scale: float 
         if not TRITON_INSTALLED:
             raise ModelError("impl='triton' needs the package triton: pip install triton. impl='auto' does without.")
         from . import triton
-        if not chosen and (reason := triton.reason_unsupported(q, k, dtype, device)):
+        reason = None if chosen else triton.reason_unsupported(q, k, dtype, device)
+        if reason is not None:
             raise ModelError(f"impl='triton' takes {reason}. impl='auto' chooses one that fits.")
         return triton.segment_attention(projections, limits, scale)
     _check_implementation(impl)
-    return {'eager': eager, 'sdpa': sdpa}[impl].segment_attention(*split(projections), limits, scale)
+    run = eager.segment_attention if impl == 'eager' else sdpa.segment_attention
+    return run(*split(projections), limits, scale)
 
 
 def _check_implementation(impl: str) -> None:

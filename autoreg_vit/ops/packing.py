@@ -9,10 +9,12 @@ import torch
 def split(projections: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views q, k and v, each [B, N, H, D]."""
     if len(projections) == 1:
-        return projections[0].unbind(2)
-    if len(projections) == 2:
-        return projections[0], *projections[1].unbind(2)
-    return tuple(projections)
+        q, k, v = projections[0].unbind(2)
+    elif len(projections) == 2:
+        q, (k, v) = projections[0], projections[1].unbind(2)
+    else:
+        q, k, v = projections
+    return q, k, v
 
 
 def shapes(projections: Sequence[torch.Tensor]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:

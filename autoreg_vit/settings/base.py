@@ -1,25 +1,40 @@
-"""Settings of a run: a dataclass whose fields are recipe keys and command-line flags alike."""
+"""What a setting is: a field of a dataclass that is a recipe's key and a flag of the command line alike."""
 
 import argparse
 import dataclasses
+import inspect
 import math
 import os
 import types
 import typing
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import yaml
 
+from ..artifacts import write_synced
 from ..errors import ConfigError, suggest
 
+S = TypeVar('S', bound='Settings')
+#: The groups of --help, in its order; a command adds those of its own before the last.
+GROUPS = ('model', 'data', 'optimisation', 'machine', 'logging')
 
-def option(default: Any, help: str, free: bool = False) -> Any:
-    """A setting; a free one may change when a run is resumed, since the weights do not depend on it."""
-    return field(default=default, metadata={'help': help, 'free': free})
+
+def option(default: Any, help: str, group: str = '', free: bool = False, model: bool = False) -> Any:
+    """A setting with a default, spelt --name on the command line.
+
+    Args:
+        default: None for one that is left to the model, the data or the machine.
+        help: What it sets; says what None means where that is not plain.
+        group: Of --help; by default that of the class it stands in.
+        free: Whether it may change when a run is resumed, since the weights do not depend on it.
+        model: Whether `timm.create_model` takes it.
+    """
+    return field(default=default, metadata={'help': help, 'group': group, 'free': free, 'model': model})
 
 
 def argument(help: str, default: Any = MISSING) -> Any:
@@ -28,22 +43,75 @@ def argument(help: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={'help': help, 'positional': True})
 
 
+def adapted(help: dict[str, str] | None = None, **defaults: Any) -> Callable[[type], type]:
+    """A decorator, under @dataclass, that gives inherited settings other defaults, or other words in --help."""
+    def adapt(cls: type) -> type:
+        inherited = {f.name: f for parent in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(parent)
+                     for f in fields(parent)}
+        hints = typing.get_type_hints(cls)
+        for name in dict.fromkeys([*defaults, *(help or {})]):
+            before = inherited[name]
+            words = (help or {}).get(name, before.metadata['help'])
+            setattr(cls, name, field(default=defaults.get(name, before.default),
+                                     metadata={**before.metadata, 'help': words}))
+            cls.__annotations__[name] = hints[name]
+        return cls
+
+    return adapt
+
+
+@dataclass
+class Settings:
+    """Base of every command's settings: converts values to the declared types, then checks them.
+
+    Raises:
+        ConfigError: for a value of another type, a number that is not finite, or a value that makes no sense.
+    """
+    #: The group of --help that settings declared in a class belong to, if they name no other.
+    help_group: ClassVar[str] = 'model'
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in fields(self):
+            setattr(self, item.name, _convert(item.name, getattr(self, item.name), hints[item.name]))
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError for values that make no sense; each part checks its own and calls those it extends."""
+
+    def at_least(self, least: int, *names: str) -> None:
+        """Raise ConfigError for a setting of these names that is below `least`; None passes."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f'{name} must be at least {least}, got {value}.')
+
+    def between_0_and_1(self, *names: str) -> None:
+        """Raise ConfigError for a setting of these names outside of 0 to 1; None passes."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f'{name} is between 0 and 1, got {value}.')
+
+    def model_options(self) -> dict[str, Any]:
+        """Keyword arguments for `timm.create_model`: the settings of the model that were given."""
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get('model')}
+        return {name: value for name, value in options.items() if value is not None}
+
+
 def free_settings(config_class: type) -> set[str]:
     """Names of the settings that may change when a run is resumed."""
     return {f.name for f in fields(config_class) if f.metadata.get('free')}
 
 
-def convert_fields(config: Any) -> None:
-    """Give every field of a config the type that it declares, since YAML has no tuples and reads 1e-3 as text.
+def pair(values: tuple) -> tuple:
+    """Two values of one or two, as height and width are given."""
+    return values * 2 if len(values) == 1 else values
 
-    Raises:
-        ConfigError: for a value of another type, a number that is not finite, or a seed out of range.
-    """
-    hints = typing.get_type_hints(type(config))
-    for item in fields(config):
-        setattr(config, item.name, _convert(item.name, getattr(config, item.name), hints[item.name]))
-    if not 0 <= getattr(config, 'seed', 0) < 2 ** 32:  # what NumPy takes
-        raise ConfigError(f'seed is a whole number from 0 to {2 ** 32 - 1}, got {config.seed}.')
+
+def plain(config: Settings) -> dict[str, Any]:
+    """Settings as YAML holds them: tuples as lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -61,7 +129,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def make_config(config_class: type, recipe: dict[str, Any], flags: dict[str, Any]) -> Any:
+def save_config(config: Settings, path: Path) -> None:
+    """Write the resolved settings as a recipe."""
+    write_synced(path, to_yaml(config))
+
+
+def to_yaml(config: Settings) -> str:
+    """Settings as a recipe spells them."""
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def make_config(config_class: type[S], recipe: dict[str, Any], flags: dict[str, Any]) -> S:
     """A config from a recipe with flags over it.
 
     Raises:
@@ -74,34 +152,51 @@ def make_config(config_class: type, recipe: dict[str, Any], flags: dict[str, Any
     return config_class(**{**recipe, **flags})
 
 
-def save_config(config: Any, path: Path) -> None:
-    """Write the resolved settings as a recipe."""
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    scratch = path.with_name(path.name + '.new')
-    scratch.write_text(yaml.safe_dump(plain, sort_keys=False), encoding='utf-8')
-    os.replace(scratch, path)
+def group_of(config_class: type[Settings], name: str) -> str:
+    """The group of --help that a setting stands in: its own, else that of the class that declares it."""
+    owner = next(c for c in reversed(config_class.__mro__)
+                 if issubclass(c, Settings) and name in inspect.get_annotations(c))
+    return owner.help_group
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One flag a field, spelt as its recipe key, or a place of its own for an `argument`; what is not given stays out
+def add_flags(parser: argparse.ArgumentParser, config_class: type[Settings]) -> None:
+    """One flag a setting, spelt as its recipe key, or a place of its own for an `argument`; what is not given stays out
     of the namespace."""
     hints = typing.get_type_hints(config_class)
+    named = {f.name: f.metadata.get('group') or group_of(config_class, f.name) for f in fields(config_class)}
+    ordered = sorted(set(named.values()), key=lambda g: GROUPS.index(g) if g in GROUPS else len(GROUPS) - 1.5)
+    groups = {name: parser.add_argument_group(name) for name in ordered}
     for item in fields(config_class):
         kind, several = _element(hints[item.name])
-        default = '' if item.default in (None, MISSING, ()) else f' ({_show(item.default)})'
-        options: dict[str, Any] = dict(default=argparse.SUPPRESS, help=item.metadata['help'] + default)
+        text = item.metadata['help'].replace('%', '%%')
         if item.metadata.get('positional'):
             required = item.default is MISSING
             nargs = ('+' if required else '*') if several else (None if required else '?')
-            parser.add_argument(item.name, type=kind, metavar=item.name.upper(), nargs=nargs, **options)
+            parser.add_argument(item.name, type=kind, metavar=item.name.upper(), nargs=nargs,
+                                default=argparse.SUPPRESS, help=text)
             continue
+        options: dict[str, Any] = {'default': argparse.SUPPRESS, 'help': text + _shown_default(item)}
         if kind is bool:
             options['action'] = argparse.BooleanOptionalAction
         else:
             options.update(type=kind, metavar=item.name.split('_')[-1].upper())
             if several:
                 options['nargs'] = '+'
-        parser.add_argument('--' + item.name.replace('_', '-'), **options)
+        groups[named[item.name]].add_argument('--' + item.name.replace('_', '-'), **options)
+
+
+def _shown_default(item: dataclasses.Field) -> str:
+    """The default of a setting as --help shows it, unless its text says what None means."""
+    if item.default in (None, (), ''):
+        said = any(word in item.metadata['help'] for word in ('by default', 'without', 'all of', 'else '))
+        if item.metadata.get('model') and not said:
+            return " (the model's own)"
+        return '' if said else ' (none)'
+    if isinstance(item.default, tuple):
+        return f' ({" ".join(map(str, item.default))})'
+    if isinstance(item.default, bool):
+        return ' (yes)' if item.default else ' (no)'
+    return f' ({item.default})'
 
 
 def _element(hint: Any) -> tuple[type, bool]:
@@ -114,6 +209,7 @@ def _element(hint: Any) -> tuple[type, bool]:
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
+    """A value in the type that its field declares, since YAML has no tuples and reads 1e-3 as text."""
     kind, several = _element(hint)
     if value is None:
         if isinstance(hint, types.UnionType):
@@ -134,7 +230,3 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     if kind is float and not math.isfinite(value):
         raise ConfigError(f'{name} must be a finite number, got {value}.')
     return value
-
-
-def _show(value: Any) -> str:
-    return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, suggest
-from .base import argument, convert_fields, option
+from .base import adapted, argument, option
+from .parts import SeedAndFolder, StartingWeights
 
 #: What there is to draw.
 FIGURES = {
@@ -19,22 +20,23 @@ MOST_IMAGES = 8
 
 
 @dataclass
-class ShowConfig:
+@adapted(help={
+    'weights': 'what to look at: a run\'s folder, the pretrain/ or encoder/ in it, or a timm name',
+    'pretrained': 'load the weights; --no-pretrained shows the model as it is initialised',
+    'seed': 'seed of the orders that are drawn, and of the untrained encoder',
+    'output_dir': 'folder of the pictures; by default runs/show-NAME'})
+class ShowConfig(StartingWeights, SeedAndFolder):
     """Settings of `autoreg-vit show`."""
+    help_group = 'pictures'
 
     images: tuple[str, ...] = argument('image files, or folders of them; by default bundled ones', default=())
-    weights: str | None = option(
-        None, 'what to look at: a run\'s folder, the pretrain/ or encoder/ in it, or a timm name')
-    pretrained: bool = option(True, 'load the weights; --no-pretrained shows the model as it is initialised')
     figures: tuple[str, ...] | None = option(
         None, f'what to draw: {", ".join(FIGURES)}; by default all that the weights allow')
     count: int = option(4, 'images of a folder to show, spread evenly over it')
-    seed: int = option(0, 'seed of the orders that are drawn, and of the untrained encoder')
-    output_dir: str | None = option(None, 'folder of the pictures; by default runs/show-NAME')
 
-    def __post_init__(self):
-        convert_fields(self)
-        if self.weights is None:
+    def check(self) -> None:
+        super().check()
+        if not self.weights:
             raise ConfigError('Nothing to show: --weights names a run\'s folder (runs/NAME), the pretrain/ or encoder/ '
                               'in it, or a timm name such as vit_base_patch16_224.')
         for name in self.figures or ():

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from .base import argument, convert_fields, option
+from .base import Settings, argument, option
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Settings):
     """Settings of `autoreg-vit export`."""
+    help_group = 'what is written'
 
     run: str = argument('folder of a pretraining run')
     folder: str = argument('folder to write FOLDER/ARCHITECTURE.TAG in, for the encoder and for the whole model')
@@ -15,7 +16,7 @@ class ExportConfig:
     default_tag: bool = option(False, 'declare it the tag that the model\'s bare name means, among several in weights/')
     pretrain: bool = option(True, 'write the whole model, encoder and decoder, besides the encoder')
     half: bool | None = option(
-        None, 'store float16; by default where it changes outputs by less than 0.5 %%')
+        None, 'store float16; by default where it changes outputs by less than 0.5 %')
     results: tuple[str, ...] = option((), 'results.json of probing and fine-tuning runs, for the card')
     data: str | None = option(None, 'what the images are, for the card: "CIFAR-10 as JPEG of quality 75"')
     data_id: tuple[str, ...] = option((), 'their names on the Hugging Face Hub: uoft-cs/cifar10')
@@ -28,19 +29,14 @@ class ExportConfig:
         None, 'upload to this repository on the Hugging Face Hub, OWNER/NAME; the whole model to OWNER/NAME-pretrain')
     private: bool = option(True, 'make a new repository a private one; --no-private, one that everyone can read')
 
-    def __post_init__(self):
-        convert_fields(self)
-
 
 @dataclass
-class ConvertConfig:
+class ConvertConfig(Settings):
     """Settings of `autoreg-vit convert`."""
+    help_group = 'the checkpoint'
 
     source: str = argument('a published checkpoint of SAIM or MAE, pretrained or fine-tuned')
     folder: str = argument('folder to write FOLDER/encoder in, and for SAIM\'s pretraining FOLDER/pretrain')
     prefix: str = option('', 'what its tensors\' names begin with: backbone., or teacher. for an entry of the file')
     num_heads: int | None = option(
         None, 'heads of the encoder, which no tensor\'s shape shows; by default width / 64, for ViT-H 16')
-
-    def __post_init__(self):
-        convert_fields(self)

@@ -13,14 +13,14 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
 
-from autoreg_vit.engine.machine import resolve_precision
-from autoreg_vit.engine.seeding import mix_seed
+from autoreg_vit.engine.graph import GraphedStep
 
-from ..train_step import training_step
+from ..train_step import trainer_of
 
 STEPS = 12
 MODELS = ('randsac_vit_tiny_patch4_32', 'saim_vit_tiny_patch4_32')
@@ -39,15 +39,16 @@ def trained(
     """Losses [STEPS], then every weight after the steps."""
     torch.manual_seed(0)
     model = timm.create_model(model_name, **options).to(device)
-    generator = torch.Generator(device)
-    step = training_step(model, resolve_precision('auto', device), generator, graphed=graphed,
-                         capturable=capturable)
-    losses = []
-    for number in range(STEPS):
-        images = torch.randn(batch_size, 3, *model.encoder.patch_embed.img_size,
-                             generator=torch.Generator().manual_seed(number)).to(device)
-        generator.manual_seed(mix_seed(0, 'ranks', number))
-        losses.append(step(images))
+
+    def images(number: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(number)
+        return torch.randn(batch_size, 3, *model.encoder.patch_embed.img_size, generator=generator).to(device)
+
+    # A graph that is never done with warming up is a plain step with its optimizer.
+    warm_up = GraphedStep.warm_up if graphed else STEPS + 1
+    with mock.patch.object(GraphedStep, 'warm_up', warm_up):
+        trainer = trainer_of(model, images, device, cuda_graph=graphed or capturable)
+        losses = [trainer.take_step() for _ in range(STEPS)]
     return [torch.stack(losses), *(p.detach() for p in model.parameters())]
 
 

@@ -8,7 +8,6 @@ then it waits for a line on its standard input, and times one variant after the 
 """
 
 import argparse
-import functools
 import gc
 import json
 import statistics
@@ -26,7 +25,7 @@ from autoreg_vit.settings.pretraining import PretrainConfig
 
 from ..flops import training_gflops
 from ..timing import seconds
-from ..train_step import product_rate, training_step
+from ..train_step import product_rate, trainer_of
 from .profile import kernels_of, words
 
 VARIANTS = ('captured', 'compiled', 'plain')
@@ -49,15 +48,10 @@ class Worker:
         self.images = torch.randn(batch_size, 3, *self.model.encoder.patch_embed.img_size, device=device)
         self.flops = batch_size * 1e9 * training_gflops(PretrainConfig(model=model_name, **options))
 
-    @functools.cached_property
-    def compiled(self) -> Callable:
-        return torch.compile(self.model)
-
     def step(self, variant: str) -> Callable[[], torch.Tensor]:
-        take_step = training_step(
-            self.model, self.precision, torch.Generator(self.device).manual_seed(0), graphed=variant == 'captured',
-            compiled=self.compiled if variant != 'plain' else None)
-        return lambda: take_step(self.images)
+        trainer = trainer_of(self.model, lambda number: self.images, self.device, cuda_graph=variant == 'captured',
+                             compile=variant != 'plain')
+        return trainer.take_step
 
     def prepare(self) -> None:
         """Compile all that the variants launch."""

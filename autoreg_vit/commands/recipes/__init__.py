@@ -30,5 +30,22 @@ def bundled_recipes(command: str = 'pretrain') -> list[str]:
     return sorted(p.stem for p in _folder_of(command).glob('*.yaml'))
 
 
+def describe_recipes(commands: list[str]) -> str:
+    """A line for each bundled recipe of commands: its name, and the first sentence of what its file says of itself."""
+    lines = []
+    for command in commands:
+        names = bundled_recipes(command)
+        lines.append(f'{command} --config')
+        for name in names:
+            words = []
+            for line in (_folder_of(command) / f'{name}.yaml').read_text(encoding='utf-8').splitlines():
+                if not line.startswith('#'):
+                    break
+                words += line.removeprefix('#').split()
+            sentence = ' '.join(words).partition('. ')[0].rstrip('.')
+            lines.append(f'  {name:<{max(map(len, names))}}  {sentence}')
+    return '\n'.join(lines)
+
+
 def _folder_of(command: str) -> Path:
     return FOLDER if command == 'pretrain' else FOLDER / command

@@ -4,7 +4,6 @@ build it and SAIM uses it ("Object detection and instance segmentation on COCO")
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
@@ -19,12 +18,15 @@ from torchvision.transforms.v2.functional import resize
 
 from ...artifacts import load_network, save_network
 from ...errors import ModelError, ShapeError
+from ..interface import create_encoder
 from .neck import DetectionBackbone, FeaturePyramid, layer_groups
 from .windowed import use_windows
 
 #: Norms of the pyramid network and of the heads' convolutions: Li et al. 2021 synchronise a batch norm over all
 #: processes; a layer norm (Li et al. 2022, "Exploring Plain Vision Transformer Backbones") sees each image alone.
 NORMS = {'batch': nn.BatchNorm2d, 'layer': LayerNorm2d}
+Target = dict[str, torch.Tensor]
+
 #: What `attention` may be.
 ATTENTION = ('windowed', 'global')
 
@@ -60,6 +62,7 @@ class ViTMaskRCNN(MaskRCNN):
         ModelError: for an unknown attention or norm, or an encoder that the neck or windows do not fit.
         ShapeError: for a canvas that is not a multiple of 32 pixels.
     """
+    config: dict[str, Any]
 
     def __init__(
             self,
@@ -127,7 +130,7 @@ class Canvas(GeneralizedRCNNTransform):
         super().__init__(min(size), max(size), list(mean), list(std))
         self.size = size
 
-    def resize(self, image: torch.Tensor, target: dict[str, torch.Tensor] | None = None):
+    def resize(self, image: torch.Tensor, target: Target | None = None) -> tuple[torch.Tensor, Target | None]:
         if self.training:
             return image, target
         scale = min(most / s for most, s in zip(self.size, image.shape[-2:]))
@@ -183,8 +186,8 @@ def load_detector(folder: str | Path) -> ViTMaskRCNN:
         CheckpointError: for a folder that is none, or damaged.
     """
     def build(config: dict[str, Any]) -> ViTMaskRCNN:
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in config['options'].items()}
-        encoder = timm.create_model(config['architecture'], **config['model_args'])
+        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config['options'].items()}
+        encoder = create_encoder(config['architecture'], **config['model_args'])
         return ViTMaskRCNN(encoder, len(config['categories']), **options)
 
     return load_network(folder, build, 'detector', 'detect')

@@ -8,7 +8,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import LayerNorm2d
@@ -19,8 +19,9 @@ from torch.nn.functional import pad
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from ..._compat import refit_positions
 from ...errors import ModelError
-from ..encoders import check_sizes, refit_positions
+from ..encoders import check_sizes, pair
 
 #: What heads are built for: UPerNet predicts at a quarter of the image, and the anchors and levels of Mask R-CNN begin
 #: at stride 4. Cost decides too: at patch 4 a map of the image's own size would have 16 times the tokens.
@@ -82,8 +83,9 @@ class FeaturePyramid(nn.Module):
         height, width = images.shape[-2:]
         images = pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
         taken = sorted(set(blocks))  # with fewer blocks than levels some serve two of them
-        maps = self.encoder.forward_intermediates(images, indices=taken, intermediates_only=True)
-        maps = [level(maps[taken.index(block)]) for level, block in zip(levels, blocks)]
+        outputs = cast('list[torch.Tensor]', self.encoder.forward_intermediates(
+            images, indices=taken, intermediates_only=True))
+        maps = [level(outputs[taken.index(block)]) for level, block in zip(levels, blocks)]
         return [m[..., :-(-height // s), :-(-width // s)] for m, s in zip(maps, strides)]
 
 
@@ -107,7 +109,7 @@ def _fit(encoder: VisionTransformer, img_size: int | tuple[int, int] | None) -> 
         check_sizes(img_size, patch)
     if img_size is not None or patch != height:
         positions, grid = encoder.pos_embed, encoder.patch_embed.grid_size
-        encoder.set_input_size(img_size=img_size, patch_size=patch)
+        encoder.set_input_size(img_size=pair(img_size), patch_size=(patch, patch))
         refit_positions(encoder, positions, grid)
     return patch
 
@@ -116,7 +118,7 @@ def _resample(width: int, patch: int, stride: int) -> nn.Module:
     """From a map of stride `patch` to one of `stride`, both powers of two."""
     if patch < stride:
         return nn.MaxPool2d(stride // patch)
-    layers = []
+    layers: list[nn.Module] = []
     for _ in range(int(math.log2(patch // stride))):
         layers += [LayerNorm2d(width), nn.GELU(), nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)]
     return nn.Sequential(*layers[2:])  # norm and activation stand between convolutions

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from ...artifacts import load_network, save_network
+from ..interface import create_encoder
 from .neck import FeaturePyramid, layer_groups, register_smp_encoder
 
 #: Pixels of a mask that have no class.
@@ -32,6 +32,7 @@ class Segmenter(nn.Module):
         ModelError: for an encoder that does not fit the neck.
         ShapeError: for an `img_size` that is not a whole number of patches.
     """
+    config: dict[str, Any]
 
     def __init__(
             self,
@@ -56,9 +57,11 @@ class Segmenter(nn.Module):
         del smp.encoders.encoders['autoreg_vit']  # which would keep the encoder when this network is gone
         self.network.segmentation_head.insert(0, nn.Dropout2d(dropout))
         self.weight = auxiliary
-        self.auxiliary = nn.Sequential(
-            nn.Conv2d(width, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU(), nn.Dropout2d(dropout),
-            nn.Conv2d(256, classes, 1)) if auxiliary else None
+        self.auxiliary = None
+        if auxiliary:
+            self.auxiliary = nn.Sequential(
+                nn.Conv2d(width, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU(), nn.Dropout2d(dropout),
+                nn.Conv2d(256, classes, 1))
 
     def forward(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
         """Logits or, given masks, the loss.
@@ -131,7 +134,7 @@ def load_segmenter(folder: str | Path) -> Segmenter:
         CheckpointError: for a folder that is none, or damaged.
     """
     def build(config: dict[str, Any]) -> Segmenter:
-        encoder = timm.create_model(config['architecture'], **config['model_args'])
+        encoder = create_encoder(config['architecture'], **config['model_args'])
         return Segmenter(encoder, len(config['classes']), tuple(config['img_size']),
                          decoder_channels=config['decoder_channels'], auxiliary=config['auxiliary'])
 

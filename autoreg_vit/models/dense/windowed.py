@@ -3,9 +3,11 @@ Transfer Learning with Vision Transformers")."""
 
 import torch
 from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ...errors import ModelError
+from ..interface import attention_of, blocks_of
 
 
 class WindowedAttention(nn.Module):
@@ -31,7 +33,8 @@ class WindowedAttention(nn.Module):
         if attn_mask is not None or is_causal:
             raise ModelError('Attention in windows takes no mask.')
         before, tokens = x[:, :self.prefix], x[:, self.prefix:].unflatten(1, self.grid)
-        rows, windows, prefixes = [], 0, 0
+        rows, windows = [], 0
+        prefixes: torch.Tensor | int = 0
         for strip in _cut(tokens, 1, self.window):
             outputs = []
             for part in _cut(strip, 2, self.window):
@@ -50,10 +53,12 @@ class WindowedAttention(nn.Module):
                 outputs.append(part.transpose(2, 3).flatten(3, 4).flatten(1, 2))
             rows.append(torch.cat(outputs, dim=2))
         tokens = torch.cat(rows, dim=1).flatten(1, 2)
-        return torch.cat([prefixes / windows, tokens], dim=1) if self.prefix else tokens
+        if not self.prefix:
+            return tokens
+        return torch.cat([torch.as_tensor(prefixes) / windows, tokens], dim=1)
 
 
-def use_windows(encoder: nn.Module, window: int, global_blocks: tuple[int, ...]) -> None:
+def use_windows(encoder: VisionTransformer, window: int, global_blocks: tuple[int, ...]) -> None:
     """Give all blocks of a timm ViT but `global_blocks` attention in windows, in place.
 
     Args:
@@ -64,13 +69,13 @@ def use_windows(encoder: nn.Module, window: int, global_blocks: tuple[int, ...])
     Raises:
         ModelError: for an encoder whose blocks have no plain timm attention.
     """
-    for number, block in enumerate(encoder.blocks):
+    for number, block in enumerate(blocks_of(encoder)):
         if number in global_blocks:
             continue
         if not isinstance(getattr(block, 'attn', None), Attention):
             raise ModelError(f'Block {number} of {type(encoder).__name__} has no plain timm Attention to put windows '
                              'around: use attention=global, or a Vision Transformer.')
-        block.attn = WindowedAttention(block.attn, tuple(encoder.patch_embed.grid_size), window,
+        block.attn = WindowedAttention(attention_of(block), tuple(encoder.patch_embed.grid_size), window,
                                        encoder.num_prefix_tokens)
 
 

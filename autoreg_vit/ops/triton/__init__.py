@@ -11,6 +11,7 @@ Two doors lead to the kernels, for [q, k, v], [q, kv] and [qkv] alike, so that a
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 import triton
@@ -59,18 +60,18 @@ def segment_attention(projections: list[torch.Tensor], limits: torch.Tensor, sca
     """See `autoreg_vit.ops.segment_attention`; projections are [qkv], [q, kv] or [q, k, v], taken as already checked,
     and such as `reason_unsupported` has nothing against."""
     if observed(limits, *projections):
-        return _attend_operator(projections, limits, scale)[0]
+        return _run_forward_operator(projections, limits, scale)[0]
     return _SegmentAttention.apply(limits, scale, *projections)
 
 
-def _attend(
+def _run_forward(
         projections: Sequence[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = addressable(projections, split(projections))
     with torch.cuda.device_of(q):
         return _forward.forward(q, k, v, limits.contiguous(), scale * LOG2_E)
 
 
-def _differentiate(
+def _run_backward(
         grad: torch.Tensor,
         projections: Sequence[torch.Tensor],
         limits: torch.Tensor,
@@ -82,8 +83,9 @@ def _differentiate(
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projections]
     parts = split(gradients)
     filled = addressable(gradients, parts)
+    dq, dk, dv = filled
     with torch.cuda.device_of(q):
-        _backward.gradients(q, k, v, limits.contiguous(), out, grad.contiguous(), lse, *filled, scale)
+        _backward.gradients(q, k, v, limits.contiguous(), out, grad.contiguous(), lse, dq, dk, dv, scale)
     if filled is not parts:
         for part, x in zip(parts, filled):
             part.copy_(x)
@@ -94,42 +96,43 @@ class _SegmentAttention(torch.autograd.Function):
     """The light door. Without `setup_context`, which makes a call look up its own signature."""
 
     @staticmethod
-    def forward(ctx, limits, scale, *projections):
-        out, lse = _attend(projections, limits, scale)
+    def forward(ctx: Any, limits: torch.Tensor, scale: float, *projections: torch.Tensor) -> torch.Tensor:
+        out, lse = _run_forward(projections, limits, scale)
         ctx.save_for_backward(limits, out, lse, *projections)
         ctx.scale = scale
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Under create_graph the operator stands in the graph, to say that it has no second derivative.
-        run = _differentiate_operator if torch.is_grad_enabled() or observed(grad) else _differentiate
+        run = _run_backward_operator if torch.is_grad_enabled() or observed(grad) else _run_backward
         return None, None, *_gradients(ctx, grad, run)
 
 
-def _gradients(ctx, grad: torch.Tensor, run: Callable[..., list[torch.Tensor]]) -> list[torch.Tensor]:
+def _gradients(ctx: Any, grad: torch.Tensor, run: Callable[..., list[torch.Tensor]]) -> list[torch.Tensor]:
     """Gradients of the saved projections by `run`, one of the two backward functions here."""
-    if reason := _transformation():
+    reason = _transformation()
+    if reason is not None:
         raise ModelError(f"The backward pass of impl='triton' takes {reason}. That of impl='eager' does.")
     limits, out, lse, *projections = ctx.saved_tensors
     return run(grad, projections, limits, out, lse, ctx.scale)
 
 
 @torch.library.custom_op('autoreg_vit::segment_attention', mutates_args=())
-def _attend_operator(
+def _run_forward_operator(
         projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return _attend(projections, limits, scale)
+    return _run_forward(projections, limits, scale)
 
 
-@_attend_operator.register_fake
-def _(projections, limits, scale):
+@_run_forward_operator.register_fake
+def _(projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     (batch, queries, heads, head_dim), _, _ = shapes(projections)
     x = projections[0]
     return x.new_empty((batch, queries, heads, head_dim)), x.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
 @torch.library.custom_op('autoreg_vit::segment_attention_backward', mutates_args=())
-def _differentiate_operator(
+def _run_backward_operator(
         grad: torch.Tensor,
         projections: list[torch.Tensor],
         limits: torch.Tensor,
@@ -137,32 +140,40 @@ def _differentiate_operator(
         lse: torch.Tensor,
         scale: float,
 ) -> list[torch.Tensor]:
-    return _differentiate(grad, projections, limits, out, lse, scale)
+    return _run_backward(grad, projections, limits, out, lse, scale)
 
 
-@_differentiate_operator.register_fake
-def _(grad, projections, limits, out, lse, scale):
+@_run_backward_operator.register_fake
+def _(
+        grad: torch.Tensor,
+        projections: list[torch.Tensor],
+        limits: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+) -> list[torch.Tensor]:
     return [x.new_empty(x.shape) for x in projections]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     projections, limits, ctx.scale = inputs
     ctx.save_for_backward(limits, *output, *projections)
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_operator(ctx, grad, _):
+def _backward_of_operator(
+        ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[list[torch.Tensor] | None, None, None]:
     if grad is None:
         return None, None, None
-    return _gradients(ctx, grad, _differentiate_operator), None, None
+    return _gradients(ctx, grad, _run_backward_operator), None, None
 
 
-def _refuse_second_derivative(ctx, *grads):
+def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor | None) -> NoReturn:
     raise ModelError("impl='triton' has no second derivative. impl='eager' has one.")
 
 
-_attend_operator.register_autograd(_backward_of_operator, setup_context=_save)
-_differentiate_operator.register_autograd(_refuse_second_derivative)
+_run_forward_operator.register_autograd(_backward_of_operator, setup_context=_save)
+_run_backward_operator.register_autograd(_refuse_second_derivative)
 
 
 def observed(*tensors: torch.Tensor) -> bool:

@@ -18,7 +18,8 @@ import torch
 import triton
 
 TABLE = Path(__file__).with_name('launches.json')
-TRITON = tuple(map(int, triton.__version__.split('.')[:2]))
+_MAJOR, _MINOR = map(int, triton.__version__.split('.')[:2])
+TRITON = (_MAJOR, _MINOR)
 # Pinned because Triton 3.10 changes the default.
 FP_FUSION = True
 

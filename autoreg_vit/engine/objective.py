@@ -1,0 +1,93 @@
+"""What `trainer.Trainer` trains: one class for each kind of training, which says what is learned, from which loss, and
+how good it is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Part(NamedTuple):
+    """One forward pass among those of an optimizer step.
+
+    Args:
+        step: Number of the optimizer step in the run.
+        index: Number of the forward pass in the step, below `accumulate`.
+        number: Number of the forward pass in the run.
+    """
+    step: int
+    index: int
+    number: int
+
+
+class Evaluation(NamedTuple):
+    """How good a model is.
+
+    Args:
+        scores: What the log line holds, by the names of `evaluation.metrics`; empty where there are none, or where the
+            main process alone knows them.
+        text: The same for a person.
+        result: What else the command makes something of, such as a confusion matrix.
+    """
+    scores: dict[str, float]
+    text: str = ''
+    result: Any = None
+
+
+class Objective:
+    """What is learned, and how; the trainer does the rest.
+
+    Args:
+        model: What is learned; checkpoints hold its state.
+        title: What is trained on what, for the first line that a person reads.
+        about: What the log's first line says of model and data besides.
+
+    Attributes:
+        network: What is called in a forward pass, by DistributedDataParallel too; by default the model.
+        generators: On the device, that `loss` draws from; a CUDA graph must know them.
+    """
+
+    #: Whether the model is evaluated before the first step too.
+    evaluated_untrained = False
+
+    def __init__(self, model: nn.Module, title: str, about: dict[str, Any]):
+        self.model, self.title, self.about = model, title, about
+        self.network: nn.Module = model
+        self.generators: Sequence[torch.Generator] = ()
+
+    def optimized(self) -> tuple[Any, dict[str, Any]]:
+        """What `optimizers.create_optimizer` takes: a module or groups of parameters, and further arguments."""
+        return self.model, {}
+
+    def seed(self, step: int) -> None:
+        """Seed what the forward passes of a step draw from; called before each step, outside of what a CUDA graph
+        replays."""
+
+    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+        """The loss of a batch, a scalar on the device.
+
+        Args:
+            network: `self.network`, as the trainer compiles it and spreads it over processes.
+            batch: Of this process, as its loader collates it, on the device.
+            part: Which forward pass this is.
+        """
+        raise NotImplementedError
+
+    def settle(self, network: nn.Module) -> torch.Tensor:
+        """A scalar of one forward pass over empty images, in which every parameter takes part and no statistics
+        change: with several processes it is done once before the first step."""
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """How good the model is; called on every process.
+
+        Args:
+            model: The whole model with the present weights, in training mode or not.
+        """
+        raise NotImplementedError
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the weights to a run's folder as others load them, beside each checkpoint; called on the main
+        process."""

@@ -1,0 +1,1 @@
+"""What holds from the command line to the weights: resuming, causality, bad input, surroundings, advice."""
