@@ -9,7 +9,7 @@ from .parts import Adam, Compiled, InEpochs, InputChannels, InputSize, NamedData
 
 
 @dataclass
-class Design(InputSize, InputChannels):
+class Design(InputChannels, InputSize):
     """The model of a pretraining run: encoder, serialization, decoder and target."""
     model: str = option('randsac_vit_tiny_patch4_32', 'pretraining model, a timm name')
     patch_size: int | None = option(None, 'patch size in pixels', model=True)
@@ -56,7 +56,7 @@ class Design(InputSize, InputChannels):
     'train_images': 'training images to use at most, drawn by the seed, all of them by default; of a stream, the '
                     'images of an epoch',
     'eval_every': 'report accuracies every so many epochs; 0, only before and after training'})
-class PretrainConfig(Design, TrainedEncoder, NamedData, InEpochs, Adam, Compiled, Sharded):
+class PretrainConfig(TrainedEncoder, Design, NamedData, InEpochs, Adam, Compiled, Sharded):
     """Settings of `autoreg-vit pretrain`. What is None is left to the model's or the paper's own default."""
     eval_images: int = option(
         10000, 'images used for accuracies at most, of either split', group='data', free=True)
