@@ -10,8 +10,9 @@ version = re.search(r"__version__ = '(.+)'", (here / 'autoreg_vit' / 'version.py
 
 train = ['matplotlib>=3.8', 'pyyaml>=6.0', 'scikit-learn>=1.4', 'tqdm>=4.66']
 dense = [*train, 'faster-coco-eval>=1.8', 'segmentation-models-pytorch>=0.6', 'torchmetrics>=1.5']
-dev = [*dense, 'datasets>=4', 'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'mypy>=1.18', 'pycocotools>=2.0.8',
-       'ruff>=0.12', 'setuptools>=77', 'transformers>=4.49', 'types-PyYAML', 'types-tqdm', 'webdataset>=0.2']
+dev = [*dense, 'datasets>=4', 'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'mypy>=1.18', 'pre-commit>=4',
+       'pycocotools>=2.0.8', 'ruff>=0.12', 'setuptools>=77', 'transformers>=4.49', 'types-PyYAML', 'types-tqdm',
+       'webdataset>=0.2']
 # The trained weights lie beside the package in a clone, and inside it where it is installed.
 weights = ['autoreg_vit.weights'] if (here / 'weights').is_dir() else []
 
