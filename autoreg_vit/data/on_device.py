@@ -3,10 +3,10 @@
 import bisect
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 
 from ..engine.processes import Processes
@@ -23,9 +23,8 @@ from .transforms import ImageSpec
 class DeviceImages:
     """All images of a data set on the device, and training batches from them.
 
-    Random resized crops and flips are as `data.training_transform` describes them, with two differences: boxes are not
-    rounded to whole pixels, and one that would stick out of the image is cut to it instead of drawn again. Pixels are
-    interpolated bicubically without a filter, right where crops are enlarged: for images no larger than the model's.
+    Random resized crops and flips are as `transforms.training_transform` has them, but drawn from a generator on the
+    device: the same boxes are as likely, and pixels are Pillow's (bicubic, with its filter) but for the last level.
 
     Args:
         dataset: Map-style, of PIL images that are all of one size: opened without a transform.
@@ -83,31 +82,55 @@ class DeviceImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def augment(self, indices: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Crops of images, resized and normalised.
+    def augment(self, indices: torch.Tensor, crops: 'Crops') -> torch.Tensor:
+        """Crops of images, resized, flipped and normalised.
 
         Args:
             indices: Of the images, int64 [B] on the device.
-            boxes: Affine maps from the crop to the image in coordinates from -1 to 1, [B, 2, 3], as `draw_boxes` gives.
+            crops: Of each, as `draw_crops` gives them.
 
         Returns:
             Float32 [B, C, height, width] of the model's size.
         """
-        images = self.images[indices].float()
-        grid = F.affine_grid(boxes, [len(boxes), self.spec.channels, *self.spec.size], align_corners=False)
-        crops = F.grid_sample(images, grid, mode='bicubic', padding_mode='border', align_corners=False)
-        return (crops.clamp(0, 255) / 255 - self.mean) / self.std
+        images, (height, width) = self.images[indices].float(), self.spec.size
+        top, left, rows, columns = crops.boxes.unbind(1)
+        # As Pillow resizes: along one axis and then the other, whole levels between the two.
+        wide = images @ resampling(left, columns, images.shape[3], width).mT[:, None]  # [B, C, H, width]
+        wide = wide.round().clamp(0, 255)
+        small = resampling(top, rows, images.shape[2], height)[:, None] @ wide  # [B, C, height, width]
+        small = torch.where(crops.flips[:, None, None, None], small.flip(-1), small)
+        return (small.round().clamp(0, 255) / 255 - self.mean) / self.std
 
 
-def draw_boxes(
+class Crops(NamedTuple):
+    """Random resized crops and flips.
+
+    Args:
+        boxes: int64 [B, 4], in pixels: top, left, height, width.
+        flips: bool [B].
+    """
+    boxes: torch.Tensor
+    flips: torch.Tensor
+
+    def split(self, size: int) -> Iterator['Crops']:
+        """Those of consecutive batches of `size` images."""
+        return map(Crops, self.boxes.split(size), self.flips.split(size))
+
+    def part(self, share: slice) -> 'Crops':
+        """Those of some of the images."""
+        return Crops(self.boxes[share], self.flips[share])
+
+
+def draw_crops(
         batch: int,
         size: tuple[int, int],
         scale: tuple[float, float],
         hflip: float,
         generator: torch.Generator,
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> torch.Tensor:
-    """Random resized crops and horizontal flips as affine maps.
+) -> Crops:
+    """Random resized crops as torchvision and timm draw them: of ten draws of area and ratio the first that fits, in
+    whole pixels, at a place that is as likely as any; the middle of the image where none fits.
 
     Args:
         batch: How many.
@@ -116,23 +139,47 @@ def draw_boxes(
         hflip: Probability of a flip.
         generator: Draws come from it, on its device.
         ratio: Least and greatest width over height of a crop.
+    """
+    height, width = size
+    draws = torch.rand(41, batch, generator=generator, device=generator.device)
+    area, shape, down, right = draws[:40].view(4, 10, batch)
+    area = (scale[0] + area * (scale[1] - scale[0])) * height * width
+    shape = (math.log(ratio[0]) + shape * math.log(ratio[1] / ratio[0])).exp()
+    columns, rows = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    fits = (columns <= width) & (rows <= height)
+    boxes = torch.stack([(down * (height - rows + 1)).floor(), (right * (width - columns + 1)).floor(), rows, columns])
+    first = fits.float().argmax(0)  # [batch], 0 where none fits
+    chosen = boxes.gather(1, first.expand(4, 1, batch))[:, 0]
+    columns_left = min(width, round(height * ratio[1]))
+    rows_left = min(height, round(width / ratio[0]))
+    middle = (height - rows_left) // 2, (width - columns_left) // 2, rows_left, columns_left
+    found = fits.any(0)
+    chosen = torch.stack([torch.where(found, values, number) for values, number in zip(chosen, middle)], dim=1)
+    return Crops(chosen.long(), draws[40] < hflip)
+
+
+def resampling(start: torch.Tensor, count: torch.Tensor, length: int, size: int) -> torch.Tensor:
+    """The weights by which each new pixel is a mean of old ones: bicubic (a = -0.5), and wider by as much as it shrinks
+    them, as Pillow resizes. Pixels outside of a crop have none.
+
+    Args:
+        start: First pixel of each crop along an axis, int64 [B].
+        count: Pixels of each crop along it, int64 [B].
+        length: Old pixels along it.
+        size: New ones.
 
     Returns:
-        Float32 [batch, 2, 3], from the crop's coordinates (x, y) to the image's, both from -1 to 1.
+        Float32 [B, size, length]; rows sum to 1.
     """
-    draws = torch.rand(5, batch, generator=generator, device=generator.device)
-    area = scale[0] + draws[0] * (scale[1] - scale[0])
-    log_ratio = math.log(ratio[0]) + draws[1] * math.log(ratio[1] / ratio[0])
-    # Width and height as parts of the image's.
-    shape = (log_ratio - math.log(size[1] / size[0])) / 2
-    width = (area.sqrt() * shape.exp()).clamp(max=1)
-    height = (area.sqrt() * (-shape).exp()).clamp(max=1)
-    boxes = torch.zeros(batch, 2, 3, device=generator.device)
-    boxes[:, 0, 0] = torch.where(draws[4] < hflip, -width, width)
-    boxes[:, 0, 2] = (2 * draws[2] - 1) * (1 - width)
-    boxes[:, 1, 1] = height
-    boxes[:, 1, 2] = (2 * draws[3] - 1) * (1 - height)
-    return boxes
+    step = (count / size)[:, None, None]  # old pixels of a new one
+    centre = (torch.arange(size, device=start.device)[None, :, None] + 0.5) * step
+    pixel = torch.arange(length, device=start.device) - start[:, None, None]
+    distance = ((pixel + 0.5 - centre) / step.clamp(min=1)).abs()
+    near = (1.5 * distance - 2.5) * distance.square() + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    weights = torch.where((pixel >= 0) & (pixel < count[:, None, None]), weights, 0.0)
+    return weights / weights.sum(2, keepdim=True)
 
 
 class DeviceBatches:
@@ -187,11 +234,11 @@ class DeviceBatches:
             for step in range(number // self.accumulate, self.per_epoch // self.accumulate):
                 whole_step = epoch * (self.per_epoch // self.accumulate) + step
                 generator.manual_seed(mix_seed(self.seed, 'crops', whole_step))
-                boxes = draw_boxes(size * self.accumulate, (height, width), self.crop_scale, self.hflip,
-                                   generator)
-                indices = order[step * len(boxes):(step + 1) * len(boxes)]
-                for part_indices, part_boxes in zip(indices.split(size), boxes.split(size)):
-                    yield (self.images.augment(part_indices[share], part_boxes[share]),)
+                images = size * self.accumulate
+                crops = draw_crops(images, (height, width), self.crop_scale, self.hflip, generator)
+                indices = order[step * images:(step + 1) * images]
+                for part, crops_of_part in zip(indices.split(size), crops.split(size)):
+                    yield (self.images.augment(part[share], crops_of_part.part(share)),)
             epoch, number = epoch + 1, 0
 
 
