@@ -197,8 +197,9 @@ class Batches:
         return self.sampler.describe(batch, count)
 
     def _loader_of(self, samples: SeededSamples, workers: int) -> DataLoader:
+        # Each pass begins with a draw, which must not be one of the step's: a resumed run begins its pass elsewhere.
         return DataLoader(samples, batch_sampler=self.sampler, num_workers=workers, persistent_workers=workers > 0,
-                          pin_memory=self._pin_memory, collate_fn=self._collate)
+                          pin_memory=self._pin_memory, collate_fn=self._collate, generator=torch.Generator())
 
     def _from_samples(self, samples: SeededSamples, epoch: int, offset: int) -> Iterator:
         """The batches of an epoch of a map-style data set after the first `offset`."""

@@ -19,7 +19,7 @@ from autoreg_vit.commands.recipes import load_recipe
 ROOT = Path(__file__).parents[2]
 
 # The digits with a model that takes a millisecond a step: 44 steps, three evaluations.
-SETTINGS = {**load_recipe('digits'), 'embed_dim': 16, 'depth': 1, 'num_heads': 1, 'decoder_depth': 1, 'epochs': 2,
+SETTINGS = {**load_recipe('digits'), 'embed_dim': 16, 'depth': 2, 'num_heads': 1, 'decoder_depth': 1, 'epochs': 2,
             'batch_size': 64, 'eval_images': 60, 'eval_every': 1, 'log_every': 4, 'checkpoint_every_steps': 5,
             'drop_path_rate': 0.1, 'precision': 'float32'}
 
