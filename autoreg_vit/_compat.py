@@ -10,6 +10,7 @@ from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @torch.no_grad()
@@ -49,6 +50,13 @@ def mixed_shards(shuffle: Callable[..., Any], shards: int, readers: int) -> dict
     if 'max_buffer_input_shards' not in inspect.signature(shuffle).parameters:
         return {}
     return {'max_buffer_input_shards': max(1, min(10, shards // readers))}
+
+
+def own_buffers() -> dict[str, Any]:
+    """The option by which DistributedDataParallel leaves each process its own buffers. From PyTorch 2.15 on it has
+    another name."""
+    renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel.__init__).parameters
+    return {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
 
 
 def posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:

@@ -74,6 +74,13 @@ def save_tensors(
         write_checksum(path)
 
 
+def seal(path: Path) -> None:
+    """Make of tensors that another package wrote as safetensors what `save_tensors` leaves: a file that everybody may
+    read, and PATH.sha256 beside it."""
+    path.chmod(0o644)  # safetensors leaves 0600
+    write_checksum(path)
+
+
 def write_synced(path: Path, text: str) -> None:
     """Write a text file, on disk before it takes the place of the one before it."""
     scratch = path.with_name(path.name + '.new')
@@ -190,9 +197,6 @@ def check_regular(path: Path) -> None:
         kind = {stat.S_IFLNK: 'a symbolic link', stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe'}.get(
             stat.S_IFMT(mode), 'a device or socket')
         raise CheckpointError(f'{path} is {kind}, not a regular file: move it away or name another --output-dir.')
-
-
-_check_regular = check_regular
 
 
 class HashingFile:

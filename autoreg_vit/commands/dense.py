@@ -1,12 +1,13 @@
 """What dense prediction shares besides `supervised`: its optional packages, its encoder, and the curves of a run."""
 
 import importlib.util
-from typing import Any
+from typing import Any, cast
 
 from timm.models.vision_transformer import VisionTransformer
 
 from ..errors import ConfigError
 from ..hub.lookup import load_encoder, source_config
+from ..models.interface import as_timm
 from ..settings.dense import Dense
 
 
@@ -35,6 +36,7 @@ def dense_encoder(config: Dense, **options: Any) -> tuple[VisionTransformer, dic
     options = {'num_classes': 0, 'dynamic_img_size': True, **{k: v for k, v in options.items() if v is not None}}
     encoder = load_encoder(config.weights, config.pretrained, **options, drop_path_rate=config.drop_path_rate)
     if config.grad_checkpointing:
-        encoder.set_grad_checkpointing()
-    return encoder, {'architecture': encoder.pretrained_cfg['architecture'],
-                     'model_args': {**source_config(config.weights).get('model_args', {}), **options}}
+        as_timm(encoder).set_grad_checkpointing()
+    source = {'architecture': as_timm(encoder).pretrained_cfg['architecture'],
+              'model_args': {**source_config(config.weights).get('model_args', {}), **options}}
+    return cast(VisionTransformer, encoder), source  # the neck refuses any other

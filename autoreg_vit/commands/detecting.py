@@ -95,7 +95,7 @@ def _detect(config: DetectConfig, group: Processes) -> Path:
         return run.folder
 
 
-class Detection(Objective):
+class Detection(Objective[ViTMaskRCNN]):
     """Boxes, classes and masks of objects, by Mask R-CNN on an encoder. Draws, of regions and of stochastic depth, are
     functions of (seed, forward pass, process).
 
@@ -144,7 +144,7 @@ class Detection(Objective):
         image = torch.zeros(self.spec.channels, *self.config.canvas, device=self.group.device)
         return network([image], [{name: value.to(self.group.device) for name, value in target.items()}])
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: ViTMaskRCNN) -> Evaluation:
         model.eval()
         return evaluation_of(evaluate(
             model, self.test_part, self.categories, precision=self.config.precision, workers=self.config.loaders,

@@ -11,7 +11,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import save_for_hf
 from torch import nn
 
-from ..artifacts import replaced, write_checksum, writing
+from ..artifacts import CONFIG, WEIGHTS, replaced, seal, write_config, writing
 from ..data.batches import Batches
 from ..data.labelled import LabelledImages, labelled_images
 from ..data.order import check_divisible
@@ -28,7 +28,7 @@ from ..evaluation.metrics import scores
 from ..hub.folders import export_encoder
 from ..hub.lookup import load_encoder, short_name, source_config
 from ..models.encoders import SinCosVisionTransformer
-from ..models.pretrained import CONFIG, WEIGHTS
+from ..models.interface import as_timm
 from ..settings.classification import FinetuneConfig
 from .results import evaluation_of, finished, leave_results
 
@@ -66,7 +66,7 @@ def _finetune(config: FinetuneConfig, group: Processes) -> Path:
     add_classifier(model, len(images.classes), config.seed)
     model.to(group.device)
     if config.grad_checkpointing:
-        model.set_grad_checkpointing()
+        as_timm(model).set_grad_checkpointing()
     objective = Finetuning(config, model, spec, images, group)
     trainer = Trainer(config, objective, Batches(
         images.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
@@ -92,7 +92,7 @@ def _finetune(config: FinetuneConfig, group: Processes) -> Path:
         return run.folder
 
 
-class Finetuning(Objective):
+class Finetuning(Objective[nn.Module]):
     """An encoder and its classifier, trained end to end. Draws are functions of (seed, forward pass, process).
 
     Args:
@@ -167,8 +167,8 @@ def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
     Raises:
         ModelError: for a model without a linear classifier.
     """
-    model.reset_classifier(classes)
-    head = model.get_classifier()
+    as_timm(model).reset_classifier(classes)
+    head = as_timm(model).get_classifier()
     if not isinstance(head, nn.Linear):
         raise ModelError(f'The classifier of {type(model).__name__} is a {type(head).__name__}: expected a linear '
                          'layer. Name a Vision Transformer or another model with one.')
@@ -203,6 +203,5 @@ def export_classifier(
         # transformers passes num_classes itself and fails on a second one; drop path belongs to this training.
         for name in ('num_classes', 'drop_path_rate'):
             content.get('model_args', {}).pop(name, None)
-        (new / CONFIG).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-        (new / WEIGHTS).chmod(0o644)  # safetensors leaves 0600
-        write_checksum(new / WEIGHTS)
+        write_config(new / CONFIG, content)
+        seal(new / WEIGHTS)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import IterableDataset
 
 from .. import ops
 from ..artifacts import write_checksum, writing
@@ -17,6 +17,7 @@ from ..data.checks import check_images
 from ..data.labelled import Images, NoLabels, open_splits, say_untrained, some_of
 from ..data.on_device import DeviceBatches, DeviceImages
 from ..data.order import check_divisible
+from ..data.samples import Samples, some
 from ..data.sources import open_split
 from ..data.transforms import ImageSpec, evaluation_transform, training_transform
 from ..engine.log import Log
@@ -32,7 +33,7 @@ from ..evaluation.features import Readable
 from ..evaluation.metrics import METRICS
 from ..figures import pictures, plots
 from ..hub.folders import export_encoder, export_pretraining
-from ..models import AutoregressiveViT, create_pretraining_model, pretraining_models
+from ..models import AutoregressiveViT, create_pretraining_model, interface, pretraining_models
 from ..settings.pretraining import PretrainConfig
 
 
@@ -101,7 +102,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
         return run.folder
 
 
-class Pretraining(Objective):
+class Pretraining(Objective[AutoregressiveViT]):
     """Autoregressive pretraining: each segment of an image is predicted from those before it.
 
     Args:
@@ -120,7 +121,7 @@ class Pretraining(Objective):
             config: PretrainConfig,
             model: AutoregressiveViT,
             spec: ImageSpec,
-            labelled: tuple[Dataset, Dataset] | None,
+            labelled: tuple[Samples, Samples] | None,
             group: Processes,
             title: str = '',
             about: dict[str, Any] | None = None,
@@ -137,25 +138,25 @@ class Pretraining(Objective):
         torch.manual_seed(mix_seed(self.config.seed, 'dropout', step, self.group.rank))
 
     def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
-        if part.index == 0:
+        if part.place == 0:
             # Orders are drawn for the whole step, so that no sharing out of its images changes them.
             self._ranks = self.model.draw_ranks(
                 self.config.images_per_step, generator=self.generators[0], device=self.group.device
             ).split(self.config.batch_size)
-        return network(batch[0], self._ranks[part.index][self.share]).loss
+        return network(batch[0], self._ranks[part.place][self.share]).loss
 
     def settle(self, network: nn.Module) -> torch.Tensor:
         nothing = self.spec.nothing(self.share.stop - self.share.start, self.group.device)
         return network(nothing, self.model.draw_ranks(len(nothing), device=self.group.device)).loss
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: AutoregressiveViT) -> Evaluation:
         if self.labelled is None or not self.group.is_main:
             return Evaluation({})
         scores = accuracies(model.encoder, *self.labelled, self.group.device, self.config.precision,
                             self.config.loaders)
         return Evaluation(scores, 'kNN {knn:.1f} %, linear {linear:.1f} %'.format(**scores))
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: AutoregressiveViT, folder: Path) -> None:
         with writing(folder):
             export_encoder(model.encoder, folder / 'encoder', mean=self.spec.mean, std=self.spec.std)
             export_pretraining(model, folder / 'pretrain', mean=self.spec.mean, std=self.spec.std)
@@ -174,7 +175,7 @@ def check_untrained(model: str) -> None:
 def draw_figures(
         model: AutoregressiveViT,
         log: Log,
-        examples_from: Dataset,
+        examples_from: Samples | IterableDataset,
         spec: ImageSpec,
         folder: Path,
 ) -> None:
@@ -190,7 +191,7 @@ def draw_figures(
     plots.loss_by_rank_figure(model, by_rank, folder / 'loss_by_rank.png')
 
 
-def _examples(dataset: Dataset, most: int) -> torch.Tensor:
+def _examples(dataset: Samples | IterableDataset, most: int) -> torch.Tensor:
     """Up to `most` images [B, C, H, W], spread over the data set, of those that can be read."""
     if isinstance(dataset, IterableDataset):
         return torch.stack([image for (image, _), _ in zip(dataset, range(most))])
@@ -204,15 +205,16 @@ def training_batches(
         group: Processes,
 ) -> Batches | DeviceBatches:
     """Batches of the training split, from its files or from images kept on the device."""
-    def load(transform: Callable) -> Dataset:
+    def load(transform: Callable) -> Samples | IterableDataset:
         dataset = open_split(
             config, config.train_split, transform, training=True, batch_size=config.batch_size // group.world_size,
             seed=config.seed, images=config.train_images)
         group.on_main(lambda: check_images(dataset, config.check_images, config.max_corrupt))
         if config.train_images is None or isinstance(dataset, IterableDataset):
             return dataset
-        return Subset(dataset, some_of(np.arange(len(dataset)), config.train_images, config.seed).tolist())
+        return some(dataset, some_of(np.arange(len(dataset)), config.train_images, config.seed).tolist())
 
+    assert config.crop_scale is not None  # by here the method's own
     if config.cache_on_device:
         images = DeviceImages(load(lambda image: image), spec, group.device, config.max_corrupt)
         return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
@@ -226,7 +228,7 @@ def labelled_sets(
         config: PretrainConfig,
         spec: ImageSpec,
         group: Processes,
-) -> tuple[Dataset, Dataset] | None:
+) -> tuple[Images, Images] | None:
     """Data sets to fit and to test classifiers on, or None without labels. Of a held-out fifth the encoder has seen the
     images in pretraining, and the classifiers have not seen the labels."""
     try:
@@ -247,8 +249,9 @@ def labelled_sets(
 
 def attention_of(model: AutoregressiveViT, config: PretrainConfig, device: torch.device) -> str:
     """The implementation of segment attention that the encoder will run on, tried out."""
-    block, tokens = model.encoder.blocks[0].attn, model.encoder.patch_embed.num_patches
-    q = torch.zeros(1, tokens, block.num_heads, block.head_dim, dtype=getattr(torch, config.precision), device=device)
+    attention = interface.attention_of(interface.blocks_of(model.encoder)[0])
+    tokens, heads, width = model.encoder.patch_embed.num_patches, attention.num_heads, attention.head_dim
+    q = torch.zeros(1, tokens, heads, width, dtype=getattr(torch, config.precision), device=device)
     ops.segment_attention(q, q, q, torch.ones(1, tokens, dtype=torch.int32, device=device), impl=config.impl)
     return ops.choose_implementation(q, q)
 

@@ -26,6 +26,7 @@ from ..evaluation.classifiers import Bank, knn_accuracy
 from ..evaluation.features import Features, features_of, gather_features, images_at_once
 from ..evaluation.metrics import describe, scores
 from ..hub.lookup import load_encoder, short_name
+from ..models.interface import as_timm
 from ..settings.classification import ProbeConfig
 from .results import evaluation_of, finished, leave_results
 
@@ -56,7 +57,8 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
     encoder = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
     images = labelled_images(config, ImageSpec.of(encoder, config.in_chans), group)
     encoder.to(group.device).eval().requires_grad_(False)
-    head = LinearHead(encoder.head_hidden_size, len(images.classes), config.batch_norm, config.seed, group)
+    width = as_timm(encoder).head_hidden_size
+    head = LinearHead(width, len(images.classes), config.batch_norm, config.seed, group)
     objective = Probing(config, head.to(group.device), encoder, images, group)
     trainer = None if config.fast else Trainer(config, objective, Batches(
         images.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
@@ -79,7 +81,7 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
             result = trainer.run(run).result
             more = {'epochs': config.epochs, 'optimizer': config.opt}
             if config.knn:
-                searched = some_of(np.arange(len(images.plain)), config.knn_images, config.seed)
+                searched = some_of(np.arange(len(images.plain)), config.knn_images, config.seed).tolist()
                 train_set, test = (
                     gather_features(encoder, part, precision=config.precision, workers=config.loaders, group=group)
                     for part in (some(images.plain, searched), images.test))
@@ -95,7 +97,7 @@ def _probe(config: ProbeConfig, group: Processes) -> Path:
         return run.folder
 
 
-class Probing(Objective):
+class Probing(Objective['LinearHead']):
     """A linear classifier of an encoder's frozen features.
 
     Args:
@@ -115,12 +117,13 @@ class Probing(Objective):
             group: Processes,
     ):
         count, classes = len(images.train), len(images.classes)
+        self.width = as_timm(encoder).head_hidden_size
         super().__init__(head, f'Probing {config.weights} with {count:,} images of {classes} classes',
-                         {'train_images': count, 'classes': classes, 'width': encoder.head_hidden_size})
-        self.config, self.head, self.encoder, self.images, self.group = config, head, encoder, images, group
+                         {'train_images': count, 'classes': classes, 'width': self.width})
+        self.config, self.encoder, self.images, self.group = config, encoder, images, group
 
     def optimized(self) -> tuple[Any, dict[str, Any]]:
-        return lars_groups(self.head), optimizer_options(self.config)
+        return lars_groups(self.model), optimizer_options(self.config)
 
     def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
         images, labels = batch
@@ -128,9 +131,9 @@ class Probing(Objective):
 
     def settle(self, network: nn.Module) -> torch.Tensor:
         # In evaluation mode, so that the batch norm takes no notice.
-        return network.eval()(torch.zeros(2, self.encoder.head_hidden_size, device=self.group.device)).sum()
+        return network.eval()(torch.zeros(2, self.width, device=self.group.device)).sum()
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: 'LinearHead') -> Evaluation:
         model.eval()
         return evaluation_of(evaluate(
             lambda batch: model(frozen_features(self.encoder, batch)), self.images.test, len(self.images.classes),
@@ -159,15 +162,16 @@ class LinearHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits [B, classes] of features [B, width]."""
-        return self.linear(features if self.norm is None else self._normalise(features))
+        return self.linear(features if self.norm is None else self._normalise(features, self.norm))
 
-    def _normalise(self, features: torch.Tensor) -> torch.Tensor:
-        norm = self.norm
+    def _normalise(self, features: torch.Tensor, norm: nn.BatchNorm1d) -> torch.Tensor:
         if not self.training or self.group.world_size == 1:
             return norm(features)
         mean = self.group.mean(features.mean(0))
         variance = self.group.mean((features - mean).square().mean(0))
         count = len(features) * self.group.world_size
+        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+        assert norm.num_batches_tracked is not None  # all of which a batch norm keeps by default
         with torch.no_grad():
             norm.running_mean.lerp_(mean, norm.momentum)
             norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
@@ -198,7 +202,7 @@ def frozen_features(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def fit_features(
         config: ProbeConfig,
         run: Run,
-        head: nn.Module,
+        head: LinearHead,
         train_set: Features | None,
         test: Features | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,11 +215,11 @@ def fit_features(
     device = run.group.device
 
     def fit() -> tuple[dict[str, Any], dict[str, Any]]:
+        assert train_set is not None and test is not None  # on the main process
         rates, classes = config.learning_rates, head.linear.out_features
         on_device = Features(*(t.to(device) for t in train_set))
-        kept, held = (torch.from_numpy(i).to(device)
-                      for i in hold_out(len(train_set.labels), config.holdout, config.seed))
-        kept, held = (Features(on_device.features[i], on_device.labels[i]) for i in (kept, held))
+        parts = [torch.from_numpy(i).to(device) for i in hold_out(len(train_set.labels), config.holdout, config.seed)]
+        kept, held = (Features(on_device.features[i], on_device.labels[i]) for i in parts)
         trials = Bank(kept, [config.scaled(rate) for rate in rates], classes, config).accuracies(held)
         for rate, right in zip(rates, trials):
             run.log.write(event='sweep', lr=rate, held_out_top1=round(right, 4))
@@ -242,6 +246,7 @@ def fit_features(
 def knn(config: ProbeConfig, run: Run, train_set: Features | None, test: Features | None) -> float:
     """The accuracy of nearest neighbours, found on the main process, in percent."""
     def search() -> float:
+        assert train_set is not None and test is not None  # on the main process
         draw = torch.randperm(len(train_set.labels), generator=torch.Generator().manual_seed(config.seed))
         some = draw[:config.knn_images].sort().values
         return round(knn_accuracy((train_set.features[some].numpy(), train_set.labels[some].numpy()),

@@ -1,5 +1,6 @@
 """What a run on annotated images leaves."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..artifacts import write_json, writing
@@ -7,10 +8,17 @@ from ..engine.objective import Evaluation
 from ..engine.run import Run
 from ..evaluation.metrics import describe, scores
 from ..figures import plots
-from ..settings.parts import Training
+from ..settings.classification import Classification
+from ..settings.dense import Dense
 
 
-def leave_results(run: Run, config: Training, result: dict[str, Any], classes: list[str], **more: Any) -> None:
+def leave_results(
+        run: Run,
+        config: Classification | Dense,
+        result: dict[str, Any],
+        classes: Sequence[str],
+        **more: Any,
+) -> None:
     """Write results.json and, of a classifier with up to twenty classes, figures/confusion.png, on the main process;
     end the run."""
     if run.group.is_main:

@@ -90,7 +90,7 @@ def _segment(config: SegmentConfig, group: Processes) -> Path:
         return run.folder
 
 
-class Segmentation(Objective):
+class Segmentation(Objective[Segmenter]):
     """A class for each pixel, by UPerNet on an encoder. Draws are functions of (seed, forward pass, process).
 
     Args:
@@ -126,7 +126,7 @@ class Segmentation(Objective):
         return network.eval()(self.spec.nothing(2, self.group.device),
                               torch.zeros(2, *self.spec.size, dtype=torch.long, device=self.group.device)).sum()
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: Segmenter) -> Evaluation:
         share_buffers(model, self.group)
         model.eval()
         return evaluation_of(evaluate(

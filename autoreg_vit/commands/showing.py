@@ -1,6 +1,7 @@
 """`autoreg-vit show`: pictures of a model's order, its predictions and its attention, on images of one's own."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from ..errors import DataError, ModelError
 from ..figures import attention_maps, pictures, plots
 from ..hub.lookup import load_model, short_name
 from ..models import AutoregressiveViT
+from ..models.decoders import MaskedDecoder
+from ..models.interface import encoder_of
 from ..settings.pictures import FIGURES, MOST_IMAGES, ShowConfig
 
 
@@ -45,25 +48,26 @@ def show(config: ShowConfig) -> Path:
         name = name if architecture in name else f'{architecture}, {name}'
         torch.manual_seed(mix_seed(config.seed, 'reconstruction'))
         done = pictures.reconstruct(model, images)
+    whole = cast(AutoregressiveViT, model)  # which it is where a figure of order or decoder is possible
     with writing(folder):
         for figure in wanted:
             torch.manual_seed(mix_seed(config.seed, figure))
             files = [folder / f'{figure}.png']
             if figure == 'order':
-                pictures.serialization_figure(model, images, spec, files[0], name)
+                pictures.serialization_figure(whole, images, spec, files[0], name)
             elif figure == 'reconstruction':
                 files.append(folder / 'reconstruction.gif')
-                pictures.reconstruction_figure(model, images, spec, files[0], name, done)
-                pictures.reconstruction_film(model, images, spec, files[1], name, done)
+                pictures.reconstruction_figure(whole, images, spec, files[0], name, done)
+                pictures.reconstruction_film(whole, images, spec, files[1], name, done)
             elif figure == 'comparison':
-                pictures.comparison_figure(model, images, spec, files[0], name, done)
+                pictures.comparison_figure(whole, images, spec, files[0], name, done)
             elif figure == 'attention':
-                encoders = [('pretrained' if config.pretrained else 'untrained', _encoder(model))]
+                encoders = [('pretrained' if config.pretrained else 'untrained', encoder_of(model))]
                 if config.pretrained:
-                    encoders.insert(0, ('untrained', _encoder(load_model(config.weights, pretrained=False))))
+                    encoders.insert(0, ('untrained', encoder_of(load_model(config.weights, pretrained=False))))
                 attention_maps.attention_figure(encoders, images, spec, files[0], name)
             elif figure == 'mix':
-                plots.mix_figure(model.decoder.mix.detach().cpu().numpy(), files[0], name)
+                plots.mix_figure(cast(MaskedDecoder, whole.decoder).mix.detach().cpu().numpy(), files[0], name)
             for file in files:
                 say(f'{FIGURES[figure]}: {file}')
     return folder
@@ -126,12 +130,9 @@ def _spread(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
-def _encoder(model: nn.Module) -> nn.Module:
-    return getattr(model, 'encoder', model)
-
-
 def _patch_size(model: nn.Module) -> tuple[int, int]:
-    return tuple(_encoder(model).patch_embed.patch_size)
+    height, width = encoder_of(model).patch_embed.patch_size
+    return height, width
 
 
 def _possible(model: nn.Module, config: ShowConfig) -> list[str]:
@@ -145,7 +146,7 @@ def _possible(model: nn.Module, config: ShowConfig) -> list[str]:
     elif not hasattr(model.decoder, 'mix'):
         reasons['mix'] = 'the model learned none, as decoder=masked with memory=mix does (RandSAC 4.2)'
     try:
-        attention_maps.last_attention_block(_encoder(model))
+        attention_maps.last_attention_block(encoder_of(model))
     except ModelError as error:
         reasons['attention'] = str(error).rstrip('.')
     for name, reason in reasons.items():

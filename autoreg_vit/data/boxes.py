@@ -215,8 +215,7 @@ def open_data(config: DetectConfig, channels: int, group: Processes) -> tuple[Pa
     test_indices = some_of(test_indices, config.test_images, config.seed)
     if group.is_main and not test_set.has_objects[test_indices].any():
         say(f'Of {len(test_indices)} images to report on none has an object: there will be no average precision.')
-    least, greatest = config.jitter
-    jitter = LargeScaleJitter(config.canvas, (least, greatest), config.hflip)
+    jitter = LargeScaleJitter(config.canvas, config.jitter, config.hflip)
     train_part, test_part = Part(train_set, train_indices, jitter), Part(test_set, test_indices)
     for part, most in ((train_part, config.max_corrupt), (test_part, 0.0)):
         group.on_main(functools.partial(check_images, part, config.check_images, most, try_sample=part.open))

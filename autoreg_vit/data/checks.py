@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 from ..errors import DataError
 from .images import DAMAGE, open_image, prepared
@@ -30,7 +30,7 @@ def image_name(dataset: Any, index: int) -> str:
 
 
 def check_images(
-        dataset: Samples,
+        dataset: Samples | IterableDataset,
         most: int,
         max_corrupt: float,
         say: Callable[[str], None] = print,

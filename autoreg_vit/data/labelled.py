@@ -84,8 +84,8 @@ def labelled_images(
     """
     if config.dataset is None:
         config.dataset = 'digits' if config.data_dir is None else 'folder'
-    least, greatest = config.crop_scale
-    augment = augmenting_transform(spec, (least, greatest), config.hflip, **augmentation)
+    assert config.crop_scale is not None  # which the settings refuse
+    augment = augmenting_transform(spec, config.crop_scale, config.hflip, **augmentation)
     plain = evaluation_transform(spec, config.evaluated_part(spec.size))
     splits = open_splits(config, config.train_images, config.test_images, config.num_classes)
     train, test = splits.train, splits.test

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..artifacts import _check_regular, checksum_path, read_checksum, sha256_of, sync, write_checksum, write_file
+from ..artifacts import check_regular, checksum_path, read_checksum, sha256_of, sync, write_checksum, write_file
 from ..errors import CheckpointError
 
 
@@ -28,7 +28,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """
     path = Path(path)
     for target in (path, previous_of(path)):
-        _check_regular(target)
+        check_regular(target)
     new = _beside(path, '.new')
     write_file(new, lambda file: torch.save(state, file))
     # After every single step below some whole file has its checksum in the folder, and loading looks at them all.
@@ -58,7 +58,7 @@ def load_checkpoint(path: Path, say: Callable[[str], None] = print) -> dict[str,
     known = {read_checksum(p) for p in (path, _beside(path, '.new'), previous_of(path))} - {None}
     damages = []
     for candidate in candidates:
-        _check_regular(candidate)
+        check_regular(candidate)
         try:
             if not known:
                 raise CheckpointError(

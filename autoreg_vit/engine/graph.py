@@ -45,7 +45,8 @@ class GraphedStep:
             generators: Sequence[torch.Generator],
     ):
         self.step, self.optimizer, self.generators = step, optimizer, generators
-        self.calls, self.graph, self.stream = 0, None, torch.cuda.Stream()
+        self.calls, self.stream = 0, torch.cuda.Stream()
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.device = optimizer.param_groups[0]['params'][0].device
         self.rates = [torch.tensor(float(group['lr']), device=self.device) for group in optimizer.param_groups]
 

@@ -46,7 +46,10 @@ def find_place() -> Place | None:
         missing = ', '.join(name for name in TORCHRUN if not given[name])
         raise ConfigError(f'{said} in the environment asks for several processes, but {missing} is not set, as '
                           f'torchrun would. {_REMEDY}')
-    return _of_slurm() or _of_mpi()
+    place = _of_slurm()
+    if place is None:
+        _refuse_mpi()
+    return place
 
 
 def shown_rank() -> int:
@@ -92,7 +95,7 @@ def first_host(nodes: str) -> str:
     return ''.join(part or '' for part in found.groups()) if found else ''
 
 
-def _of_mpi() -> None:
+def _refuse_mpi() -> None:
     for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'):
         count = os.environ.get(name, '')
         if count.isdecimal() and int(count) > 1:

@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..errors import ConfigError
 from .progress import say
@@ -65,14 +65,15 @@ def _lock_on_windows(file: TextIO) -> Callable[[], None]:
     except ImportError as error:
         raise ConfigError('Training locks the folder of its run, and this Python has neither fcntl (Linux, macOS) nor '
                           'msvcrt (Windows): use one of those systems.') from error
+    windows: Any = msvcrt  # whose functions type checkers know on Windows alone
 
     def call(mode: int) -> None:
         # A byte behind the text, since nobody else can read what is locked.
         os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
-        msvcrt.locking(file.fileno(), mode, 1)
+        windows.locking(file.fileno(), mode, 1)
 
     try:
-        call(msvcrt.LK_NBLCK)
+        call(windows.LK_NBLCK)
     except OSError as error:
         raise BlockingIOError(*error.args) from error
-    return lambda: call(msvcrt.LK_UNLCK)
+    return lambda: call(windows.LK_UNLCK)

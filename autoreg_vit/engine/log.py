@@ -27,7 +27,8 @@ class Log:
     """
 
     def __init__(self, path: Path, keep: int = 0, writes: bool = True):
-        self.path, self.lines, self.writes = path, [], writes
+        self.path, self.writes = path, writes
+        self.lines: list[dict[str, Any]] = []
         self.followers: list[Callable[[dict[str, Any]], None]] = []
         if not writes:
             return
@@ -90,7 +91,7 @@ def check_tracker(tracker: str | None) -> None:
 
 def _followers(config: Any, folder: Path, log: Log, resumed: bool) -> list[Callable[[dict[str, Any]], None]]:
     """What log lines go to besides the file: TensorBoard where it is installed, and the tracker."""
-    followers = []
+    followers: list[Callable[[dict[str, Any]], None]] = []
     if importlib.util.find_spec('tensorboard') is not None:
         from torch.utils.tensorboard import SummaryWriter
 

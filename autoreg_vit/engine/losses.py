@@ -30,7 +30,8 @@ class Losses:
 
     def __init__(self, group: Processes, explain: Callable[[int], str]):
         self.group, self.explain = group, explain
-        self.step, self.values = 0, []
+        self.step = 0
+        self.values: list[float] = []
         self._unread: list[torch.Tensor] = []
 
     def load(self, step: int, values: list[float]) -> None:

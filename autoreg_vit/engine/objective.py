@@ -3,10 +3,13 @@ how good it is."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+
+#: The class of what is learned.
+M = TypeVar('M', bound=nn.Module)
 
 
 class Part(NamedTuple):
@@ -14,11 +17,11 @@ class Part(NamedTuple):
 
     Args:
         step: Number of the optimizer step in the run.
-        index: Number of the forward pass in the step, below `accumulate`.
+        place: Number of the forward pass in the step, below `accumulate`.
         number: Number of the forward pass in the run.
     """
     step: int
-    index: int
+    place: int
     number: int
 
 
@@ -36,7 +39,7 @@ class Evaluation(NamedTuple):
     result: Any = None
 
 
-class Objective:
+class Objective(Generic[M]):
     """What is learned, and how; the trainer does the rest.
 
     Args:
@@ -52,7 +55,7 @@ class Objective:
     #: Whether the model is evaluated before the first step too.
     evaluated_untrained = False
 
-    def __init__(self, model: nn.Module, title: str, about: dict[str, Any]):
+    def __init__(self, model: M, title: str, about: dict[str, Any]):
         self.model, self.title, self.about = model, title, about
         self.network: nn.Module = model
         self.generators: Sequence[torch.Generator] = ()
@@ -80,7 +83,7 @@ class Objective:
         change: with several processes it is done once before the first step."""
         raise NotImplementedError
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: M) -> Evaluation:
         """How good the model is; called on every process.
 
         Args:
@@ -88,6 +91,6 @@ class Objective:
         """
         raise NotImplementedError
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: M, folder: Path) -> None:
         """Write the weights to a run's folder as others load them, beside each checkpoint; called on the main
         process."""

@@ -1,6 +1,6 @@
 """The optimizer and the learning rate of a run: timm's, by the run's settings."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -22,8 +22,9 @@ def create_optimizer(config: Training, model_or_groups: Any, **options: Any) -> 
     Raises:
         ConfigError: for an unknown name, or options that it does not take.
     """
-    if config.opt.lower() not in list_optimizers():
-        raise ConfigError(f'Unknown optimizer {config.opt!r}. {suggest(config.opt, list_optimizers())}')
+    known = cast('list[str]', list_optimizers())  # with descriptions it would give pairs
+    if config.opt.lower() not in known:
+        raise ConfigError(f'Unknown optimizer {config.opt!r}. {suggest(config.opt, known)}')
     if config.betas is not None and 'adam' in config.opt.lower():
         options['betas'] = config.betas
         if config.opt.lower() == 'adamw':

@@ -1,9 +1,8 @@
 """A model spread over the processes of a run, by PyTorch's DistributedDataParallel or fully_shard (FSDP2)."""
 
 import copy
-import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from .._compat import own_buffers
 from ..errors import CheckpointError, ConfigError
 from .checkpoints import load_into, load_optimizer, optimizer_state
+from .objective import M
 from .processes import Processes
 
 
@@ -48,10 +49,7 @@ def replicate(model: nn.Module, group: Processes) -> nn.Module:
     if group.world_size == 1:
         return model
     ids = [group.device.index] if group.device.type == 'cuda' else None
-    # PyTorch 2.15 renamed this argument.
-    renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel.__init__).parameters
-    options = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
-    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **own_buffers())
 
 
 def share_buffers(model: nn.Module, group: Processes) -> None:
@@ -65,8 +63,9 @@ def synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
     """The context of a forward and backward pass: gradients are summed over processes in the `last` of a step."""
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
-    if hasattr(model, 'set_requires_gradient_sync'):  # fully_shard's
-        model.set_requires_gradient_sync(last)
+    synchronise = getattr(model, 'set_requires_gradient_sync', None)  # fully_shard's
+    if synchronise is not None:
+        synchronise(last)
     return nullcontext()
 
 
@@ -113,14 +112,14 @@ def set_state(
                               'the settings the run began with, or another --output-dir.') from error
 
 
-class WholeModel:
+class WholeModel(Generic[M]):
     """The model as one process can run and save it: itself, or under FSDP a copy with the gathered weights."""
 
-    def __init__(self, model: nn.Module, fsdp: bool):
+    def __init__(self, model: M, fsdp: bool):
         self.model, self.fsdp = model, fsdp
         self.copy = copy.deepcopy(model) if fsdp else model  # made before sharding
 
-    def gather(self, everywhere: bool = False) -> nn.Module:
+    def gather(self, everywhere: bool = False) -> M:
         """The whole model with the present weights; called on every process, of use on the main one, or `everywhere`,
         where each device holds it whole."""
         if self.fsdp:

@@ -50,7 +50,7 @@ class Processes:
         """Do `work` on the main process alone and give its result, or raise its error of use, on all of them."""
         if self.world_size == 1:
             return work()
-        outcome = [None, None]
+        outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = work()
@@ -99,7 +99,7 @@ def processes(device: str) -> Iterator[Processes]:
     dist.init_process_group(
         'nccl' if chosen.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=2), rank=place.rank,
         world_size=place.world_size, init_method=f'tcp://{place.address}' if place.address else 'env://',
-        **({'device_id': chosen} if chosen.type == 'cuda' else {}))
+        device_id=chosen if chosen.type == 'cuda' else None)
     try:
         control = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=2))
         yield Processes(chosen, place.rank, place.world_size, control)
@@ -118,7 +118,8 @@ class Flags:
     """
 
     def __init__(self, group: Processes, count: int):
-        self.group, self.count, self.pending = group, count, None
+        self.group, self.count = group, count
+        self.pending: tuple[torch.Tensor, dist.Work] | None = None
 
     def exchange(self, *wishes: bool) -> list[bool]:
         """Say this process's wishes; returns what any process wished at the call before, and with one process now."""

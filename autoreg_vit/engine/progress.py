@@ -3,7 +3,7 @@ a minute. All of it is for a reader who may have left: nothing here ends the wor
 
 import contextlib
 import sys
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -16,7 +16,7 @@ def progress_bar(items: Iterable | None = None, shown: bool = True, **options: A
     return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True, disable=not shown, **options)
 
 
-def with_progress(items: Sized, what: str, shown: bool = True, unit: str = 'batch') -> Iterable:
+def with_progress(items: Iterable, what: str, shown: bool = True, unit: str = 'batch') -> Iterable:
     """`items`, with a bar that appears once going through them takes long and is gone at their end: for work beside a
     run's steps, such as an evaluation.
 

@@ -58,7 +58,8 @@ class Run:
             steps: int | None = None,
     ):
         check_tracker(config.tracker)
-        self.group, self._lock, self._config, self._steps, self._ended = group, None, config, steps, False
+        self.group, self._config, self._steps, self._ended = group, config, steps, False
+        self._lock: FolderLock | None = None
         self.facts = {**(facts or {}), 'processes': group.world_size,
                       'threads': torch.get_num_threads() if group.device.type == 'cpu' else None}
         try:
@@ -111,7 +112,7 @@ class Run:
     def __enter__(self) -> 'Run':
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _open(self, config: Any, name: str) -> tuple[str, bool, bool]:

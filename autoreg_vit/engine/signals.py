@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from types import FrameType
+from typing import Any
 
 
 class Stopped(Exception):
@@ -24,9 +26,9 @@ class StopSignals:
     A context manager: the handlers that were there before return at its end.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
-        self._before = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> 'StopSignals':
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
@@ -37,11 +39,11 @@ class StopSignals:
             self._before = {n: signal.signal(n, self._handle) for n in numbers}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number

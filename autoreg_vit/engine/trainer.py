@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, cast
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from .checkpoints import load_into
 from .graph import GraphedStep, check_graph
 from .losses import Losses
 from .machine import autocast, keep_freed_memory, resolve_precision, to_device
-from .objective import Evaluation, Objective, Part
+from .objective import Evaluation, M, Objective, Part
 from .optimizers import create_optimizer, create_schedule, present_rate
 from .parallel import WholeModel, get_state, replicate, set_state, shard, synchronised
 from .processes import Flags, Processes
@@ -101,7 +101,7 @@ class State:
         self.losses.load(state['step'], state['losses'])
 
 
-class Trainer:
+class Trainer(Generic[M]):
     """Trains an objective: accumulation, autocast, clipping, processes and shards, compilation, CUDA graph, moving
     average; log, checkpoints, resume and clean stops.
 
@@ -119,7 +119,7 @@ class Trainer:
         ConfigError: for settings of the optimizer, of shards or of a graph that cannot work here.
     """
 
-    def __init__(self, config: Training, objective: Objective, batches: Supply, group: Processes):
+    def __init__(self, config: Training, objective: Objective[M], batches: Supply, group: Processes):
         self.config, self.objective, self.batches, self.group = config, objective, batches, group
         self._whole = WholeModel(objective.model, config.fsdp)
         if config.fsdp:
@@ -141,7 +141,9 @@ class Trainer:
 
     def begin(self) -> None:
         """Compile the network, spread it over the processes and take up the batches, before the first step."""
-        network = torch.compile(self.objective.network) if self.config.compile else self.objective.network
+        network = self.objective.network
+        if self.config.compile:
+            network = cast(nn.Module, torch.compile(network))
         self.network = network if self.config.fsdp else replicate(network, self.group)
         if self.network is not network:
             # DistributedDataParallel sums gradients in another order from its second pass on: the first step after a
@@ -161,8 +163,8 @@ class Trainer:
         if self.config.cuda_graph:
             loss = self._replay(next(self._supply))
         else:
-            loss = self._step([partial(self._loss, self._next_batch, Part(step, index, step * count + index))
-                               for index in range(count)])
+            loss = self._step([partial(self._loss, self._next_batch, Part(step, place, step * count + place))
+                               for place in range(count)])
         self.losses.add(loss)
         return loss
 
@@ -228,7 +230,7 @@ class Trainer:
             flags.settle()
         return self._evaluate(run, again=True)
 
-    def export(self, folder: Path) -> nn.Module:
+    def export(self, folder: Path) -> M:
         """Have the objective write its weights to a run's folder as others load them; called on every process.
 
         Returns:

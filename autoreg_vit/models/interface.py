@@ -16,16 +16,27 @@ class TimmModel(Protocol):
         pretrained_cfg: timm's configuration of its weights.
         num_classes: Of its classifier; 0 without one.
         num_features: Width of its features.
+        head_hidden_size: Width of what its classifier reads.
     """
     pretrained_cfg: dict[str, Any]
     num_classes: int
     num_features: int
+    head_hidden_size: int
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Features of images before they are pooled."""
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits from what `forward_features` gives, or pooled features."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass."""
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give it another classifier."""
+
+    def get_classifier(self) -> nn.Module:
+        """Its classifier."""
 
 
 def as_timm(model: nn.Module) -> TimmModel:

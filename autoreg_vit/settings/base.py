@@ -227,6 +227,6 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             value = float(value)  # YAML reads 1e-3 as text
     if type(value) is not kind:
         raise ConfigError(f'{name} must be of type {kind.__name__}, got {value!r} of type {type(value).__name__}.')
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f'{name} must be a finite number, got {value}.')
     return value

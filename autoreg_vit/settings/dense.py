@@ -42,7 +42,7 @@ class SegmentConfig(Dense, Compiled):
     stride: int | None = option(None, 'pixels from one evaluation window to the next; by default two thirds of a crop')
     short_side: int | None = option(
         None, 'shorter side that images are first resized to, the longer up to four times it; by default their own')
-    scale: tuple[float, ...] = option((0.5, 2.0), 'factors between which training images are enlarged')
+    scale: tuple[float, float] = option((0.5, 2.0), 'factors between which training images are enlarged')
     crop_share: float = option(0.75, 'largest part of a crop for one class, where ten tries find such a crop')
     photometric: bool = option(True, 'distort brightness, contrast, saturation and hue of training images')
     decoder_channels: int | None = option(
@@ -94,7 +94,7 @@ class DetectConfig(Dense, InputSize):
         None, 'JSON file of the training split; by default that of the layout', group='data')
     eval_annotations: str | None = option(
         None, 'JSON file of the split to report on; by default that of the layout', group='data')
-    jitter: tuple[float, ...] = option(
+    jitter: tuple[float, float] = option(
         (0.1, 2.0), 'least and greatest size of a training image, in canvases; 1 1 fits it in', group='data')
     attention: str = option('windowed', 'windowed, global in four blocks alone; or global in all')
     window: int = option(14, 'rows and columns of a window, in tokens')

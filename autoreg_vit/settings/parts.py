@@ -104,7 +104,7 @@ class NamedData(ImageData):
         None, 'column of the images (hfds, hfids), or ending (wds); by default the one there is')
     label_column: str | None = option(None, 'column of the labels (hfds); by default the one there is')
     download: bool = option(False, 'let torch/... data sets download themselves', free=True)
-    crop_scale: tuple[float, ...] | None = option(None, 'least and greatest area of random crops')
+    crop_scale: tuple[float, float] | None = option(None, 'least and greatest area of random crops')
 
     def check(self) -> None:
         super().check()
@@ -198,7 +198,7 @@ class Training(SeedAndFolder):
     # What the trainer can do where a part makes it a setting.
 
     @property
-    def betas(self) -> tuple[float, ...] | None:
+    def betas(self) -> tuple[float, float] | None:
         """Adam's betas; None for an optimizer that takes none."""
         return None
 
@@ -289,7 +289,7 @@ class InSteps(Training):
 @dataclass
 class Adam(Training):
     """An optimizer of Adam's kind."""
-    betas: tuple[float, ...] = option((0.9, 0.999), 'Adam\'s betas')
+    betas: tuple[float, float] = option((0.9, 0.999), 'Adam\'s betas')
 
     def check(self) -> None:
         super().check()
