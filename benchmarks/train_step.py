@@ -76,7 +76,7 @@ class DenseAttention:
 
 class Repeated:
     """Stands in for training batches: what `images` gives for the number of a batch, [B, C, H, W] on the device."""
-    per_epoch = 1000
+    per_epoch, on_device = 1000, True
 
     def __init__(self, images: Callable[[int], torch.Tensor]):
         self.images = images

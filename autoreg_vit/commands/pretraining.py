@@ -15,11 +15,12 @@ from ..artifacts import write_checksum, writing
 from ..data.batches import Batches
 from ..data.checks import check_images
 from ..data.labelled import Images, NoLabels, open_splits, say_untrained, some_of
-from ..data.on_device import DeviceBatches, DeviceImages
+from ..data.on_device import DeviceBatches, DeviceImages, suits_device
 from ..data.order import check_divisible
 from ..data.samples import Samples, some
 from ..data.sources import open_split
 from ..data.transforms import ImageSpec, evaluation_transform, training_transform
+from ..engine.choices import choices_of
 from ..engine.log import Log
 from ..engine.objective import Evaluation, Objective, Part
 from ..engine.processes import Processes, processes
@@ -131,6 +132,8 @@ class Pretraining(Objective[AutoregressiveViT]):
             'encoder_parameters': sum(p.numel() for p in model.encoder.parameters())})
         self.config, self.spec, self.labelled, self.group = config, spec, labelled, group
         self.share = group.share(config.batch_size)
+        # A product and a sum for each parameter and token, and twice as much backward.
+        self.flops_per_image = 6.0 * sum(p.numel() for p in model.parameters()) * model.encoder.patch_embed.num_patches
         self.generators = [torch.Generator(group.device)]
 
     def seed(self, step: int) -> None:
@@ -215,10 +218,14 @@ def training_batches(
         return some(dataset, some_of(np.arange(len(dataset)), config.train_images, config.seed).tolist())
 
     assert config.crop_scale is not None  # by here the method's own
-    if config.cache_on_device:
-        images = DeviceImages(load(lambda image: image), spec, group.device, config.max_corrupt)
-        return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
-                             config.hflip)
+    keeps = choices_of(config.output_dir).get('cache_on_device') if config.cache_on_device == 'auto' else (
+        config.cache_on_device)
+    if keeps or (keeps is None and group.device.type == 'cuda'):
+        pictures = load(lambda image: image)
+        if keeps or suits_device(pictures, spec, group.device):
+            images = DeviceImages(pictures, spec, group.device, config.max_corrupt)
+            return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
+                                 config.hflip)
     dataset = load(training_transform(spec, config.crop_scale, config.hflip))
     return Batches(dataset, config.batch_size, config.seed, group, config.loaders, config.accumulate,
                    config.max_corrupt)

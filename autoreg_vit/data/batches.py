@@ -130,6 +130,7 @@ class Batches:
         collate: Makes a batch of a list of samples; by default tensors are stacked.
 
     Attributes:
+        on_device: False, since files are read again in every epoch.
         per_epoch: Batches an epoch.
         sampler: The EpochSampler of a map-style data set, None for a stream.
 
@@ -137,6 +138,8 @@ class Batches:
         DataError: for fewer images than a batch, and while batches are taken for too many unreadable images.
         ConfigError: for a batch that processes cannot share out, or accumulation over more batches than an epoch has.
     """
+
+    on_device = False
 
     def __init__(
             self,

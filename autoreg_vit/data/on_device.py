@@ -102,6 +102,32 @@ class DeviceImages:
         return (small.round().clamp(0, 255) / 255 - self.mean) / self.std
 
 
+def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device) -> bool:
+    """Whether images are small and few enough to be kept on a GPU unasked: all of one size, of at most twice the
+    model's pixels, in a quarter of the free memory.
+
+    Args:
+        dataset: Of PIL images, opened without a transform; every image's size is looked at.
+        spec: What the model takes.
+        device: A GPU.
+    """
+    if isinstance(dataset, IterableDataset) or not len(dataset):
+        return False
+    most = 2 * math.prod(spec.size)
+    if len(dataset) * spec.channels > torch.cuda.mem_get_info(device)[0] / 4:  # of one pixel each
+        return False
+    size = None
+    for index in range(len(dataset)):
+        try:
+            found = dataset[index][0].size
+        except DAMAGE:
+            continue
+        if math.prod(found) > most or found != (size or found):
+            return False
+        size = found
+    return size is not None and len(dataset) * math.prod(size) * spec.channels <= torch.cuda.mem_get_info(device)[0] / 4
+
+
 class Crops(NamedTuple):
     """Random resized crops and flips.
 
@@ -197,6 +223,8 @@ class DeviceBatches:
         crop_scale: Least and greatest area of a crop.
         hflip: Probability of a flip.
     """
+
+    on_device = True
 
     def __init__(
             self,

@@ -6,21 +6,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import ConfigError
-from ..settings.parts import Training
 from .machine import to_device
-from .processes import Processes
-
-
-def check_graph(config: Training, group: Processes) -> None:
-    """Raise ConfigError for settings that a captured step cannot honour."""
-    if group.device.type != 'cuda':
-        raise ConfigError(f'cuda_graph needs a CUDA device, and this run is on {group.device.type}: leave --cuda-graph '
-                          'out.')
-    if group.world_size > 1 or config.accumulate > 1 or config.opt.lower() != 'adamw':
-        raise ConfigError('cuda_graph captures a step of one process, one forward pass (accumulate=1) and adamw: got '
-                          f'{group.world_size} processes, accumulate={config.accumulate}, opt={config.opt!r}. Leave '
-                          '--cuda-graph out.')
 
 
 class GraphedStep:
@@ -30,10 +16,11 @@ class GraphedStep:
     follow the seeds that `generators` have at each call.
 
     Args:
-        step: From a batch on the device, tensors of fixed shapes in any structure, to the loss: forward, backward and
-            optimizer step.
+        step: From the batches of a step on the device, tensors of fixed shapes in any structure, to the loss: forward,
+            backward and optimizer step.
         optimizer: Capturable; its learning rates are tensors on the device from here on, and `set_rates` fills them.
         generators: On the device, that the step draws from, besides the default one.
+        refused: Takes the error where the step cannot be captured; unless it raises, steps are taken without a graph.
     """
 
     warm_up = 3
@@ -43,9 +30,10 @@ class GraphedStep:
             step: Callable[[Any], torch.Tensor],
             optimizer: torch.optim.Optimizer,
             generators: Sequence[torch.Generator],
+            refused: Callable[[Exception], None],
     ):
-        self.step, self.optimizer, self.generators = step, optimizer, generators
-        self.calls, self.stream = 0, torch.cuda.Stream()
+        self.step, self.optimizer, self.generators, self.refused = step, optimizer, generators, refused
+        self.calls, self.stream, self.is_refused = 0, torch.cuda.Stream(), False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.device = optimizer.param_groups[0]['params'][0].device
         self.rates = [torch.tensor(float(group['lr']), device=self.device) for group in optimizer.param_groups]
@@ -58,7 +46,7 @@ class GraphedStep:
                 group['lr'] = rate
 
     def __call__(self, batch: Any) -> torch.Tensor:
-        """The loss of a step over `batch`, which is moved to the device."""
+        """The loss of a step over `batch`, its batches, which are moved to the device."""
         self.set_rates()
         batch = to_device(batch, self.device)
         self.calls += 1
@@ -68,15 +56,25 @@ class GraphedStep:
                 loss = self.step(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return loss
+        if self.graph is None and not self.is_refused:
+            try:
+                self.graph = self._captured(batch)
+            except Exception as error:  # by what cannot be captured: RuntimeError, AcceleratorError, of Inductor, ...
+                self.refused(error)
+                self.is_refused = True
         if self.graph is None:
-            self.batch = tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
-            self.graph = torch.cuda.CUDAGraph()
-            for generator in self.generators:
-                self.graph.register_generator_state(generator)
-            with torch.cuda.graph(self.graph):
-                self.loss = self.step(self.batch)
+            return self.step(batch)
         for kept, given in zip(tree_leaves(self.batch), tree_leaves(batch)):
             if torch.is_tensor(kept):
                 kept.copy_(given)
         self.graph.replay()
         return self.loss.clone()
+
+    def _captured(self, batch: Any) -> torch.cuda.CUDAGraph:
+        self.batch = tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            self.loss = self.step(self.batch)
+        return graph

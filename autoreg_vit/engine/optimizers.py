@@ -11,12 +11,18 @@ from ..errors import ConfigError, suggest
 from ..settings.parts import Training
 
 
-def create_optimizer(config: Training, model_or_groups: Any, **options: Any) -> torch.optim.Optimizer:
+def create_optimizer(
+        config: Training,
+        model_or_groups: Any,
+        capturable: bool = False,
+        **options: Any,
+) -> torch.optim.Optimizer:
     """timm's optimizer of that name at the scaled learning rate.
 
     Args:
         config: Settings of the run.
         model_or_groups: A module, or groups of parameters.
+        capturable: For steps that a CUDA graph replays.
         **options: Arguments of `create_optimizer_v2`, such as `layer_decay`.
 
     Raises:
@@ -29,7 +35,7 @@ def create_optimizer(config: Training, model_or_groups: Any, **options: Any) -> 
         options['betas'] = config.betas
         if config.opt.lower() == 'adamw':
             options['fused'] = True
-    if config.cuda_graph:
+    if capturable:
         options['capturable'] = True
     try:
         return create_optimizer_v2(

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..settings.base import free_settings, read_settings, save_config
 from ..version import __version__
 from .checkpoints import load_checkpoint, previous_of, save_checkpoint
+from .choices import chosen_before
 from .locks import FolderLock
 from .log import Log, _followers, check_tracker, read_log
 from .processes import Processes
@@ -131,7 +132,7 @@ class Run:
             raise ConfigError(f'{folder} already holds a run, but without {CHECKPOINT}, so it cannot be resumed: name '
                               'another --output-dir or remove it.')
         before = read_settings(folder / 'config.yaml')
-        differences = setting_differences(before, config)
+        differences = setting_differences(before, config, folder)
         if differences and not config.force_resume:
             # What 'auto' chose there and would choose otherwise here must be said to be kept.
             kept = ' '.join(f'--{name} {before[name]}' for name in ('device', 'precision')
@@ -185,14 +186,14 @@ class Run:
             raise
 
 
-def setting_differences(before: dict[str, Any], config: Any) -> list[str]:
-    """What differs between a run's saved settings and `config`, free settings aside."""
+def setting_differences(before: dict[str, Any], config: Any, folder: Path) -> list[str]:
+    """What differs between the saved settings of the run in a folder and `config`, free settings aside."""
     free = free_settings(type(config))
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     # A setting that a later version added has its default in an earlier run.
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     before = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **before}.items()}
-    return difference(before, now, [k for k in now if k not in free])
+    return difference(chosen_before(before, now, folder), now, [k for k in now if k not in free])
 
 
 def difference(before: dict[str, Any], now: dict[str, Any], keys: list[str] | None = None) -> list[str]:

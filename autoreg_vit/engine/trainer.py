@@ -15,9 +15,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
+from ..errors import ConfigError
 from ..settings.parts import Training
 from .checkpoints import load_into
-from .graph import GraphedStep, check_graph
+from .choices import NAMES, Choices, Work, cannot_capture, choose, reason_of
+from .graph import GraphedStep
 from .losses import Losses
 from .machine import autocast, keep_freed_memory, resolve_precision, to_device
 from .objective import Evaluation, M, Objective, Part
@@ -34,8 +36,10 @@ class Supply(Protocol):
 
     Attributes:
         per_epoch: Batches of an epoch, a multiple of those of a step.
+        on_device: Whether all images are kept on the device.
     """
     per_epoch: int
+    on_device: bool
 
     def start_at(self, batch: int) -> Iterator:
         """Batches of this process without end, from number `batch` of the whole run on."""
@@ -124,16 +128,19 @@ class Trainer(Generic[M]):
         self._whole = WholeModel(objective.model, config.fsdp)
         if config.fsdp:
             shard(objective.model, group)
-        if config.cuda_graph:
-            check_graph(config, group)
-        optimized, options = objective.optimized()
-        self.optimizer = create_optimizer(config, optimized, **options)
         self.steps_per_epoch = batches.per_epoch // config.accumulate
         self.steps, self.eval_every, self.epochs = config.length(self.steps_per_epoch)
+        work = Work(self.steps, self.steps * config.images_per_step * objective.flops_per_image)
+        self.choices = choose(config, group, work, say if group.is_main else lambda text: None)
+        if self.choices.cuda_graph and (reason := cannot_capture(config, group)):
+            raise ConfigError(f'{reason[0].upper()}{reason[1:]}: leave --cuda-graph out.')
+        optimized, options = objective.optimized()
+        self.optimizer = create_optimizer(config, optimized, self.choices.cuda_graph, **options)
         self.schedule = create_schedule(config, self.optimizer, self.steps_per_epoch)
         self.average = ModelEmaV3(objective.model, config.ema_decay) if config.ema_decay else None
         self.losses = Losses(group, self._explain)
         self.state = State(objective.model, self.optimizer, self.losses, self.average, config.fsdp)
+        self._replay: GraphedStep | None = None
         self._checkpoint: Path | None = None
         self._last_save = time.monotonic()
 
@@ -141,27 +148,45 @@ class Trainer(Generic[M]):
 
     def begin(self) -> None:
         """Compile the network, spread it over the processes and take up the batches, before the first step."""
-        network = self.objective.network
-        if self.config.compile:
-            network = cast(nn.Module, torch.compile(network))
-        self.network = network if self.config.fsdp else replicate(network, self.group)
-        if self.network is not network:
-            # DistributedDataParallel sums gradients in another order from its second pass on: the first step after a
-            # resume must round like every other.
-            self._step([partial(self.objective.settle, self.network)], update=False)
+        if self.choices.compile:
+            try:
+                self._spread(cast(nn.Module, torch.compile(self.objective.network)))
+            except Exception as error:  # by what is missing or not supported: a C compiler, an operation, memory, ...
+                self._give_up('compile', error)
+        if not self.choices.compile:
+            self._spread(self.objective.network)
         self.network.train()
         self._supply = self.batches.start_at(self.state.step * self.config.accumulate)
-        if self.config.cuda_graph:
-            self._replay = GraphedStep(lambda batch: self._step([partial(self._loss, lambda: batch, Part(0, 0, 0))]),
-                                       self.optimizer, self.objective.generators)
+        if self.choices.cuda_graph:
+            self._replay = GraphedStep(
+                lambda batches: self._step([partial(self._loss, partial(batches.__getitem__, place),
+                                                    Part(0, place, place)) for place in range(len(batches))]),
+                self.optimizer, self.objective.generators, partial(self._give_up, 'cuda_graph'))
+
+    def _spread(self, network: nn.Module) -> None:
+        """Take a network, as it is or compiled, over the processes of the run."""
+        self.network = network if self.config.fsdp else replicate(network, self.group)
+        if self.network is not self.objective.network:
+            # A pass for nothing. Compiling happens in it, and may fail; and DistributedDataParallel sums gradients in
+            # another order from its second pass on, and the first step after a resume must round like every other.
+            self._step([partial(self.objective.settle, self.network)], update=False)
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        """Go on without what was chosen and has failed; what was asked for is an error."""
+        flag = name.replace('_', '-')
+        if getattr(self.config, name) is True:
+            raise ConfigError(f'--{flag} failed ({reason_of(error)}): leave it out.') from error
+        self.choices = self.choices._replace(**{name: False})
+        if self.group.is_main:
+            say(f'Going on without --{flag}, which failed ({reason_of(error)}).')
 
     def take_step(self) -> torch.Tensor:
         """The next step: forward, backward and optimizer; its loss, a scalar on the device."""
         step, count = self.state.step, self.config.accumulate
         self.objective.seed(step)
         self.schedule.step_update(step)
-        if self.config.cuda_graph:
-            loss = self._replay(next(self._supply))
+        if self._replay is not None:
+            loss = self._replay([next(self._supply) for _ in range(count)])
         else:
             loss = self._step([partial(self._loss, self._next_batch, Part(step, place, step * count + place))
                                for place in range(count)])
@@ -210,7 +235,6 @@ class Trainer(Generic[M]):
             Stopped: when SIGTERM or SIGINT asked any process for it, after a checkpoint.
         """
         self._take_up(run)
-        self.begin()
         speed, flags, self._last_save = Speed(self.state.step), Flags(self.group, 2), time.monotonic()
         progress = progress_bar(shown=self.group.is_main, total=self.steps, initial=self.state.step, unit='step')
         with StopSignals() as signals, progress:
@@ -243,14 +267,24 @@ class Trainer(Generic[M]):
 
     def _take_up(self, run: Run) -> None:
         """Load the checkpoint that the run goes on from, and say where it begins."""
-        self._checkpoint, begun = run.folder / CHECKPOINT, run.state is not None
+        self._checkpoint, begun, before = run.folder / CHECKPOINT, run.state is not None, None
         if run.state:
             self.state.load_state_dict(run.state, str(self._checkpoint))
-        run.start(self.config.precision, **self.objective.about)
+            before = run.state.get('choices')
+        if self.choices.compile:
+            run.say('Compiling the network, which takes a minute or two.')
+        self.begin()
+        self.choices = self.choices._replace(cache_on_device=self.batches.on_device)
+        run.start(self.config.precision, choices=self.choices._asdict(), **self.objective.about)
         run.state = None  # as large as the model and its optimizer
         place = f'going on from step {self.state.step} of {self.steps} in' if begun else 'writing to'
         run.say(f'{self.objective.title}; {self.group.world_size} x {self.group.device}, {self.config.precision}; '
                 f'{place} {run.folder}')
+        if before is not None and before != self.choices._asdict():
+            run.say(f'Up to the checkpoint {Choices(**before).describe()}; from here on {self.choices.describe()}, so '
+                    'that steps round otherwise.')
+        elif any(getattr(self.config, name, None) == 'auto' for name in NAMES) and any(self.choices):
+            run.say(f'Chosen for this run: {self.choices.describe()}.')
 
     def _evaluation_is_due(self) -> bool:
         if self.state.step == 0:
@@ -291,7 +325,8 @@ class Trainer(Generic[M]):
             signals.received is not None, 0 < config.checkpoint_every_minutes <= minutes)
         on_step = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
         if stop or time_to_save or on_step or step == self.steps:
-            run.save(self.state.state_dict())  # which reads the losses: nothing that follows a bad one is saved
+            # Reads the losses: nothing that follows a bad one is saved.
+            run.save({**self.state.state_dict(), 'choices': self.choices._asdict()})
             if step < self.steps:
                 self.export(run.folder)
             self._last_save = time.monotonic()

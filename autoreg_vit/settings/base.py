@@ -20,6 +20,8 @@ from ..artifacts import write_synced
 from ..errors import ConfigError, suggest
 
 S = TypeVar('S', bound='Settings')
+#: A setting that is turned on, off, or left to the run: `auto` is chosen when it begins.
+Auto = typing.Union[bool, typing.Literal['auto']]  # noqa: UP007 (which `|` would not make of a Literal)
 #: The groups of --help, in its order; a command adds those of its own before the last.
 GROUPS = ('model', 'data', 'optimisation', 'machine', 'logging')
 
@@ -201,6 +203,8 @@ def _shown_default(item: dataclasses.Field) -> str:
 
 def _element(hint: Any) -> tuple[type, bool]:
     """Element type of a field and whether it holds several."""
+    if hint == Auto:
+        return bool, False
     if isinstance(hint, types.UnionType):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if typing.get_origin(hint) is tuple:
@@ -210,6 +214,10 @@ def _element(hint: Any) -> tuple[type, bool]:
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """A value in the type that its field declares, since YAML has no tuples and reads 1e-3 as text."""
+    if hint == Auto:
+        if value != 'auto' and not isinstance(value, bool):
+            raise ConfigError(f'{name} is true, false or auto, got {value!r}.')
+        return value
     kind, several = _element(hint)
     if value is None:
         if isinstance(hint, types.UnionType):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import ConfigError
-from .base import Settings, adapted, option, pair
+from .base import Auto, Settings, adapted, option, pair
 
 
 @dataclass
@@ -203,7 +203,7 @@ class Training(SeedAndFolder):
         return None
 
     @property
-    def compile(self) -> bool:
+    def compile(self) -> Auto:
         """Whether the network is compiled."""
         return False
 
@@ -213,7 +213,7 @@ class Training(SeedAndFolder):
         return False
 
     @property
-    def cuda_graph(self) -> bool:
+    def cuda_graph(self) -> Auto:
         """Whether each step is replayed as one CUDA graph."""
         return False
 
@@ -310,7 +310,7 @@ class EndToEnd(Adam):
 @dataclass
 class Compiled(Training):
     """A network that torch.compile can take."""
-    compile: bool = option(False, 'compile the network with torch.compile', group='machine')
+    compile: Auto = option(False, 'compile the network with torch.compile', group='machine')
 
 
 @dataclass

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ops import IMPLEMENTATIONS
-from .base import adapted, option
+from .base import Auto, adapted, option
 from .parts import Adam, Compiled, InEpochs, InputChannels, InputSize, NamedData, Sharded, TrainedEncoder
 
 
@@ -51,7 +51,8 @@ class Design(InputChannels, InputSize):
 
 
 @dataclass
-@adapted(max_corrupt=0.001, warmup_epochs=10, help={
+@adapted(max_corrupt=0.001, warmup_epochs=10, compile='auto', help={
+    'compile': 'compile the network with torch.compile; auto does it on a GPU, for a run of some minutes and more',
     'crop_scale': 'area of random crops; by default 0.2 1.0 (RandSAC 5) or 0.67 1.0 (SAIM)',
     'train_images': 'training images to use at most, drawn by the seed, all of them by default; of a stream, the '
                     'images of an epoch',
@@ -61,11 +62,11 @@ class PretrainConfig(TrainedEncoder, Design, NamedData, InEpochs, Adam, Compiled
     eval_images: int = option(
         10000, 'images used for accuracies at most, of either split', group='data', free=True)
     impl: str = option('auto', f'segment attention: auto, {", ".join(IMPLEMENTATIONS)}', group='machine')
-    cache_on_device: bool = option(
-        False, 'keep all images on the device as uint8, and crop and flip them there: for small images of one size',
-        group='machine')
-    cuda_graph: bool = option(
-        False, 'replay each step as one CUDA graph, for small models; one process, adamw, no accumulation',
+    cache_on_device: Auto = option(
+        'auto', 'keep all images on the device as uint8, and crop and flip them there; auto does it on a GPU, for '
+        'small images of one size', group='machine')
+    cuda_graph: Auto = option(
+        'auto', 'replay each step as one CUDA graph; auto does it on a GPU, with one process and adamw',
         group='machine')
 
     def check(self) -> None:

@@ -34,9 +34,12 @@ def trained(
         *,
         graphed: bool = False,
         capturable: bool = False,
+        compiled: bool = False,
+        accumulate: int = 1,
         **options: Any,
 ) -> list[torch.Tensor]:
-    """Losses [STEPS], then every weight after the steps."""
+    """Losses [STEPS], then every weight after the steps: captured, or with the optimizer of a captured step, or
+    compiled; each of `accumulate` batches."""
     torch.manual_seed(0)
     model = timm.create_model(model_name, **options).to(device)
 
@@ -47,7 +50,8 @@ def trained(
     # A graph that is never done with warming up is a plain step with its optimizer.
     warm_up = GraphedStep.warm_up if graphed else STEPS + 1
     with mock.patch.object(GraphedStep, 'warm_up', warm_up):
-        trainer = trainer_of(model, images, device, cuda_graph=graphed or capturable)
+        trainer = trainer_of(model, images, device, cuda_graph=graphed or capturable,
+                             compile=compiled, accumulate=accumulate)
         losses = [trainer.take_step() for _ in range(STEPS)]
     return [torch.stack(losses), *(p.detach() for p in model.parameters())]
 

@@ -16,7 +16,7 @@ pytest.importorskip('matplotlib')
 from safetensors.torch import load_file
 
 from autoreg_vit.engine import processes
-from benchmarks.gpu.equality import MODELS, compare
+from benchmarks.gpu.equality import MODELS, compare, trained
 from tests.support.launching import SETTINGS, Launch, free_port, launch_together, log_of, weights_of
 
 pytestmark = pytest.mark.gpu
@@ -75,6 +75,19 @@ def test_captured_steps_equal_plain_ones_to_the_bit(model_name: str):
     row = compare(model_name, 16, torch.device('cuda'), depth=2)
     assert row['last_loss'] < row['first_loss']
     assert not any(row['plain_again'].values()) and row['equal'] is True
+
+
+@pytest.mark.parametrize('model_name', MODELS)
+def test_compiled_and_captured_steps_equal_plain_ones_but_for_rounding(model_name: str):
+    plain, fast = (trained(model_name, 16, torch.device('cuda'), depth=2, **kind)
+                   for kind in ({}, {'graphed': True, 'compiled': True}))
+    torch.testing.assert_close(fast[0], plain[0], atol=2e-4, rtol=0)
+
+
+def test_a_captured_step_of_several_batches_equals_a_plain_one_to_the_bit():
+    captured, plain = (trained(MODELS[0], 16, torch.device('cuda'), depth=2, accumulate=3, **kind)
+                       for kind in ({'graphed': True}, {'capturable': True}))
+    assert all(map(torch.equal, captured, plain))
 
 
 def test_a_captured_run_that_was_stopped_ends_in_the_same_weights(tmp_path: Path):

@@ -1,0 +1,161 @@
+"""What a run does where its settings say auto: what pays on its device, what it began with, and what is left where it
+fails."""
+
+import contextlib
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip('sklearn')
+
+from autoreg_vit.commands import PretrainConfig, pretrain
+from autoreg_vit.data.on_device import suits_device
+from autoreg_vit.data.transforms import ImageSpec
+from autoreg_vit.engine import trainer
+from autoreg_vit.engine.choices import Choices, Work, choices_of, choose
+from autoreg_vit.engine.graph import GraphedStep
+from autoreg_vit.engine.processes import Processes
+from autoreg_vit.engine.run import setting_differences
+from autoreg_vit.errors import ConfigError
+from autoreg_vit.settings.base import save_config
+from tests.data.test_device_data import Pictures
+from tests.support.launching import SETTINGS, log_of, weights_of
+
+CPU, CUDA = torch.device('cpu'), torch.device('cuda')
+LONG, SHORT = Work(100_000, 1e18), Work(50, 1e12)
+NOTHING, BOTH = Choices(), Choices(compile=True, cuda_graph=True)
+
+
+@pytest.fixture
+def card(monkeypatch) -> Processes:
+    """One process on a GPU that is not there, an H100 as far as anybody asks."""
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (80 << 30, 80 << 30))
+    return Processes(CUDA)
+
+
+def chosen(group: Processes, work: Work = LONG, **settings) -> Choices:
+    return choose(PretrainConfig(**settings), group, work, lambda text: None)
+
+
+class TestWhatPays:
+    def test_on_a_gpu_by_the_length_of_the_run(self, card: Processes):
+        assert chosen(card) == BOTH
+        assert chosen(card, SHORT) == NOTHING
+        assert chosen(card, Work(5000, 1e14)) == Choices(cuda_graph=True)
+
+    def test_what_a_graph_cannot_hold(self, card: Processes):
+        for group, settings in ((card, {'opt': 'lamb'}), (card, {'fsdp': True}), (Processes(CUDA, 0, 2), {})):
+            assert chosen(group, **settings) == Choices(compile=True)
+        assert chosen(card, accumulate=4) == BOTH
+
+    def test_old_gpus_and_cpus(self, card: Processes, monkeypatch):
+        assert chosen(Processes(CPU)) == NOTHING
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (6, 1))
+        assert chosen(card) == Choices(cuda_graph=True)
+
+    def test_what_is_asked_for_is_done(self, card: Processes):
+        assert chosen(card, SHORT, compile=True, cuda_graph=True) == BOTH
+        assert chosen(card, compile=False, cuda_graph=False) == NOTHING
+
+    @pytest.mark.parametrize('size, count, suits', [((16, 12), 8, True), ((40, 40), 8, False), ((16, 12), 0, False)])
+    def test_images_on_the_device(self, size, count, suits, card: Processes, monkeypatch):
+        spec = ImageSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3)
+        assert suits_device(Pictures(count, size), spec, CUDA) is suits
+        mixed = Pictures(3)
+        mixed.pixels = [mixed.pixels[0], mixed.pixels[1], mixed.pixels[2][:8]]
+        assert not suits_device(mixed, spec, CUDA)
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (4 * 8 * 16 * 12 * 3 - 1, 80 << 30))
+        assert not suits_device(Pictures(8), spec, CUDA)
+
+    def test_a_value_that_is_none_of_the_three(self):
+        with pytest.raises(ConfigError, match="compile is true, false or auto, got 'yes'"):
+            PretrainConfig(compile='yes')
+
+
+class TestWhatItBeganWith:
+    def write(self, folder: Path, choices: dict[str, bool] | None = None, **settings) -> str:
+        folder.mkdir()
+        save_config(PretrainConfig(**settings), folder / 'config.yaml')
+        lines = [{'event': 'start', **({'choices': choices} if choices else {})}, {'event': 'step'}]
+        (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        return str(folder)
+
+    def test_wins(self, card: Processes, tmp_path: Path):
+        folder = self.write(tmp_path / 'run', NOTHING._asdict())
+        assert choices_of(folder) == NOTHING._asdict() and choices_of(None) == choices_of(str(tmp_path)) == {}
+        assert chosen(card, output_dir=folder) == NOTHING
+        folder = self.write(tmp_path / 'other', BOTH._asdict())
+        assert chosen(card, SHORT, output_dir=folder) == BOTH
+
+    def test_before_there_was_a_choice(self, card: Processes, tmp_path: Path):
+        """config.yaml of such a run says false."""
+        folder = self.write(tmp_path / 'run', compile=False, cuda_graph=False, cache_on_device=False)
+        assert chosen(card, output_dir=folder) == NOTHING
+
+    def test_where_it_is_not_possible(self, tmp_path: Path):
+        folder, said = self.write(tmp_path / 'run', BOTH._asdict()), []
+        assert choose(PretrainConfig(output_dir=folder), Processes(CPU), LONG, said.append) == NOTHING
+        assert len(said) == 2 and 'began with cuda_graph, and goes on without it: a CUDA graph needs a' in said[1]
+
+    def test_is_no_difference_of_settings(self, tmp_path: Path):
+        folder = Path(self.write(tmp_path / 'run', NOTHING._asdict()))
+        before = {'compile': 'auto', 'cuda_graph': 'auto', 'cache_on_device': 'auto'}
+        assert not setting_differences(before, PretrainConfig(), folder)
+        assert not setting_differences({**before, 'compile': False}, PretrainConfig(), folder)
+        assert not setting_differences(before, PretrainConfig(compile=False), folder)
+        assert setting_differences(before, PretrainConfig(compile=True), folder) == ['compile: was False, is True']
+
+
+class TestWhatFails:
+    """Is left, with a warning that names the cause, where it was chosen, and is an error where it was asked for."""
+
+    @pytest.fixture
+    def plain(self, tmp_path: Path) -> Path:
+        return self.run(tmp_path / 'plain')
+
+    def run(self, folder: Path, **settings) -> Path:
+        return pretrain(PretrainConfig(**{**SETTINGS, 'epochs': 1, 'eval_every': 0, 'accumulate': 2, 'batch_size': 32,
+                                          'checkpoint_every_steps': 0, **settings, 'output_dir': str(folder)}))
+
+    def choosing(self, choices: Choices, monkeypatch) -> None:
+        monkeypatch.setattr(trainer, 'choose', lambda *arguments: choices)
+        monkeypatch.setattr(trainer, 'cannot_capture', lambda *arguments: '')
+
+    @pytest.mark.parametrize('late', [False, True])
+    def test_compiling(self, late: bool, plain: Path, tmp_path: Path, monkeypatch, capsys):
+        def compile(network):
+            if not late:
+                raise RuntimeError('no\ncompiler')
+            broken = mock.Mock(spec=network, side_effect=RuntimeError('no\ncompiler'))
+            return broken
+
+        monkeypatch.setattr(torch, 'compile', compile)
+        with pytest.raises(ConfigError, match=r'--compile failed \(RuntimeError: no compiler\): leave it out'):
+            self.run(tmp_path / 'asked', compile=True)
+        self.choosing(Choices(compile=True), monkeypatch)
+        folder = self.run(tmp_path / 'chosen')
+        assert 'Going on without --compile, which failed (RuntimeError: no compiler).' in capsys.readouterr().out
+        assert log_of(folder)[0]['choices'] == NOTHING._asdict() and weights_of(folder) == weights_of(plain)
+
+    def test_capturing(self, tmp_path: Path, monkeypatch, capsys):
+        """On a CPU, with CUDA's streams stood in for: the steps around the capture are the real ones, of two forward
+        passes each, with AdamW as a graph wants it."""
+        for name in ('Stream', 'current_stream'):
+            monkeypatch.setattr(torch.cuda, name, mock.Mock())
+        monkeypatch.setattr(torch.cuda, 'stream', lambda stream: contextlib.nullcontext())
+        self.choosing(Choices(cuda_graph=True), monkeypatch)
+        with monkeypatch.context() as never:
+            never.setattr(GraphedStep, 'warm_up', 10 ** 9)
+            warm = self.run(tmp_path / 'warm')
+        monkeypatch.setattr(GraphedStep, '_captured', mock.Mock(side_effect=RuntimeError('not permitted')))
+        folder = self.run(tmp_path / 'chosen')
+        assert 'Going on without --cuda-graph, which failed (RuntimeError: not permitted).' in capsys.readouterr().out
+        assert weights_of(folder) == weights_of(warm)
+        losses = [[line['loss'] for line in log_of(run) if line['event'] == 'step'] for run in (warm, folder)]
+        assert losses[0] == losses[1] and len(losses[0]) > 3
+        with pytest.raises(ConfigError, match=r'--cuda-graph failed \(RuntimeError: not permitted\): leave it out'):
+            self.run(tmp_path / 'asked', cuda_graph=True)
