@@ -196,7 +196,7 @@ class Batches:
     def describe(self, batch: int, count: int) -> str:
         """What a person can find `count` batches by, from number `batch` of the whole run on."""
         if self.sampler is None:
-            return f'batch {batch % self.per_epoch} of the stream'
+            return f'streamed batch {batch % self.per_epoch}'
         return self.sampler.describe(batch, count)
 
     def _loader_of(self, samples: SeededSamples, workers: int) -> DataLoader:

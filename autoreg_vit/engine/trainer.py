@@ -338,8 +338,9 @@ class Trainer(Generic[M]):
         kept = 'No checkpoint was written yet.'
         if self._checkpoint is not None and self._checkpoint.exists():
             kept = f'The last checkpoint before it is {self._checkpoint}, and what lies beside it is from then.'
-        return (f'(epoch {step // self.steps_per_epoch}, {images}): lower --lr ({self.config.lr:g}) or lengthen '
-                f'--{self.config.warmup_setting.replace("_", "-")} in a new run. {kept}')
+        warmup = self.config.warmup_setting.replace('_', '-')
+        return (f'(epoch {step // self.steps_per_epoch}, {images} of {self.config.data_name}): lower --lr '
+                f'({self.config.lr:g}) or lengthen --{warmup} in a new run. {kept}')
 
 
 class Speed:

@@ -195,7 +195,12 @@ class Training(SeedAndFolder):
         """Arguments of timm's `create_scheduler_v2` that say how the rate rises and falls."""
         raise NotImplementedError
 
-    # What the trainer can do where a part makes it a setting.
+    # What the trainer says or can do where a part makes it a setting.
+
+    @property
+    def data_name(self) -> str:
+        """What errors call the data."""
+        return 'the data'
 
     @property
     def betas(self) -> tuple[float, float] | None:

@@ -123,10 +123,15 @@ def test_killed_in_a_bad_moment(sabotage, reference: tuple[Path, float], tmp_pat
     finish_and_compare(settings, reference[0])
 
 
+def hear_hangups() -> None:
+    """As in a terminal, also where the tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_stops(number: int, reference: tuple[Path, float], tmp_path: Path):
     settings = {**SETTINGS, 'checkpoint_every_steps': 0, 'output_dir': str(tmp_path / 'run')}
-    launch = Launch(settings)
+    launch = Launch(settings, hear_hangups)
     while not any(line['event'] == 'step' for line in run.read_log(tmp_path / 'run' / 'log.jsonl')):
         time.sleep(0.02)
         assert launch.process.exitcode is None, launch.text()
