@@ -29,6 +29,7 @@ from .processes import Flags, Processes
 from .progress import progress_bar, say
 from .run import CHECKPOINT, Run
 from .signals import Stopped, StopSignals
+from .threads import settle_threads
 
 
 class Supply(Protocol):
@@ -56,6 +57,8 @@ def prepare(config: Training, group: Processes) -> None:
         config.workers = 0 if group.device.type == 'cpu' else min(share, 8)
     if group.device.type == 'cpu':
         keep_freed_memory()
+        if group.world_size == 1:
+            settle_threads(config.output_dir, say)
     torch.backends.cudnn.deterministic = True
     timm.utils.random_seed(config.seed)
     if (shortened := config.shorten_warmup()) and group.is_main:

@@ -219,8 +219,9 @@ class TestResumedRuns:
         lines = run.read_log(log)
         assert [line['event'] for line in lines].count('resume') == 1 and lines[-1]['event'] == 'finish'
 
-    def test_other_threads_or_processes(self, stopped: dict):
+    def test_other_threads_or_processes(self, stopped: dict, monkeypatch):
         torch.set_num_threads(2)
+        monkeypatch.setenv('OMP_NUM_THREADS', '2')  # else it would go on with one
         try:
             with pytest.raises(ConfigError, match=r'threads: was 1, is 2.*OMP_NUM_THREADS'):
                 pretrain(PretrainConfig(**stopped))
