@@ -1,6 +1,5 @@
 """The model card of exported weights: where they come from, what they are worth, and what they are not for."""
 
-import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..engine.log import logged
 from ..errors import ConfigError
 from ..evaluation.metrics import METRICS
 from ..models.pretrained import ROOTS
+from ..settings.base import in_order
 from ..settings.pretraining import PretrainConfig
 
 PAPERS = {
@@ -129,7 +129,7 @@ def command(config: PretrainConfig, processes: int) -> str:
     """The command of a run, every setting that is not a default on it; folders are left to the reader."""
     words = ['autoreg-vit'] if processes == 1 else f'torchrun --nproc-per-node {processes} -m autoreg_vit'.split()
     words.append('pretrain')
-    for item in dataclasses.fields(config):
+    for _, item in in_order(type(config)):
         value, flag = getattr(config, item.name), '--' + item.name.replace('_', '-')
         if item.name == 'output_dir' or value == item.default:
             continue

@@ -112,8 +112,9 @@ def pair(values: tuple) -> tuple:
 
 
 def plain(config: Settings) -> dict[str, Any]:
-    """Settings as YAML holds them: tuples as lists."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    """Settings as YAML holds them: tuples as lists, in the order of --help."""
+    values = {item.name: getattr(config, item.name) for _, item in in_order(type(config))}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -161,14 +162,19 @@ def group_of(config_class: type[Settings], name: str) -> str:
     return owner.help_group
 
 
+def in_order(config_class: type[Settings]) -> list[tuple[str, dataclasses.Field]]:
+    """Settings in the order of --help, each with its group. The order of the fields is that of the parts."""
+    named = [(f.metadata.get('group') or group_of(config_class, f.name), f) for f in fields(config_class)]
+    return sorted(named, key=lambda pair: GROUPS.index(pair[0]) if pair[0] in GROUPS else len(GROUPS) - 1.5)
+
+
 def add_flags(parser: argparse.ArgumentParser, config_class: type[Settings]) -> None:
     """One flag a setting, spelt as its recipe key, or a place of its own for an `argument`; what is not given stays out
     of the namespace."""
     hints = typing.get_type_hints(config_class)
-    named = {f.name: f.metadata.get('group') or group_of(config_class, f.name) for f in fields(config_class)}
-    ordered = sorted(set(named.values()), key=lambda g: GROUPS.index(g) if g in GROUPS else len(GROUPS) - 1.5)
-    groups = {name: parser.add_argument_group(name) for name in ordered}
-    for item in fields(config_class):
+    ordered = in_order(config_class)
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(name for name, _ in ordered)}
+    for name, item in ordered:
         kind, several = _element(hints[item.name])
         text = item.metadata['help'].replace('%', '%%')
         if item.metadata.get('positional'):
@@ -184,7 +190,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Settings]) -> 
             options.update(type=kind, metavar=item.name.split('_')[-1].upper())
             if several:
                 options['nargs'] = '+'
-        groups[named[item.name]].add_argument('--' + item.name.replace('_', '-'), **options)
+        groups[name].add_argument('--' + item.name.replace('_', '-'), **options)
 
 
 def _shown_default(item: dataclasses.Field) -> str:
