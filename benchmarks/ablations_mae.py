@@ -12,7 +12,7 @@ from torch import nn
 from autoreg_vit.commands.pretraining import training_batches
 from autoreg_vit.data.order import check_divisible
 from autoreg_vit.data.transforms import ImageSpec
-from autoreg_vit.engine.objective import Objective, Part
+from autoreg_vit.engine.objective import Evaluation, Objective, Part
 from autoreg_vit.engine.processes import Processes, processes
 from autoreg_vit.engine.run import Run
 from autoreg_vit.engine.seeding import mix_seed
@@ -149,8 +149,9 @@ class MaskedAutoencoding(Objective):
     def settle(self, network: nn.Module) -> torch.Tensor:
         return network(self.spec.nothing(self.share.stop - self.share.start, self.group.device)).loss
 
-    def evaluate(self, model: nn.Module) -> None:
-        """Its encoder is probed when it is trained."""
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """None: its encoder is probed when it is trained."""
+        return Evaluation({})
 
     def export(self, model: nn.Module, folder: Path) -> None:
         export_encoder(to_timm(model, self.sizes), folder / 'encoder', mean=self.spec.mean, std=self.spec.std)

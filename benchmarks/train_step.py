@@ -86,7 +86,7 @@ class Repeated:
             yield (self.images(number),)
 
     def describe(self, batch: int, count: int) -> str:
-        return 'synthetic images'
+        return f'batch {batch}'
 
 
 def trainer_of(
@@ -105,7 +105,7 @@ def trainer_of(
     """
     batch_size = len(images(0))
     config = PretrainConfig(
-        batch_size=batch_size, lr=1e-3 * 256 / batch_size, device=device.type, workers=0,
+        dataset='synthetic images', batch_size=batch_size, lr=1e-3 * 256 / batch_size, device=device.type, workers=0,
         precision=resolve_precision('auto', device), **settings)
     group = Processes(device)
     trainer = Trainer(config, Pretraining(config, model, ImageSpec.of(model), None, group), Repeated(images), group)
