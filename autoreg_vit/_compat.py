@@ -65,3 +65,16 @@ def posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
+
+
+def decode_jpeg(file: torch.Tensor, grey: bool) -> torch.Tensor:
+    """The picture of a JPEG file's bytes, uint8 [1 or 3, height, width], by the operator that torchvision registers
+    where it is built with one. From 0.29 on torchvision's function around it warns at each image that it is deprecated,
+    for torchcodec; with torchvision's decoders this goes too.
+
+    Raises:
+        RuntimeError: for what it does not decode, and where there is no such operator.
+    """
+    if not hasattr(torch.ops.image, 'decode_jpeg'):
+        raise RuntimeError('torchvision decodes no JPEG')
+    return torch.ops.image.decode_jpeg(file, 1 if grey else 3)  # torchvision's numbers of grey and RGB

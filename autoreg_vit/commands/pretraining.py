@@ -17,6 +17,7 @@ from ..data.checks import check_images
 from ..data.labelled import Images, NoLabels, open_splits, say_untrained, some_of
 from ..data.on_device import DeviceBatches, DeviceImages, suits_device
 from ..data.order import check_divisible
+from ..data.reading import NormalisedBatches, choose_reader, read_by_torchvision
 from ..data.samples import Samples, some
 from ..data.sources import open_split
 from ..data.transforms import ImageSpec, evaluation_transform, training_transform
@@ -25,7 +26,7 @@ from ..engine.log import Log
 from ..engine.objective import Evaluation, Objective, Part
 from ..engine.processes import Processes, processes
 from ..engine.progress import say
-from ..engine.run import Run
+from ..engine.run import Run, begun_with
 from ..engine.seeding import mix_seed
 from ..engine.trainer import Trainer, prepare
 from ..errors import ConfigError, ModelError
@@ -73,6 +74,8 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     # The data.
     config.dataset = config.dataset or ('digits' if config.data_dir is None else 'folder')
     config.crop_scale = config.crop_scale or ((0.67, 1.0) if config.is_saim else (0.2, 1.0))
+    if config.reader == 'auto':  # a resumed run goes on as it began
+        config.reader = begun_with(config, 'reader', group) or 'auto'
     check_divisible(config.batch_size, group)
     batches = training_batches(config, spec, group)
     labelled = labelled_sets(config, spec, group)
@@ -206,13 +209,16 @@ def training_batches(
         config: PretrainConfig,
         spec: ImageSpec,
         group: Processes,
-) -> Batches | DeviceBatches:
-    """Batches of the training split, from its files or from images kept on the device."""
-    def load(transform: Callable) -> Samples | IterableDataset:
+) -> Batches | NormalisedBatches | DeviceBatches:
+    """Batches of the training split, from its files or from images kept on the device; resolves `reader` in place."""
+    def opened(transform: Callable) -> Samples | IterableDataset:
         dataset = open_split(
             config, config.train_split, transform, training=True, batch_size=config.batch_size // group.world_size,
             seed=config.seed, images=config.train_images)
         group.on_main(lambda: check_images(dataset, config.check_images, config.max_corrupt))
+        return dataset
+
+    def used(dataset: Samples | IterableDataset) -> Samples | IterableDataset:
         if config.train_images is None or isinstance(dataset, IterableDataset):
             return dataset
         return some(dataset, some_of(np.arange(len(dataset)), config.train_images, config.seed).tolist())
@@ -220,15 +226,21 @@ def training_batches(
     assert config.crop_scale is not None  # by here the method's own
     keeps = choices_of(config.output_dir).get('cache_on_device') if config.cache_on_device == 'auto' else (
         config.cache_on_device)
-    if keeps or (keeps is None and group.device.type == 'cuda'):
-        pictures = load(lambda image: image)
+    by_file = config.reader == 'torchvision' and config.cache_on_device == 'auto'
+    if not by_file and (keeps or (keeps is None and group.device.type == 'cuda')):
+        pictures = used(opened(lambda image: image))
         if keeps or suits_device(pictures, spec, group.device):
+            config.reader = 'pil'
             images = DeviceImages(pictures, spec, group.device, config.max_corrupt)
             return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
                                  config.hflip)
-    dataset = load(training_transform(spec, config.crop_scale, config.hflip))
-    return Batches(dataset, config.batch_size, config.seed, group, config.loaders, config.accumulate,
-                   config.max_corrupt)
+    dataset = opened(training_transform(spec, config.crop_scale, config.hflip))
+    config.reader = choose_reader(config.reader, dataset)
+    if config.reader == 'torchvision':
+        read_by_torchvision(dataset, spec, config.crop_scale, config.hflip)
+    batches = Batches(used(dataset), config.batch_size, config.seed, group, config.loaders, config.accumulate,
+                      config.max_corrupt)
+    return NormalisedBatches(batches, spec, group.device) if config.reader == 'torchvision' else batches
 
 
 def labelled_sets(

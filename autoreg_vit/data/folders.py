@@ -53,12 +53,13 @@ class FlatFolder(VisionDataset):
 
     Attributes:
         samples: Their files.
+        loader: From a file to its picture.
         left_out: What of the folder is not taken.
     """
 
     def __init__(self, root: Path, transform: Callable, left_out: LeftOut | None = None):
         super().__init__(root, transform=transform)
-        self.left_out = left_out or LeftOut()
+        self.loader, self.left_out = open_image, left_out or LeftOut()
         self.samples = sorted(map(Path, walk(root, left_out=self.left_out)))
         if not self.samples:
             raise no_files('images', root, '.jpg, .png, .webp, .tif or what else Pillow reads', self.left_out)
@@ -67,7 +68,7 @@ class FlatFolder(VisionDataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(open_image(self.samples[index])), -1
+        return self.transform(self.loader(self.samples[index])), -1
 
 
 class ClassFolders(VisionDataset):
@@ -77,6 +78,7 @@ class ClassFolders(VisionDataset):
         classes: Names of the folders, sorted; their number is the label.
         samples: Files and their labels.
         targets: The labels.
+        loader: From a file to its picture.
         left_out: What of the folder is not taken.
 
     Raises:
@@ -85,7 +87,7 @@ class ClassFolders(VisionDataset):
 
     def __init__(self, root: Path, classes: list[str], transform: Callable, left_out: LeftOut | None = None):
         super().__init__(root, transform=transform)
-        self.classes, self.left_out = sorted(classes), left_out or LeftOut()
+        self.loader, self.classes, self.left_out = open_image, sorted(classes), left_out or LeftOut()
         files = [sorted(walk(root / name, left_out=self.left_out, chain=(os.path.realpath(root),)), key=os.path.split)
                  for name in self.classes]
         empty = [name for name, found in zip(self.classes, files) if not found]
@@ -101,7 +103,7 @@ class ClassFolders(VisionDataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(open_image(path)), label
+        return self.transform(self.loader(path)), label
 
 
 def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFolder | ClassFolders:

@@ -20,7 +20,7 @@ from .checks import check_images, image_name, some_names
 from .images import DAMAGE, ToMode, prepared
 from .samples import Samples
 from .sources import check_labels, labels_of, open_split
-from .transforms import NO_JITTER, ImageSpec, evaluation_transform, training_transform
+from .transforms import CROP_RATIO, NO_JITTER, ImageSpec, evaluation_transform, training_transform
 
 
 class Images(Dataset):
@@ -238,7 +238,7 @@ def augmenting_transform(
     def parts(channels: int) -> tuple[Callable, Any, Callable]:
         mean, std = (v if len(v) == channels else v * channels for v in (spec.mean, spec.std))
         return create_transform(
-            (channels, *spec.size), is_training=True, scale=crop_scale, ratio=(3 / 4, 4 / 3), hflip=hflip,
+            (channels, *spec.size), is_training=True, scale=crop_scale, ratio=CROP_RATIO, hflip=hflip,
             color_jitter=NO_JITTER, auto_augment=auto_augment, interpolation='bicubic', re_prob=erase, re_mode='pixel',
             mean=mean, std=std, separate=True)
 

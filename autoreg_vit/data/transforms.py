@@ -15,6 +15,9 @@ from .images import ToMode
 #: timm takes None for no change of colours, which its types do not say.
 NO_JITTER: Any = None
 
+#: Least and greatest width over height of random crops.
+CROP_RATIO = (3 / 4, 4 / 3)
+
 
 @dataclass(frozen=True)
 class ImageSpec:
@@ -53,7 +56,7 @@ def training_transform(spec: ImageSpec, crop_scale: tuple[float, float], hflip: 
     """Random resized crop and horizontal flip, the whole augmentation of both papers (RandSAC 5, SAIM "Training
     configurations")."""
     return Compose([ToMode(spec.channels), create_transform(
-        (spec.channels, *spec.size), is_training=True, scale=crop_scale, ratio=(3 / 4, 4 / 3), hflip=hflip,
+        (spec.channels, *spec.size), is_training=True, scale=crop_scale, ratio=CROP_RATIO, hflip=hflip,
         color_jitter=NO_JITTER, interpolation='bicubic', mean=spec.mean, std=spec.std)])
 
 

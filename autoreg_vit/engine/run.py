@@ -11,7 +11,7 @@ import torch
 
 from ..artifacts import writing
 from ..errors import ConfigError
-from ..settings.base import free_settings, read_settings, save_config
+from ..settings.base import free_settings, read_settings, save_config, with_added
 from ..version import __version__
 from .checkpoints import load_checkpoint, previous_of, save_checkpoint
 from .choices import chosen_before
@@ -186,13 +186,22 @@ class Run:
             raise
 
 
+def begun_with(config: Any, name: str, group: Processes) -> Any:
+    """A setting of the run that the output folder holds, for what 'auto' chose there to be kept; None without one."""
+    def read() -> Any:
+        path = Path(config.output_dir or '', 'config.yaml')
+        if not (config.output_dir and path.exists()):
+            return None
+        return with_added(read_settings(path), type(config))[name]
+
+    return group.on_main(read)
+
+
 def setting_differences(before: dict[str, Any], config: Any, folder: Path) -> list[str]:
     """What differs between the saved settings of the run in a folder and `config`, free settings aside."""
     free = free_settings(type(config))
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    # A setting that a later version added has its default in an earlier run.
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    before = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **before}.items()}
+    before = {k: list(v) if isinstance(v, tuple) else v for k, v in with_added(before, type(config)).items()}
     return difference(chosen_before(before, now, folder), now, [k for k in now if k not in free])
 
 

@@ -20,7 +20,7 @@ from ..engine.run import CHECKPOINT
 from ..errors import CheckpointError, ConfigError, UsageError
 from ..models.pretrained import DEFAULT, check_files, load_folder
 from ..models.pretraining import AutoregressiveViT
-from ..settings.base import make_config, read_settings, save_config
+from ..settings.base import make_config, read_settings, save_config, with_added
 from ..settings.pretraining import PretrainConfig
 from ..settings.weights import ExportConfig
 from .card import Source, Weights, card, default_data, read_results
@@ -79,7 +79,7 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
     if not (run / 'config.yaml').is_file() or not (run / 'pretrain' / CONFIG).is_file():
         raise ConfigError(f'{run} holds no pretraining run with weights: expected config.yaml and pretrain/, as '
                           'autoreg-vit pretrain writes them at its first checkpoint.')
-    settings = make_config(PretrainConfig, read_settings(run / 'config.yaml'), {})
+    settings = make_config(PretrainConfig, with_added(read_settings(run / 'config.yaml'), PretrainConfig), {})
     # Runs of before a tag was refused: they too began from random weights.
     settings.model = settings.model.partition('.')[0]
     lines = read_log(run / 'log.jsonl')

@@ -26,7 +26,14 @@ Auto = typing.Union[bool, typing.Literal['auto']]  # noqa: UP007 (which `|` woul
 GROUPS = ('model', 'data', 'optimisation', 'machine', 'logging')
 
 
-def option(default: Any, help: str, group: str = '', free: bool = False, model: bool = False) -> Any:
+def option(
+        default: Any,
+        help: str,
+        group: str = '',
+        free: bool = False,
+        model: bool = False,
+        before: Any = MISSING,
+) -> Any:
     """A setting with a default, spelt --name on the command line.
 
     Args:
@@ -35,8 +42,10 @@ def option(default: Any, help: str, group: str = '', free: bool = False, model: 
         group: Of --help; by default that of the class it stands in.
         free: Whether it may change when a run is resumed, since the weights do not depend on it.
         model: Whether `timm.create_model` takes it.
+        before: What runs had that began before there was the setting; by default its default.
     """
-    return field(default=default, metadata={'help': help, 'group': group, 'free': free, 'model': model})
+    added = {} if before is MISSING else {'before': before}
+    return field(default=default, metadata={'help': help, 'group': group, 'free': free, 'model': model, **added})
 
 
 def argument(help: str, default: Any = MISSING) -> Any:
@@ -104,6 +113,11 @@ class Settings:
 def free_settings(config_class: type) -> set[str]:
     """Names of the settings that may change when a run is resumed."""
     return {f.name for f in fields(config_class) if f.metadata.get('free')}
+
+
+def with_added(settings: dict[str, Any], config_class: type) -> dict[str, Any]:
+    """Settings of a run's config.yaml, and what the run had of those that a later version added."""
+    return {**{f.name: f.metadata.get('before', f.default) for f in fields(config_class)}, **settings}
 
 
 def pair(values: tuple) -> tuple:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ConfigError, suggest
 from ..ops import IMPLEMENTATIONS
 from .base import Auto, adapted, option
 from .parts import Adam, Compiled, InEpochs, InputChannels, InputSize, NamedData, Sharded, TrainedEncoder
@@ -62,6 +63,9 @@ class PretrainConfig(TrainedEncoder, Design, NamedData, InEpochs, Adam, Compiled
     eval_images: int = option(
         10000, 'images used for accuracies at most, of either split', group='data', free=True)
     impl: str = option('auto', f'segment attention: auto, {", ".join(IMPLEMENTATIONS)}', group='machine')
+    reader: str = option(
+        'auto', 'what decodes and crops images: torchvision (JPEG files; others as pil), pil, or auto', group='data',
+        before='pil')
     cache_on_device: Auto = option(
         'auto', 'keep all images on the device as uint8, and crop and flip them there; auto does it on a GPU, for '
         'small images of one size', group='machine')
@@ -72,6 +76,12 @@ class PretrainConfig(TrainedEncoder, Design, NamedData, InEpochs, Adam, Compiled
     def check(self) -> None:
         super().check()
         self.at_least(1, 'eval_images')
+        if self.reader not in (readers := ['auto', 'torchvision', 'pil']):
+            raise ConfigError(f"reader is 'auto', 'torchvision' or 'pil', got {self.reader!r}. "
+                              f'{suggest(self.reader, readers)}')
+        if self.reader == 'torchvision' and self.cache_on_device is True:
+            raise ConfigError('cache_on_device keeps images as pil reads them, and crops them on the device: leave '
+                              '--cache-on-device or --reader torchvision out.')
 
     @property
     def is_saim(self) -> bool:
