@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UsageError
 from ..settings.parts import Training
 from .checkpoints import load_into
 from .choices import NAMES, Choices, Work, cannot_capture, choose, reason_of
@@ -144,6 +144,7 @@ class Trainer(Generic[M]):
         self.losses = Losses(group, self._explain)
         self.state = State(objective.model, self.optimizer, self.losses, self.average, config.fsdp)
         self._replay: GraphedStep | None = None
+        self._has_stepped = False
         self._checkpoint: Path | None = None
         self._last_save = time.monotonic()
 
@@ -191,10 +192,23 @@ class Trainer(Generic[M]):
         if self._replay is not None:
             loss = self._replay([next(self._supply) for _ in range(count)])
         else:
-            loss = self._step([partial(self._loss, self._next_batch, Part(step, place, step * count + place))
+            loss = self._take([partial(self._loss, self._next_batch, Part(step, place, step * count + place))
                                for place in range(count)])
         self.losses.add(loss)
         return loss
+
+    def _take(self, parts: list[Callable[[], torch.Tensor]]) -> torch.Tensor:
+        """A step; the first one of a network that is compiled for training alone is where compiling may fail."""
+        try:
+            return self._step(parts)
+        except (UsageError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # by what Inductor lacks or gets wrong
+            if self.choices.compile and not self._has_stepped:
+                raise ConfigError(f'Compiling failed ({reason_of(error)}): use --no-compile.') from error
+            raise
+        finally:
+            self._has_stepped = True
 
     def _step(self, parts: list[Callable[[], torch.Tensor]], update: bool = True) -> torch.Tensor:
         """Forward and backward of all parts of a step, then the optimizer's step; the mean loss."""
