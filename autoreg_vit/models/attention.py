@@ -96,8 +96,13 @@ def project_apart(
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a Linear is nothing but its weight and bias: not wrapped, hooked or parametrized."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and 'forward' not in layer.__dict__ and not any(hooks)
+    return type(layer) is nn.Linear and is_untouched(layer)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module is what its class says: no hooks, no forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return 'forward' not in module.__dict__ and not any(hooks)
 
 
 def content_block(block: Block, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:

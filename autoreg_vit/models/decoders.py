@@ -18,6 +18,7 @@ from ..serialization import Layout
 from .attention import query_block, run_block, self_attention
 from .encoders import check_sizes, init_xavier, sincos_position_embedding
 from .interface import mlp_width, positions_of
+from .mixing import mix_layers
 
 
 class CrossAttention(nn.Module):
@@ -123,8 +124,7 @@ class MaskedDecoder(nn.Module):
 
     def forward(self, hidden: list[torch.Tensor], layout: Layout, encoder: VisionTransformer) -> torch.Tensor:
         if self.memory == 'mix':
-            mixed = torch.einsum('lk,kbnc->lbnc', self.mix, torch.stack(hidden[1:]))
-            memories = [encoder.norm(z) for z in mixed.unbind(0)]
+            memories = [encoder.norm(z) for z in mix_layers(self.mix, hidden[1:])]
         else:
             memories = [encoder.norm(hidden[-1])] * len(self.blocks)
         x = layout.sort(self.pos_embed)

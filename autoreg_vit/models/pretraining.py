@@ -19,6 +19,7 @@ from ..errors import ModelError, SerializationError, ShapeError
 from ..serialization import Layout, Serialization, check_ranks
 from .attention import check_encoder, content_block, run_block
 from .decoders import Decoder, MaskedDecoder, NextTokenDecoder, ParallelDecoder
+from .embedding import embed_patches
 from .encoders import SinCosVisionTransformer, init_xavier
 from .interface import attention_of, blocks_of, mlp_width, positions_of
 from .targets import PixelTarget
@@ -138,11 +139,10 @@ class AutoregressiveViT(nn.Module):
         """The input of the encoder's first block and the output of every block under source limits, each
         [B, prefix + encoded, C] in sorted order."""
         encoder, prefix = self.encoder, self.encoder.num_prefix_tokens
-        positions = positions_of(encoder)
-        x = layout.sort(encoder.patch_embed(images) + positions[:, prefix:], layout.encoded)
+        x = embed_patches(encoder, images, layout)
         if prefix:
             tokens: list[torch.Tensor] = [t for t in (encoder.cls_token, encoder.reg_token) if t is not None]
-            front = torch.cat(tokens, dim=1) + positions[:, :prefix]
+            front = torch.cat(tokens, dim=1) + positions_of(encoder)[:, :prefix]
             x = torch.cat([front.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         x = encoder.norm_pre(encoder.pos_drop(x))
         hidden = [x]
