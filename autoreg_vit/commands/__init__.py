@@ -1,4 +1,4 @@
-"""What `autoreg-vit` does: a module a command, and the table of them. From Python the same as functions:
+"""What `autoreg-vit` does: the commands, and the table of them. From Python the same as functions:
 
     from autoreg_vit.commands import PretrainConfig, pretrain
     folder = pretrain(PretrainConfig(data_dir='photographs', epochs=10))
@@ -57,7 +57,7 @@ class Command(NamedTuple):
         return getattr(importlib.import_module(f'..{self.settings}', __name__), self.config_class)
 
     def function(self, name: str) -> Callable[[Any], Any]:
-        """The function that does it, from settings to the folder that it wrote."""
+        """The function that does it, from settings to what it wrote."""
         return getattr(importlib.import_module(f'..{self.module}', __name__), name)
 
 

@@ -1,4 +1,4 @@
-"""What dense prediction shares besides `supervised`: its optional packages, its encoder, and the curves of a run."""
+"""What `segment` and `detect` share: the check for optional packages, and the encoder."""
 
 import importlib.util
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""`autoreg-vit pretrain`, to be read from top to bottom."""
+"""`autoreg-vit pretrain`: the command, what it learns, and the parts of both."""
 
 import dataclasses
 from collections.abc import Callable

@@ -67,8 +67,8 @@ def choose(config: Training, group: Processes, work: Work, say: Callable[[str], 
         elif name in begun:
             chosen[name] = begun[name] and not reason
             if begun[name] and reason:
-                say(f'The run began with {name}, and goes on without it: {reason}. Its steps round otherwise from '
-                    'here on.')
+                say(f'The run began with {name}, and goes on without it: {reason}. Steps may round otherwise '
+                    'from here on.')
         else:
             chosen[name] = not reason and pays[name]
     return Choices(**chosen)
@@ -99,7 +99,9 @@ def cannot_capture(config: Training, group: Processes) -> str:
     """Why steps cannot be replayed as a CUDA graph; '' where they can be."""
     if group.device.type != 'cuda':
         return f'a CUDA graph needs a CUDA device, and this run is on {group.device.type}'
-    if group.world_size > 1 or config.fsdp:
+    if config.fsdp:
+        return 'a CUDA graph does not hold a model that is sharded'
+    if group.world_size > 1:
         return f'a CUDA graph is of one process, and these are {group.world_size}'
     if config.opt.lower() != 'adamw':
         return f'a CUDA graph needs the optimizer adamw, and this is {config.opt!r}'

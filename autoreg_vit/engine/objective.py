@@ -82,7 +82,7 @@ class Objective(Generic[M]):
 
     def settle(self, network: nn.Module) -> torch.Tensor:
         """A scalar of one forward pass over empty images, in which every parameter takes part and no statistics
-        change: with several processes it is done once before the first step."""
+        change; done once before the first step of a network that is compiled or spread over processes."""
         raise NotImplementedError
 
     def evaluate(self, model: M) -> Evaluation:

@@ -1,4 +1,5 @@
-"""The one training step and the loop around it. What differs by what is trained is an `objective.Objective`."""
+"""The one training step and the loop around it, of every run but `probe --fast`, which has its own arithmetic. What
+differs by what is trained is an `objective.Objective`."""
 
 import os
 import signal
@@ -299,7 +300,7 @@ class Trainer(Generic[M]):
                 f'{place} {run.folder}')
         if before is not None and before != self.choices._asdict():
             run.say(f'Up to the checkpoint {Choices(**before).describe()}; from here on {self.choices.describe()}, so '
-                    'that steps round otherwise.')
+                    'that steps may round otherwise.')
         elif any(getattr(self.config, name, None) == 'auto' for name in NAMES) and any(self.choices):
             run.say(f'Chosen for this run: {self.choices.describe()}.')
 
