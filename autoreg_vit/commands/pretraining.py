@@ -71,8 +71,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     spec, attention = ImageSpec.of(model), attention_of(model, config, group.device)
 
     # The data.
-    config.dataset = config.dataset or ('digits' if config.data_dir is None else 'folder')
-    config.crop_scale = config.crop_scale or ((0.67, 1.0) if config.is_saim else (0.2, 1.0))
+    resolve_data(config)
     check_divisible(config.batch_size, group)
     batches = training_batches(config, spec, group)
     labelled = labelled_sets(config, spec, group)
@@ -165,6 +164,12 @@ class Pretraining(Objective[AutoregressiveViT]):
             export_pretraining(model, folder / 'pretrain', mean=self.spec.mean, std=self.spec.std)
             for name in ('encoder', 'pretrain'):
                 write_checksum(folder / name / 'model.safetensors')
+
+
+def resolve_data(config: PretrainConfig) -> None:
+    """Resolve the settings of data that depend on others, in place."""
+    config.dataset = config.dataset or ('digits' if config.data_dir is None else 'folder')
+    config.crop_scale = config.crop_scale or ((0.67, 1.0) if config.is_saim else (0.2, 1.0))
 
 
 def check_untrained(model: str) -> None:
