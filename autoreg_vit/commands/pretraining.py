@@ -84,7 +84,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     objective = Pretraining(config, model, spec, labelled, group, title, about)
     trainer = Trainer(config, objective, batches, group)
     facts = {'train_images': train_images, 'workers': None if batches.sampler else config.loaders}
-    with Run(config, f'{config.model}-{Path(config.dataset).name}', group, facts, trainer.steps) as run:
+    with Run(config, f'{config.model}-{Path(config.data_name).name}', group, facts, trainer.steps) as run:
         if run.finished:
             run.say(f'The run in {run.folder} is finished: its weights are in {run.folder / "encoder"} and '
                     f'{run.folder / "pretrain"}. Name another --output-dir for a new one.')

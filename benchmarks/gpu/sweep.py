@@ -66,6 +66,8 @@ PART = 'sweep-'
 USED = 0.95
 #: Steps before a pace is timed: those that a CUDA graph is captured in, and some more.
 WARM = 6
+#: Of a run whose steps are only timed: long enough for every warm-up.
+PACED_EPOCHS = 1000
 #: Part of a call's time that is waited for compilers at most.
 COMPILING = 0.25
 
@@ -163,7 +165,7 @@ class Sweeper:
 
     # The parts of a row, as `autoreg-vit pretrain` makes them.
 
-    def configure(self, changed: dict[str, Any], epochs: int = 1) -> PretrainConfig:
+    def configure(self, changed: dict[str, Any], epochs: int = PACED_EPOCHS) -> PretrainConfig:
         """Settings of a row, resolved; and what is drawn from here on is seeded."""
         config = make_config(PretrainConfig, {
             **self.sweep.settings, **changed, 'dataset': 'folder', 'data_dir': str(self.data_dir)}, {'epochs': epochs})

@@ -1,11 +1,10 @@
 """A sweep of settings at toy size: its file, its rows, its time, and what becomes of what it finds."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,13 +22,13 @@ from autoreg_vit.evaluation.cached import fingerprint
 from autoreg_vit.models.pretrained import load_folder
 from autoreg_vit.settings.base import make_config, read_settings
 from autoreg_vit.settings.pretraining import PretrainConfig
-from benchmarks.gpu import plan, state, take
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import plan, queue, state, take
 from benchmarks.gpu import sweep as sweeping
 from benchmarks.gpu.sitting import FULL, TOY
 from benchmarks.gpu.sweep import Sweeper, read_sweep
 from tests.benchmarks.test_gpu_travel import FACTS
 
-ROOT = Path(__file__).parents[2]
 TINY = {'img_size': 16, 'segments': [4], 'warmup_epochs': 1}
 ROWS = {'plain': {}, 'rate': {'lr': 0.01, 'betas': [0.9, 0.9]}, 'raw': {'norm_pix': False},
         'crops': {'crop_scale': [0.08, 1.0]}}
@@ -55,7 +54,7 @@ def write(path: Path, rows: dict = ROWS, **more) -> str:
     return str(path)
 
 
-def sweeper(folder: Path, images: Path, seconds: float = 60, rows: dict = ROWS, most_epochs: float = 2) -> Sweeper:
+def sweeper(folder: Path, images: Path, seconds: float = 600, rows: dict = ROWS, most_epochs: float = 2) -> Sweeper:
     swept = read_sweep(write(folder / 'some.yaml', rows), TOY)
     return Sweeper(swept, images, folder / 'rows.jsonl', time.monotonic() + seconds, most_epochs)
 
@@ -89,11 +88,12 @@ class TestFile:
         with pytest.raises(ConfigError, match='must hold recipe, rows'):
             read_sweep(write(tmp_path / 'some.yaml', more=1), TOY)
 
-    def test_an_error_of_use_is_one_line(self, tmp_path: Path):
-        words = [sys.executable, '-m', 'benchmarks.gpu', '--toy', '--out', str(tmp_path / 'out'), '--sweep',
-                 write(tmp_path / 'some.yaml', {'a': {'crop_scal': 1}})]
-        run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "'crop_scal'" in run.stderr
+    def test_an_error_of_use_is_one_line(self, tmp_path: Path, monkeypatch, capsys):
+        monkeypatch.setattr(sys, 'argv', ['gpu', '--toy', '--out', str(tmp_path / 'out'), '--sweep',
+                                          write(tmp_path / 'some.yaml', {'a': {'crop_scal': 1}})])
+        assert command.main() == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and "'crop_scal'" in said
         assert not (tmp_path / 'out').exists()
 
 
@@ -175,30 +175,54 @@ class TestRows:
 
         monkeypatch.setattr(torch, 'compile', lambda network: plainly(network, backend=backend))
         monkeypatch.setattr(Sweeper, 'compile_all', lambda *args: [])
-        rows = {'plain': {}, 'batch': {'batch_size': 16}, 'rate': {'lr': 0.01}, 'decay': {'weight_decay': 0.5},
-                'blobs': {'segments': [3]}}
+        rows = {'plain': {}, 'batch': {'batch_size': 16}, 'rate': {'lr': 0.01}, 'blobs': {'segments': [3]}}
         compiling = {name: {**row, 'compile': True} for name, row in rows.items()}
         swept = sweeper(tmp_path, images, rows=compiling)
-        assert swept.order(compiling) == ['plain', 'rate', 'decay', 'blobs', 'batch']
+        assert swept.order(compiling) == ['plain', 'rate', 'blobs', 'batch']
         per_row = []
         keep = swept.keep
         monkeypatch.setattr(swept, 'keep', lambda name, row: (keep(name, row), per_row.append(len(compiled))))
         assert swept.run() == []
         one = per_row[1]
-        assert one > 0 and per_row == [0, one, one, one, one, 2 * one]
+        assert one > 0 and per_row == [0, one, one, one, 2 * one]
+        assert [row.get('graphs') for row in rows_of(tmp_path).values()] == [None, one, 0, 0, one]
 
 
 class TestTime:
-    def test_it_is_shared_out_and_kept(self, tmp_path: Path, images: Path):
-        began = time.monotonic()
-        tried = sweeper(tmp_path, images, 12, {'plain': {}, 'rate': {'lr': 0.01}}, most_epochs=float('inf'))
-        assert tried.run() == []
-        assert time.monotonic() - began < 12
+    def test_it_is_shared_out_and_kept(self, tmp_path: Path, images: Path, monkeypatch):
+        """By a clock that steps and judgements alone move: ten images a second, twelve with crops."""
+        now = [1000.0]
+        take_step, evaluate = sweeping.Trainer.take_step, sweeping.Pretraining.evaluate
+
+        def step(self):
+            now[0] += 8 / (12 if self.config.crop_scale[0] < 0.1 else 10)
+            return take_step(self)
+
+        def judge(self, model):
+            now[0] += 5
+            return evaluate(self, model)
+
+        def timed(function, device):
+            before = now[0]
+            function()
+            return now[0] - before
+
+        monkeypatch.setattr(sweeping, 'time', SimpleNamespace(
+            monotonic=lambda: now[0], time=lambda: now[0], sleep=time.sleep))
+        monkeypatch.setattr(sweeping.Trainer, 'take_step', step)
+        monkeypatch.setattr(sweeping.Pretraining, 'evaluate', judge)
+        monkeypatch.setattr(sweeping, 'timed', timed)
+        tried = Sweeper(read_sweep(write(tmp_path / 'some.yaml'), TOY), images, tmp_path / 'rows.jsonl', 1200)
+        assert tried.run() == [] and 1150 < now[0] < 1200
         rows = rows_of(tmp_path)
-        for name in ('plain', 'rate'):
-            row = rows[name]
-            assert 2 < row['share'] < 6 and row['epochs'] > 2
-            assert row['seconds'] == pytest.approx(row['share'], rel=0.5)
+        share = rows['plain']['share']
+        # Of 200 s five judgements, and ten times three steps of 0.8 s: two times a row, and once more for two of them.
+        assert share == pytest.approx(0.95 * (200 - 5 * 5 - 10 * 3 * 0.8) / 4, rel=0.02)
+        assert {name: row['epochs'] for name, row in rows.items()} == {
+            'untrained': 0, 'plain': 11, 'rate': 11, 'raw': 11, 'crops': 13}
+        for name in ROWS:
+            assert rows[name]['share'] == share and share - 3.3 < rows[name]['seconds'] <= share
+            assert rows[name]['images_per_second'] == pytest.approx(12 if name == 'crops' else 10)
 
     def test_a_row_that_would_not_fit_is_not_begun(self, swept: Path, tmp_path: Path, images: Path, monkeypatch):
         first = (swept / 'rows.jsonl').read_text().splitlines(keepends=True)[:2]
@@ -214,7 +238,7 @@ class TestTime:
         take_step = sweeping.Trainer.take_step
 
         def late(self):
-            if self.config.epochs > 1:  # the row's own steps, not those that are timed
+            if self.config.epochs != sweeping.PACED_EPOCHS:  # the row's own steps, not those that are timed
                 tried.deadline = time.monotonic()
             return take_step(self)
 
@@ -240,23 +264,20 @@ def test_a_step_is_compiled_by_a_process_of_its_own(tmp_path: Path, images: Path
     assert begun == [['benchmarks.gpu.sweep', *arguments, '--compile', 'raw']]
 
 
-def test_by_the_command_and_taken(tmp_path: Path, images: Path, monkeypatch):
-    """A call, another that has nothing to do, one of another file by that name, and what is taken home."""
+def test_by_the_command_and_taken(tmp_path: Path, images: Path, monkeypatch, capsys):
+    """A call, one of another file by that name, and what is taken home."""
     file = write(tmp_path / 'some.yaml', {'plain': {}, 'rate': {'lr': 0.01}})
-    words = [sys.executable, '-m', 'benchmarks.gpu', '--toy', '--minutes', '4', '--out', str(tmp_path / 'out'),
-             '--work-dir', str(tmp_path / 'work'), '--data-dir', str(images), '--sweep']
-
-    def go(path: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*words, path], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, 'OMP_NUM_THREADS': '1'})
-
-    first = go(file)
-    assert first.returncode == 0 and 'sweep-some: done' in first.stdout and '| rate |' in first.stdout, first
+    monkeypatch.setattr(sys, 'argv', [
+        'gpu', '--toy', '--minutes', '4', '--out', str(tmp_path / 'out'), '--work-dir', str(tmp_path / 'work'),
+        '--data-dir', str(images), '--sweep', file])
+    monkeypatch.setattr(queue, 'listen', lambda: None)
+    assert command.main() == 0
+    said = capsys.readouterr().out
+    assert 'sweep-some: done' in said and '| rate |' in said
     content = state.read_state(tmp_path / 'out')
     assert [row['name'] for row in content['parts']['sweep-some']['rows']] == ['untrained', 'plain', 'rate']
     write(tmp_path / 'some.yaml', {'plain': {}, 'rate': {'lr': 0.02}})
-    other = go(file)
-    assert other.returncode == 2 and 'another sweep that is called some (rate)' in other.stderr
+    assert command.main() == 2 and 'another sweep that is called some (rate)' in capsys.readouterr().err
 
     # At home, of a card.
     (tmp_path / 'home/benchmarks/results').mkdir(parents=True)
