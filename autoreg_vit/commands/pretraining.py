@@ -72,8 +72,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     spec, attention = ImageSpec.of(model), attention_of(model, config, group.device)
 
     # The data.
-    config.dataset = config.dataset or ('digits' if config.data_dir is None else 'folder')
-    config.crop_scale = config.crop_scale or ((0.67, 1.0) if config.is_saim else (0.2, 1.0))
+    resolve_data(config)
     if config.reader == 'auto':  # a resumed run goes on as it began
         config.reader = begun_with(config, 'reader', group) or 'auto'
     check_divisible(config.batch_size, group)
@@ -88,7 +87,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     objective = Pretraining(config, model, spec, labelled, group, title, about)
     trainer = Trainer(config, objective, batches, group)
     facts = {'train_images': train_images, 'workers': None if batches.sampler else config.loaders}
-    with Run(config, f'{config.model}-{Path(config.dataset).name}', group, facts, trainer.steps) as run:
+    with Run(config, f'{config.model}-{Path(config.data_name).name}', group, facts, trainer.steps) as run:
         if run.finished:
             run.say(f'The run in {run.folder} is finished: its weights are in {run.folder / "encoder"} and '
                     f'{run.folder / "pretrain"}. Name another --output-dir for a new one.')
@@ -168,6 +167,12 @@ class Pretraining(Objective[AutoregressiveViT]):
             export_pretraining(model, folder / 'pretrain', mean=self.spec.mean, std=self.spec.std)
             for name in ('encoder', 'pretrain'):
                 write_checksum(folder / name / 'model.safetensors')
+
+
+def resolve_data(config: PretrainConfig) -> None:
+    """Resolve the settings of data that depend on others, in place."""
+    config.dataset = config.dataset or ('digits' if config.data_dir is None else 'folder')
+    config.crop_scale = config.crop_scale or ((0.67, 1.0) if config.is_saim else (0.2, 1.0))
 
 
 def check_untrained(model: str) -> None:

@@ -3,10 +3,13 @@
     python -m benchmarks.gpu --plan [--minutes 8]                 what would be done, and how long it takes
     python -m benchmarks.gpu --pack FILE [--data ARCHIVE]         what travels to the machine with the GPU
     python -m benchmarks.gpu --minutes 8 --out FOLDER             there, in the unpacked pack
+    python -m benchmarks.gpu --sweep FILE --minutes 10 --out FOLDER   there, and in place of the parts: a sweep
     python -m benchmarks.gpu --take FOLDER                        back here, with the folder that it left
 
 The parts: equality of captured and plain steps; tests that need a GPU; candidates and launches of the attention
-kernels; attention against its peers; whole steps; one pretraining run in the time that the others leave. Results are in
+kernels; attention against its peers; whole steps; one pretraining run in the time that the others leave. A sweep
+tries settings of pretraining, each for the same seconds: FILE is YAML (recipe, rows of names and changed settings), or
+the name of a bundled one, randsac-tiny-cifar10 (benchmarks/gpu/sweep.py). Results are in
 FOLDER as they come, and a second call with the same FOLDER does what is left. FOLDER holds at most 8 files of 15 MiB,
 60 MiB together. Logs, caches and the run with its checkpoint stay in --work-dir. Assumed: Python 3.12, torch 2.11,
 triton 3.6, 16 cores, an H100 or an H200, and no network.
@@ -33,6 +36,7 @@ def parse() -> argparse.Namespace:
     what.add_argument('--plan', action='store_true', help='say what would be done')
     what.add_argument('--pack', type=Path, metavar='FILE', help='write what travels, a .tar.gz')
     what.add_argument('--take', type=Path, metavar='FOLDER', help='check what came back and put it where it belongs')
+    parser.add_argument('--sweep', metavar='FILE', help='try the settings of a file, in place of the parts')
     parser.add_argument('--minutes', type=float, default=8.0, help='of a call, start to end')
     parser.add_argument('--out', type=Path, help='folder for what travels back; given again, it is gone on with')
     parser.add_argument('--data-dir', type=Path, help='images with class folders under train/; by default the archive '
@@ -99,8 +103,8 @@ def main() -> int:
             from .take import take
             print('\n'.join(take(args.take, ROOT)))
         else:
-            from .queue import go
-            return go(args, began)
+            from .queue import go, go_sweep
+            return go_sweep(args, began) if args.sweep else go(args, began)
     except UsageError as error:
         print(f'benchmarks.gpu: {" ".join(str(error).split())}', file=sys.stderr)
         return 2

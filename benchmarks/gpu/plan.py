@@ -78,6 +78,8 @@ def describe(minutes: float, wanted: Collection[str] = NAMES, done: Collection[s
     if 'run' in given:
         lines.append('Workers compile beside the tests and the run, which come first; what is timed, launches, '
                      'attention and steps, comes after the run and one at a time.')
+    lines.append('A sweep of settings takes a call of its own, --sweep FILE: each row trains for an equal part of what '
+                 'loading, compiling and judging leave.')
     return '\n'.join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import shutil
 import time
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from autoreg_vit.errors import ConfigError
 
 from ..report import provenance
-from . import cards, parts, plan, pretraining
+from . import cards, parts, plan, pretraining, sweep
 from .jobs import ROOT, end, listen, pause
 from .sitting import FULL, ORDER, TOY, Sitting, unpacked
 from .state import State, misfits
@@ -63,6 +64,44 @@ def go(args: argparse.Namespace, began: float) -> int:
         state.content['goals'] = cards.judge(state.content)
         state.save()
     return report(sitting)
+
+
+def go_sweep(args: argparse.Namespace, began: float) -> int:
+    """Try the rows of a sweep that fit into the minutes, and that earlier calls have left; the exit status, 1 where it
+    ended badly.
+
+    Raises:
+        ConfigError: for a sweep that is none, another of its name before it in the folder, or no images.
+    """
+    tried = sweep.read_sweep(args.sweep, TOY if args.toy else FULL)
+    if not args.toy and not torch.cuda.is_available():
+        raise ConfigError('A sweep needs a CUDA GPU, and PyTorch sees none here: --toy tries it on a CPU.')
+    listen()
+    sitting, name = open_sitting(args, began), f'{sweep.PART}{tried.name}'
+    if sitting.data is None:
+        raise ConfigError('A sweep needs images: give --data-dir FOLDER, or pack with --data ARCHIVE.')
+    state, path, start = sitting.state, sitting.work / f'{name}.jsonl', time.monotonic()
+    before, facts = state.part(name), {'recipe': tried.recipe, 'settings': tried.settings}
+    changed = [row['name'] for row in before.get('rows', [])
+               if row['name'] != sweep.UNTRAINED and row['changed'] != tried.rows.get(row['name'])]
+    if changed or any(before.get(key, value) != value for key, value in facts.items()):
+        raise ConfigError(f'{args.out} holds rows of another sweep that is called {tried.name} '
+                          f'({", ".join(changed) or "its settings differ"}): name another --out.')
+    # What is kept is the state's; the work folder may be another sitting's.
+    path.write_text(''.join(json.dumps(row) + '\n' for row in before.get('rows', [])), encoding='utf-8')
+    state.update(name, **facts)
+    limit = sitting.deadline - plan.RESERVE - time.monotonic()
+    job = sitting.start(name, 'benchmarks.gpu.sweep', str(tried.file), '--data-dir', str(sitting.data), '--output',
+                        str(path), '--until', f'{time.time() + limit - 3:.1f}', *['--toy'] * args.toy)
+    status = sitting.wait(job, limit, lambda: state.update(name, rows=parts.rows_of(path)))
+    rows = state.part(name).get('rows', [])
+    left = [row for row in tried.rows if row not in {row['name'] for row in rows}]
+    why = parts.ending(job, status) if status else f'left: {", ".join(left)}' if left else None
+    sitting.finish(name, start, why, complete=bool(status) or not left)
+    print(sweep.table(rows))
+    if left:
+        print(f'Left, for another call with the same --out: {", ".join(left)}. {job.last_words(1)}')
+    return int(state.part(name)['status'] == 'failed')
 
 
 def open_sitting(args: argparse.Namespace, began: float) -> Sitting:

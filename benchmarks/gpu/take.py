@@ -3,6 +3,7 @@
     gpu.json                     -> benchmarks/results/gpu-CARD.json: facts, equality, tests, goals, the run's figures;
                                     at toy size runs/toy/
       attention, steps           -> benchmarks/results/attention-CARD.json with its plot, steps-CARD.json
+      sweep-NAME                 -> benchmarks/results/sweep-NAME-CARD.json, and printed as a table
       launches                   -> tune_attention-CARD.json, and its rows to autoreg_vit/ops/triton/launches.json
     run.tar.0, .1, ...           -> runs/NAME, and exported from it, runs/NAME-weights
 
@@ -29,7 +30,7 @@ from autoreg_vit.ops.triton.launches import kind_of, plan_of
 from autoreg_vit.settings.weights import ExportConfig
 
 from .. import attention, tune_attention
-from . import cards
+from . import cards, sweep
 from .pretraining import ARCHIVE
 from .state import check_files, misfits, read_state
 
@@ -68,7 +69,10 @@ def take(folder: Path, root: Path) -> list[str]:
     if archive.get('pieces'):
         said.append(take_run(folder, archive, root))
         said.append(export_run(root / 'runs' / archive['name'], content['data'], root))
-    return [*said, 'Goals:', cards.in_words(cards.judge(content))]
+    for part, found in content['parts'].items():
+        if part.startswith(sweep.PART):
+            said += [f'{part}, on held-out training images:', sweep.table(found.get('rows', []))]
+    return [*said, 'Goals:', cards.in_words(cards.judge(content))] if 'gpu' in split(content) else said
 
 
 def check_commit(commit: str | None, root: Path) -> None:
@@ -109,13 +113,16 @@ def numbers(version: str | None) -> tuple[int, ...]:
 def split(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The content of results files by the start of their names."""
     facts = {k: v for k, v in content.items() if k not in ('parts', 'sha256', 'format', 'goals')}
-    parts, files = content['parts'], {}
+    sweeps = {name: part for name, part in content['parts'].items() if name.startswith(sweep.PART)}
+    parts = {name: part for name, part in content['parts'].items() if name not in sweeps}
+    files = {name: {**facts, **part} for name, part in sweeps.items()}
     shown = {name: {k: v for k, v in part.items() if k != 'outcomes'} for name, part in parts.items()
              if name not in ('attention', 'steps', 'launches')}
     if 'tests' in shown:
         shown['tests']['failures'] = {test: words for test, (outcome, _, words) in parts['tests']['outcomes'].items()
                                       if outcome == 'failed'}
-    files['gpu'] = {**facts, 'goals': cards.judge(content), 'parts': shown}
+    if parts or not sweeps:  # a folder with sweeps alone says nothing of the others
+        files['gpu'] = {**facts, 'goals': cards.judge(content), 'parts': shown}
     if parts.get('attention', {}).get('result'):
         files['attention'] = parts['attention']['result']
     if parts.get('steps', {}).get('rows'):

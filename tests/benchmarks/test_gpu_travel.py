@@ -91,6 +91,7 @@ class TestPack:
             tar.extractall(tmp_path / 'there', filter='data')
         there = tmp_path / 'there' / pack.FOLDER
         assert not (there / 'weights').exists() and (there / 'data/images.tar').is_file()
+        assert (there / 'benchmarks/gpu/sweeps/randsac-tiny-cifar10.yaml').is_file()
         assert (there / 'autoreg_vit/models/encoders.py').read_text() == (
             ROOT / 'autoreg_vit/models/encoders.py').read_text()
         commit = provenance.source_commit()
