@@ -131,7 +131,8 @@ class NormalisedBatches:
     on_device = False
 
     def __init__(self, batches: Batches, spec: ImageSpec, device: torch.device):
-        self.batches, self.per_epoch, self.sampler, self.device = batches, batches.per_epoch, batches.sampler, device
+        self.batches, self.device = batches, device
+        self.dataset, self.sampler, self.per_epoch = batches.dataset, batches.sampler, batches.per_epoch
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (spec.mean, spec.std))
 
     def describe(self, batch: int, count: int) -> str:
