@@ -185,7 +185,7 @@ class TestResumedRuns:
         ({'seed': 5}, 'seed: was 0, is 5'),
         ({'batch_size': 32}, 'batch_size: was 64, is 32'),
         ({'opt': 'sgd'}, 'opt: was adamw, is sgd'),
-        ({'depth': 2}, 'depth: was 1, is 2'),
+        ({'depth': 3}, 'depth: was 2, is 3'),
     ])
     def test_other_settings(self, change: dict, words: str, stopped: dict):
         with pytest.raises(ConfigError, match=f'other settings .*{words}.*--force-resume'):
@@ -232,7 +232,7 @@ class TestResumedRuns:
         with pytest.raises(CheckpointError, match=r'last\.pt.*Adam.*SGD'):
             pretrain(PretrainConfig(**{**stopped, 'opt': 'sgd', 'force_resume': True}))
         with pytest.raises(CheckpointError, match=r'missing: encoder\.blocks\.1'):
-            pretrain(PretrainConfig(**{**stopped, 'depth': 2, 'opt': 'adamw', 'force_resume': True}))
+            pretrain(PretrainConfig(**{**stopped, 'depth': 3, 'opt': 'adamw', 'force_resume': True}))
         with pytest.raises(CheckpointError, match=r'of another shape'):
             pretrain(PretrainConfig(**{**stopped, 'embed_dim': 32, 'depth': 1, 'force_resume': True}))
 

@@ -145,5 +145,5 @@ def test_errors(tmp_path: Path):
 
     with pytest.raises(ConfigError, match='not a stream'):
         DeviceImages(Stream(), SPEC, CPU)
-    with pytest.raises(ConfigError, match='cuda_graph needs a CUDA device'):
+    with pytest.raises(ConfigError, match='A CUDA graph needs a CUDA device'):
         pretrain(PretrainConfig(**{**SETTINGS, 'device': 'cpu', 'cuda_graph': True, 'output_dir': str(tmp_path / 'r')}))
