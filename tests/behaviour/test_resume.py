@@ -231,10 +231,10 @@ class TestResumedRuns:
     def test_other_optimizer_or_model_by_force(self, stopped: dict):
         with pytest.raises(CheckpointError, match=r'last\.pt.*Adam.*SGD'):
             pretrain(PretrainConfig(**{**stopped, 'opt': 'sgd', 'force_resume': True}))
-        with pytest.raises(CheckpointError, match=r'missing: encoder\.blocks\.1'):
+        with pytest.raises(CheckpointError, match=r'missing: encoder\.blocks\.2'):
             pretrain(PretrainConfig(**{**stopped, 'depth': 3, 'opt': 'adamw', 'force_resume': True}))
         with pytest.raises(CheckpointError, match=r'of another shape'):
-            pretrain(PretrainConfig(**{**stopped, 'embed_dim': 32, 'depth': 1, 'force_resume': True}))
+            pretrain(PretrainConfig(**{**stopped, 'embed_dim': 32, 'depth': 2, 'force_resume': True}))
 
     def test_data_that_changed(self, stopped: dict, monkeypatch):
         monkeypatch.setattr(data.Digits, '__len__', lambda self: min(len(self.targets), 1400))
