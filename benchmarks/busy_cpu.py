@@ -2,7 +2,7 @@
 
     python -m benchmarks.busy_cpu [--rounds 5] [--output FILE]
 
-Runs the recipe `digits` for two epochs, in turns: with a thread for each core (OMP_NUM_THREADS), and as the command
+Runs the recipe `digits` for four epochs, in turns: with a thread for each core (OMP_NUM_THREADS), and as the command
 chooses; alone, and beside one process that counts without end. Images a second are the median of the log's lines but
 the first. The machine must be idle but for this.
 """

@@ -15,7 +15,7 @@ from ..artifacts import write_checksum, writing
 from ..data.batches import Batches
 from ..data.checks import check_images
 from ..data.labelled import Images, NoLabels, open_splits, say_untrained, some_of
-from ..data.on_device import DeviceBatches, DeviceImages, suits_device
+from ..data.on_device import DeviceBatches, DeviceImages, SeveralSizes, suits_device
 from ..data.order import check_divisible
 from ..data.reading import NormalisedBatches, choose_reader, read_by_torchvision
 from ..data.samples import Samples, some
@@ -234,11 +234,17 @@ def training_batches(
     by_file = config.reader == 'torchvision' and config.cache_on_device == 'auto'
     if not by_file and (keeps or (keeps is None and group.device.type == 'cuda')):
         pictures = used(opened(lambda image: image))
-        if keeps or suits_device(pictures, spec, group.device):
-            config.reader = 'pil'
-            images = DeviceImages(pictures, spec, group.device, config.max_corrupt)
-            return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group, config.crop_scale,
-                                 config.hflip)
+        # One process decides for all: their memory may differ, and their batches must not.
+        if bool(keeps) or group.on_main(lambda: suits_device(pictures, spec, group.device)):
+            try:
+                images = DeviceImages(pictures, spec, group.device, config.max_corrupt)
+            except SeveralSizes:  # which the first image did not tell
+                if keeps:
+                    raise
+            else:
+                config.reader = 'pil'
+                return DeviceBatches(images, config.batch_size, config.accumulate, config.seed, group,
+                                     config.crop_scale, config.hflip)
     dataset = opened(training_transform(spec, config.crop_scale, config.hflip))
     config.reader = choose_reader(config.reader, dataset)
     if config.reader == 'torchvision':

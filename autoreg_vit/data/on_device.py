@@ -19,6 +19,13 @@ from .order import EpochSampler
 from .samples import Samples
 from .transforms import ImageSpec
 
+#: Images that are loaded to be kept on a device where nobody asked for it.
+MOST_UNASKED = 200_000
+
+
+class SeveralSizes(DataError):
+    """Images that are not all of one size."""
+
 
 class DeviceImages:
     """All images of a data set on the device, and training batches from them.
@@ -65,9 +72,9 @@ class DeviceImages:
                 _check_memory(math.prod(shape), device)
                 images = np.empty(shape, dtype=np.uint8)
             if image.size != size:
-                raise DataError(f'cache_on_device needs images of one size: image {index} has {image.size[0]} x '
-                                f'{image.size[1]} pixels, the first {size[0]} x {size[1]}. Leave --cache-on-device '
-                                'out, or resize them beforehand.')
+                raise SeveralSizes(f'cache_on_device needs images of one size: image {index} has {image.size[0]} x '
+                                   f'{image.size[1]} pixels, the first {size[0]} x {size[1]}. Leave '
+                                   '--cache-on-device out, or resize them beforehand.')
             images[index] = np.asarray(image).reshape(images.shape[1:])
         if damages:
             refuse_corrupt(len(damages), len(dataset), max_corrupt if readable else 0, damages)
@@ -103,29 +110,24 @@ class DeviceImages:
 
 
 def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device) -> bool:
-    """Whether images are small and few enough to be kept on a GPU unasked: all of one size, of at most twice the
-    model's pixels, in a quarter of the free memory.
+    """Whether images look small and few enough to be kept on a GPU unasked, by the first that can be read: of at most
+    twice the model's pixels, in a quarter of the free memory, and no more than are loaded in some minutes.
 
     Args:
-        dataset: Of PIL images, opened without a transform; every image's size is looked at.
+        dataset: Of PIL images, opened without a transform.
         spec: What the model takes.
         device: A GPU.
     """
-    if isinstance(dataset, IterableDataset) or not len(dataset):
+    if isinstance(dataset, IterableDataset) or len(dataset) > MOST_UNASKED:
         return False
-    most = 2 * math.prod(spec.size)
-    if len(dataset) * spec.channels > torch.cuda.mem_get_info(device)[0] / 4:  # of one pixel each
-        return False
-    size = None
-    for index in range(len(dataset)):
+    for index in range(min(len(dataset), 16)):
         try:
-            found = dataset[index][0].size
+            pixels = math.prod(dataset[index][0].size)
         except DAMAGE:
             continue
-        if math.prod(found) > most or found != (size or found):
-            return False
-        size = found
-    return size is not None and len(dataset) * math.prod(size) * spec.channels <= torch.cuda.mem_get_info(device)[0] / 4
+        size = len(dataset) * pixels * spec.channels
+        return pixels <= 2 * math.prod(spec.size) and size <= torch.cuda.mem_get_info(device)[0] / 4
+    return False
 
 
 class Crops(NamedTuple):

@@ -11,7 +11,10 @@ import torch
 
 pytest.importorskip('sklearn')
 
-from autoreg_vit.commands import PretrainConfig, pretrain
+from PIL import Image
+
+from autoreg_vit.commands import PretrainConfig, pretrain, pretraining
+from autoreg_vit.data import on_device
 from autoreg_vit.data.on_device import suits_device
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine import trainer
@@ -19,7 +22,7 @@ from autoreg_vit.engine.choices import Choices, Work, choices_of, choose
 from autoreg_vit.engine.graph import GraphedStep
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.run import setting_differences
-from autoreg_vit.errors import ConfigError
+from autoreg_vit.errors import ConfigError, DataError
 from autoreg_vit.settings.base import save_config
 from tests.data.test_device_data import Pictures
 from tests.support.launching import SETTINGS, log_of, weights_of
@@ -65,11 +68,28 @@ class TestWhatPays:
     def test_images_on_the_device(self, size, count, suits, card: Processes, monkeypatch):
         spec = ImageSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3)
         assert suits_device(Pictures(count, size), spec, CUDA) is suits
-        mixed = Pictures(3)
-        mixed.pixels = [mixed.pixels[0], mixed.pixels[1], mixed.pixels[2][:8]]
-        assert not suits_device(mixed, spec, CUDA)
+        monkeypatch.setattr(on_device, 'MOST_UNASKED', 7)
+        assert not suits_device(Pictures(8), spec, CUDA) and suits_device(Pictures(7), spec, CUDA)
+        monkeypatch.setattr(on_device, 'MOST_UNASKED', 8)
         monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (4 * 8 * 16 * 12 * 3 - 1, 80 << 30))
         assert not suits_device(Pictures(8), spec, CUDA)
+
+    @pytest.mark.parametrize('asked', ['auto', True])
+    def test_images_of_several_sizes(self, asked, tmp_path: Path, monkeypatch):
+        """Found while they are loaded: a run that was not asked to keep them reads files instead."""
+        for number, size in enumerate([(8, 8)] * 8 + [(8, 6)]):
+            Image.new('L', size).save(tmp_path / f'{number}.png')
+        monkeypatch.setattr(pretraining, 'choices_of', lambda folder: {})
+        monkeypatch.setattr(pretraining, 'suits_device', lambda *arguments: True)
+        monkeypatch.setattr(on_device, '_check_memory', lambda *arguments: None)
+        config = PretrainConfig(dataset='folder', data_dir=str(tmp_path), batch_size=2, crop_scale=(0.2, 1.0),
+                                reader='pil', cache_on_device=asked)
+        spec = ImageSpec((8, 8), 1, (0.5,), (0.5,))
+        if asked is True:
+            with pytest.raises(DataError, match='images of one size'):
+                pretraining.training_batches(config, spec, Processes(CUDA))
+        else:
+            assert not pretraining.training_batches(config, spec, Processes(CUDA)).on_device
 
     def test_a_value_that_is_none_of_the_three(self):
         with pytest.raises(ConfigError, match="compile is true, false or auto, got 'yes'"):
