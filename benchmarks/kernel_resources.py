@@ -1,16 +1,19 @@
 """Registers, shared memory and spills of every launch of the attention kernels, compiled without a GPU.
 
-    python -m benchmarks.kernel_resources [--arch 80 90 100] [--jobs N] [--candidates] [--output FILE]
+    python -m benchmarks.kernel_resources [--arch 80 90 100] [--jobs N] [--candidates] [--output FILE] [--unless-recorded]
 
 Each row of the launch table that serves the installed version of Triton is launched on meta tensors, and what its
 launcher passes is compiled ahead of time. Exits with 1 on a spill, on more shared memory than the architecture's
 smallest member has, or on a transpose of an accumulator, which Hopper's compilers have turned into wrong gradients.
 --candidates adds the first launches of each design that the tuner would time and the table does not have; what is
-wrong with them is said, but is no failure: the tuner leaves them out.
+wrong with them is said, but is no failure: the tuner leaves them out. --unless-recorded, for the checks before a commit,
+compiles nothing where a file of results/ has the whole table without a fault, of the same kernels, rows and Triton.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -26,7 +29,7 @@ from autoreg_vit.ops.triton.launches import TABLE, plan_of, serves_triton
 
 from .candidates import first_candidates
 from .compiling import calls_of, compile_call, resources
-from .report import provenance, write_rows
+from .report import RESULTS, provenance, write_rows
 
 # KiB that one program may use. Ampere's rows also serve compute capabilities 8.6, 8.9 and 12.0, which have 99.
 SHARED = {80: 99, 90: 227, 100: 227}
@@ -59,6 +62,22 @@ def refusal(row: dict[str, Any]) -> str | None:
                      'transposes'.format(**r) for r in faults) or None
 
 
+def digest_of_sources() -> str:
+    """SHA-256 of the kernels, what launches them and the launch table."""
+    sha, folder = hashlib.sha256(), TABLE.parent
+    for path in sorted(path for path in folder.rglob('*') if path.suffix in ('.py', '.json')):
+        sha.update(f'{path.relative_to(folder).as_posix()}\n'.encode() + path.read_bytes())
+    return sha.hexdigest()
+
+
+def is_recorded() -> bool:
+    """Whether a file of results has every launch of today's sources for this Triton, none at fault."""
+    return any(
+        (file.get('sources'), file['triton']) == (digest_of_sources(), triton.__version__)
+        and {r['arch'] for r in file['launches']} >= set(SHARED) and not any(r['fault'] for r in file['launches'])
+        for file in map(json.loads, map(Path.read_text, RESULTS.glob('kernel_resources-*.json'))))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', type=int, nargs='+', default=[80, 90, 100], choices=[80, 90, 100])
@@ -66,13 +85,18 @@ def main() -> int:
     parser.add_argument('--table', type=Path, default=TABLE, help='launch table (the shipped one)')
     parser.add_argument('--candidates', action='store_true', help='also what waits for a GPU')
     parser.add_argument('--output', type=Path, default=None, help='write a JSON file of the table that is printed')
+    parser.add_argument('--unless-recorded', action='store_true', help='compile nothing that results/ has as it is')
     args = parser.parse_args()
+    if args.unless_recorded and is_recorded():
+        print(f'These sources are recorded without a fault for Triton {triton.__version__}.')
+        return 0
     table = [row for row in json.loads(args.table.read_text())['launches'] if row['arch'] in args.arch]
     rows = [row for row in table if serves_triton(row)]
     waiting = first_candidates(table, args.arch) if args.candidates else []
-    context = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        compiled = list(tqdm(pool.map(row_resources, rows + waiting), total=len(rows + waiting), desc='compiling',
+    with contextlib.ExitStack() as stack:
+        compile_all = map if args.jobs == 1 else stack.enter_context(concurrent.futures.ProcessPoolExecutor(
+            args.jobs, mp_context=multiprocessing.get_context('spawn'))).map
+        compiled = list(tqdm(compile_all(row_resources, rows + waiting), total=len(rows + waiting), desc='compiling',
                              disable=None))
     # Rows share kernels: that of a few tokens and that of more, or the sum that makes delta.
     shipped, candidates = ([dict(r) for r in dict.fromkeys(tuple(r.items()) for batch in part for r in batch)]
@@ -85,7 +109,8 @@ def main() -> int:
     print(f'{len(shipped)} launches compiled with Triton {triton.__version__}, {faults} at fault; '
           f'{len(table) - len(rows)} rows serve other versions only')
     if args.output:
-        write_rows(args.output, {**provenance(), 'triton': triton.__version__}, launches=shipped, candidates=candidates)
+        about = {**provenance(), 'triton': triton.__version__, 'sources': digest_of_sources() if args.table == TABLE else None}
+        write_rows(args.output, about, launches=shipped, candidates=candidates)
     return int(faults > 0)
 
 

@@ -54,6 +54,14 @@ def randomise():
     return redraw
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Pretraining leaves no figures, which take half of a short run's time."""
+    from autoreg_vit.commands import pretraining
+
+    monkeypatch.setattr(pretraining, 'draw_figures', lambda *arguments: None)
+
+
 @pytest.fixture(scope='session')
 def coco(tmp_path_factory) -> Path:
     """A folder with 8 images to train on and 5 to test."""

@@ -137,6 +137,7 @@ class TestTracker:
             pretrain(PretrainConfig(**{**SETTINGS, 'tracker': 'comet', 'output_dir': str(tmp_path / 'run')}))
         assert not (tmp_path / 'run').exists()
 
+    @pytest.mark.usefixtures('no_figures')
     def test_one_id_a_run(self, tmp_path: Path, monkeypatch):
         ids = []
 

@@ -24,7 +24,7 @@ from tests.support.launching import SETTINGS, Launch, launch_together, log_of, w
 
 # Plain SGD, since Adam would magnify rounding; no drop path, which each process draws for its own images.
 PLAIN = {**SETTINGS, 'opt': 'sgd', 'lr': 0.1, 'warmup_epochs': 0, 'drop_path_rate': 0.0, 'eval_every': 0,
-         'epochs': 1, 'checkpoint_every_steps': 0, 'batch_size': 48}
+         'epochs': 1, 'checkpoint_every_steps': 0, 'batch_size': 48, 'train_images': 720}
 
 
 def run(settings: dict, folder: Path, count: int = 1) -> Path:
@@ -50,7 +50,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run({**PLAIN, 'lr': 0.0}, tmp_path_factory.mktemp('start') / 'run')
+    return run({**PLAIN, 'lr': 0.0, 'train_images': 48}, tmp_path_factory.mktemp('start') / 'run')
 
 
 @pytest.mark.parametrize('count', [2, 3])

@@ -111,12 +111,14 @@ class TestRun:
         assert max(rates) <= DIGITS['lr'] * 128 / 256 and rates[-1] < max(rates) / 10 and rates[0] < max(rates)
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_same_seed_same_weights(tmp_path: Path):
-    folders = [pretrain(PretrainConfig(**{**DIGITS, 'seed': seed, 'output_dir': str(tmp_path / str(n))}))
+    folders = [pretrain(PretrainConfig(**{**DIGITS, 'train_images': 512, 'seed': seed, 'output_dir': str(tmp_path / str(n))}))
                for n, seed in enumerate((1, 1, 2))]
     assert weights_of(folders[0]) == weights_of(folders[1]) != weights_of(folders[2])
 
 
+@pytest.mark.usefixtures('no_figures')
 class TestFolders:
     def test_class_folders_with_splits(self, class_folders: Path, tmp_path: Path):
         folder = pretrain(PretrainConfig(**FOLDER, data_dir=str(class_folders), eval_split='test',
@@ -135,7 +137,6 @@ class TestFolders:
         folder = pretrain(PretrainConfig(**FOLDER, in_chans=channels, data_dir=str(tmp_path / 'flat'),
                                          output_dir=str(tmp_path / 'run')))
         assert last_of(folder, 'step') and 'evaluation' not in {line['event'] for line in log_of(folder)}
-        assert (folder / 'figures' / 'reconstruction.png').exists()
 
     def test_loader_processes_and_saim(self, class_folders: Path, tmp_path: Path):
         config = PretrainConfig(
@@ -175,6 +176,12 @@ class TestFolders:
         assert log_of(folder)[-1]['event'] == 'finish'
         text = capsys.readouterr().out
         assert 'without an image to train on: one. 1 of the 2' in text and 'left out of the accuracies' in text
+
+
+def test_figures_without_labels(tmp_path: Path):
+    draw_images(tmp_path / 'flat', 9)
+    folder = pretrain(PretrainConfig(**FOLDER, data_dir=str(tmp_path / 'flat'), output_dir=str(tmp_path / 'run')))
+    assert (folder / 'figures' / 'reconstruction.png').exists()
 
 
 class TestErrors:

@@ -108,11 +108,12 @@ def test_batches_are_functions_of_their_place_and_are_shared_out():
     assert not torch.equal(straight[0], straight[3])
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_run_on_the_device(tmp_path: Path):
     shared = {**SETTINGS, 'epochs': 1, 'eval_every': 0, 'cache_on_device': True, 'checkpoint_every_steps': 0}
-    folders = [pretrain(PretrainConfig(**{**shared, 'batch_size': batch_size, 'accumulate': 64 // batch_size,
+    folders = [pretrain(PretrainConfig(**{**shared, 'batch_size': batch_size, 'accumulate': 32 // batch_size,
                                           'opt': 'sgd', 'lr': 0.1, 'drop_path_rate': 0.0, 'warmup_epochs': 0,
-                                          'output_dir': str(tmp_path / str(batch_size))})) for batch_size in (64, 32)]
+                                          'output_dir': str(tmp_path / str(batch_size))})) for batch_size in (32, 16)]
     losses = [[line['loss'] for line in log_of(folder) if line['event'] == 'step'] for folder in folders]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][-1] < losses[0][0]
     assert weights_of(folders[0]) != weights_of(folders[1])

@@ -130,6 +130,7 @@ class TestWhatItBeganWith:
         assert setting_differences(before, PretrainConfig(compile=True), folder) == ['compile: was False, is True']
 
 
+@pytest.mark.usefixtures('no_figures')
 class TestWhatFails:
     """Is left, with a warning that names the cause, where it was chosen, and is an error where it was asked for."""
 
@@ -138,7 +139,7 @@ class TestWhatFails:
         return self.run(tmp_path / 'plain')
 
     def run(self, folder: Path, **settings) -> Path:
-        return pretrain(PretrainConfig(**{**SETTINGS, 'epochs': 1, 'eval_every': 0, 'accumulate': 2, 'batch_size': 32,
+        return pretrain(PretrainConfig(**{**SETTINGS, 'epochs': 1, 'eval_every': 0, 'accumulate': 2, 'batch_size': 16,
                                           'checkpoint_every_steps': 0, **settings, 'output_dir': str(folder)}))
 
     def choosing(self, choices: Choices, monkeypatch) -> None:

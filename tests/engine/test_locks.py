@@ -50,8 +50,8 @@ class TestWithoutFcntl:
         FolderLock(tmp_path).release()
         assert text.startswith('process ') and all(place > len(text) for place in windows.places)
 
-    def test_a_run(self, windows, tmp_path: Path, monkeypatch):
-        monkeypatch.setattr(pretraining, 'draw_figures', lambda *arguments: None)
+    @pytest.mark.usefixtures('no_figures')
+    def test_a_run(self, windows, tmp_path: Path):
         folder = pretraining.pretrain(PretrainConfig(**{**SETTINGS, 'epochs': 1, 'eval_every': 0,
                                                         'output_dir': str(tmp_path / 'run')}))
         assert log_of(folder)[-1]['event'] == 'finish'

@@ -3,11 +3,16 @@
 import json
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -18,9 +23,9 @@ from autoreg_vit.commands.recipes import load_recipe
 
 ROOT = Path(__file__).parents[2]
 
-# The digits with a model that takes a millisecond a step: 44 steps, three evaluations.
+# Some digits with a model that takes a millisecond a step: 44 steps, three evaluations.
 SETTINGS = {**load_recipe('digits'), 'embed_dim': 16, 'depth': 2, 'num_heads': 1, 'decoder_depth': 1, 'epochs': 2,
-            'batch_size': 64, 'eval_images': 60, 'eval_every': 1, 'log_every': 4, 'checkpoint_every_steps': 5,
+            'batch_size': 16, 'train_images': 360, 'eval_images': 60, 'eval_every': 1, 'log_every': 4, 'checkpoint_every_steps': 5,
             'drop_path_rate': 0.1, 'precision': 'float32'}
 
 
@@ -28,6 +33,9 @@ def _server() -> multiprocessing.context.BaseContext:
     os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['tests.support.launching'])
+    with mock.patch.dict(os.environ):
+        os.environ.pop('TRITON_INTERPRET', None)  # Triton decides when it is imported; commands run without it
+        forkserver.ensure_running()
     return context
 
 
@@ -42,6 +50,29 @@ def _child(arguments: list[str], environment: dict[str, str], output: str, sabot
     if sabotage is not None:
         sabotage()
     sys.exit(main(arguments))
+
+
+def run_python(*words: str) -> subprocess.CompletedProcess:
+    """What `python *words` would print and end with."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ('out', 'err')]
+        process = _server().Process(target=_python, args=(words, files))
+        process.start()
+        process.join(300)
+        return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in files))
+
+
+def _python(words: tuple[str, ...], files: list[Path]) -> None:
+    for file, descriptor in zip(files, (1, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    if words[0] == '-c':
+        exec(words[1], {'__name__': '__main__'})
+    elif words[0] == '-m':
+        sys.argv = [*words[1:]]
+        runpy.run_module(words[1], run_name='__main__', alter_sys=True)
+    else:
+        sys.argv = [*words]
+        runpy.run_path(words[0], run_name='__main__')
 
 
 class Launch:
