@@ -1,13 +1,16 @@
 """Registers, shared memory and spills of every launch of the attention kernels, compiled without a GPU.
 
-    python -m benchmarks.kernel_resources [--arch 80 90 100] [--jobs N] [--candidates] [--output FILE] [--unless-recorded]
+    python -m benchmarks.kernel_resources [--arch 80 90 100] [--jobs N] [--candidates] [--output FILE]
+    python -m benchmarks.kernel_resources --unless-recorded
 
 Each row of the launch table that serves the installed version of Triton is launched on meta tensors, and what its
 launcher passes is compiled ahead of time. Exits with 1 on a spill, on more shared memory than the architecture's
 smallest member has, or on a transpose of an accumulator, which Hopper's compilers have turned into wrong gradients.
 --candidates adds the first launches of each design that the tuner would time and the table does not have; what is
-wrong with them is said, but is no failure: the tuner leaves them out. --unless-recorded, for the checks before a commit,
-compiles nothing where a file of results/ has the whole table without a fault, of the same kernels, rows and Triton.
+wrong with them is said, but is no failure: the tuner leaves them out.
+
+With --unless-recorded, for the checks before a commit, nothing is compiled where a file of results/ has the whole table
+without a fault, of the same kernels, rows and Triton.
 """
 
 import argparse
@@ -109,7 +112,7 @@ def main() -> int:
     print(f'{len(shipped)} launches compiled with Triton {triton.__version__}, {faults} at fault; '
           f'{len(table) - len(rows)} rows serve other versions only')
     if args.output:
-        about = {**provenance(), 'triton': triton.__version__, 'sources': digest_of_sources() if args.table == TABLE else None}
+        about = {**provenance(), 'sources': digest_of_sources() if args.table == TABLE else None}
         write_rows(args.output, about, launches=shipped, candidates=candidates)
     return int(faults > 0)
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip('triton')
+pytest.importorskip('triton')
+
+import triton
 
 from benchmarks import kernel_resources
 

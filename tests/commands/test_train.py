@@ -113,7 +113,8 @@ class TestRun:
 
 @pytest.mark.usefixtures('no_figures')
 def test_same_seed_same_weights(tmp_path: Path):
-    folders = [pretrain(PretrainConfig(**{**DIGITS, 'train_images': 512, 'seed': seed, 'output_dir': str(tmp_path / str(n))}))
+    settings = {**DIGITS, 'train_images': 512}
+    folders = [pretrain(PretrainConfig(**{**settings, 'seed': seed, 'output_dir': str(tmp_path / str(n))}))
                for n, seed in enumerate((1, 1, 2))]
     assert weights_of(folders[0]) == weights_of(folders[1]) != weights_of(folders[2])
 

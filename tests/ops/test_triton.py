@@ -315,7 +315,8 @@ def row(direction, design, arch, dtype, head_dim, launch, below=None):
 def test_kernel_resources_finds_spills(row, status, tmp_path):
     table, output = tmp_path / 'launches.json', tmp_path / 'resources.json'
     table.write_text(json.dumps({'launches': [row]}))
-    done = run_python('-m', 'benchmarks.kernel_resources', '--jobs', '1', '--table', str(table), '--output', str(output))
+    done = run_python('-m', 'benchmarks.kernel_resources', '--jobs', '1', '--table', str(table), '--output',
+                      str(output))
     assert done.returncode == status, done.stderr
     assert ('FAULT' in done.stdout) == bool(status)
     assert triton.__version__ in done.stdout
