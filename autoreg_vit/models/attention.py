@@ -77,11 +77,7 @@ def cross_attention(attention: Attention, x: torch.Tensor, memory: torch.Tensor,
 
 
 def project_apart(
-        projection: nn.Module,
-        x: torch.Tensor,
-        memory: torch.Tensor,
-        width: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+        projection: nn.Module, x: torch.Tensor, memory: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `width` features of `projection` for x, and the others for memory.
 
     Of a plain layer each product is done alone. One that is wrapped, hooked or parametrized (adapters, quantization,

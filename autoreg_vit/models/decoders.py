@@ -50,12 +50,8 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-            self,
-            x: torch.Tensor,
-            memory: torch.Tensor,
-            query_limits: torch.Tensor,
-            memory_limits: torch.Tensor,
-    ) -> torch.Tensor:
+            self, x: torch.Tensor, memory: torch.Tensor, query_limits: torch.Tensor,
+            memory_limits: torch.Tensor) -> torch.Tensor:
         x = x + self_attention(self.self_attn, self.norm1(x), query_limits)
         x = x + self.cross_attn(self.norm2(x), memory, memory_limits)
         return x + self.mlp(self.norm3(x))
@@ -79,14 +75,8 @@ class MaskedDecoder(nn.Module):
     """
 
     def __init__(
-            self,
-            encoder: VisionTransformer,
-            dim: int,
-            depth: int,
-            num_heads: int,
-            memory: str = 'mix',
-            mix_init: str | None = None,
-    ):
+            self, encoder: VisionTransformer, dim: int, depth: int, num_heads: int, memory: str = 'mix',
+            mix_init: str | None = None):
         super().__init__()
         if memory not in ('mix', 'last'):
             raise ModelError(f"memory of the masked decoder is 'mix' or 'last', got {memory!r}.")

@@ -69,12 +69,8 @@ def resample(content: dict[str, Any], encoder: VisionTransformer) -> tuple[dict[
 
 
 def check_fit(
-        fitted: dict[str, Any],
-        content: dict[str, Any],
-        model: nn.Module,
-        problem: Exception | None = None,
-        aside: tuple[str, ...] = (),
-) -> None:
+        fitted: dict[str, Any], content: dict[str, Any], model: nn.Module, problem: Exception | None = None,
+        aside: tuple[str, ...] = ()) -> None:
     """Raise CheckpointError unless weights have the model's tensors, and no others, in its shapes, but for channels
     that timm adapts. By itself timm only warns where it adapts a classifier.
 

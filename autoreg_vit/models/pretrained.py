@@ -63,11 +63,7 @@ def default_tags(architecture: str) -> list[str]:
 
 
 def weights_options(
-        architecture: str,
-        registered: DefaultCfg,
-        pretrained: bool,
-        options: dict[str, Any],
-) -> dict[str, Any]:
+        architecture: str, registered: DefaultCfg, pretrained: bool, options: dict[str, Any]) -> dict[str, Any]:
     """Check the weights that a model is asked for, before it is built, and give the arguments it was trained with where
     they come with the package: a tag names them all, not only those that show in a tensor's shape.
 

@@ -70,16 +70,8 @@ class AutoregressiveViT(nn.Module):
     pretrained_cfg: dict[str, Any]
 
     def __init__(
-            self,
-            encoder: VisionTransformer,
-            serialization: Serialization,
-            decoder: Decoder,
-            target: PixelTarget,
-            first_segment: str = 'self',
-            head: str = 'linear',
-            encode_ratio: float = 1.0,
-            encode_last: bool = True,
-    ):
+            self, encoder: VisionTransformer, serialization: Serialization, decoder: Decoder, target: PixelTarget,
+            first_segment: str = 'self', head: str = 'linear', encode_ratio: float = 1.0, encode_last: bool = True):
         super().__init__()
         check_encoder(encoder)
         if first_segment not in ('self', 'none', 'given'):
@@ -151,12 +143,8 @@ class AutoregressiveViT(nn.Module):
         return hidden
 
     def draw_ranks(
-            self,
-            batch: int,
-            *,
-            generator: torch.Generator | None = None,
-            device: torch.device | str | None = None,
-    ) -> torch.Tensor:
+            self, batch: int, *, generator: torch.Generator | None = None,
+            device: torch.device | str | None = None) -> torch.Tensor:
         """Ranks of `batch` images from the model's serialization, int64 [batch, N]."""
         return self.serialization(batch, generator=generator, device=device)
 
@@ -249,26 +237,11 @@ def _check_next_token(serialization: Serialization, first_segment: str, encode_r
 
 
 def compose(
-        *,
-        serialization: str,
-        decoder: str,
-        segments: int | Sequence[int] | None = None,
-        shuffle: bool = False,
-        segment_order: str = 'random',
-        decoder_depth: int | None = None,
-        decoder_dim: int | None = None,
-        decoder_heads: int | None = None,
-        memory: str | None = None,
-        mix_init: str | None = None,
-        shared: bool = False,
-        first_segment: str = 'self',
-        encode_ratio: float = 1.0,
-        encode_last: bool = True,
-        head: str = 'linear',
-        norm_pix: bool = True,
-        blur: Sequence[float] | bool | None = None,
-        **encoder_options: Any,
-) -> AutoregressiveViT:
+        *, serialization: str, decoder: str, segments: int | Sequence[int] | None = None, shuffle: bool = False,
+        segment_order: str = 'random', decoder_depth: int | None = None, decoder_dim: int | None = None,
+        decoder_heads: int | None = None, memory: str | None = None, mix_init: str | None = None, shared: bool = False,
+        first_segment: str = 'self', encode_ratio: float = 1.0, encode_last: bool = True, head: str = 'linear',
+        norm_pix: bool = True, blur: Sequence[float] | bool | None = None, **encoder_options: Any) -> AutoregressiveViT:
     """A pretraining model from keyword arguments; those of `timm.create_model('randsac_vit_tiny', ...)` end here.
 
     Args:

@@ -65,20 +65,9 @@ class ViTMaskRCNN(MaskRCNN):
     config: dict[str, Any]
 
     def __init__(
-            self,
-            encoder: VisionTransformer,
-            classes: int,
-            size: tuple[int, int],
-            *,
-            mean: tuple[float, ...],
-            std: tuple[float, ...],
-            attention: str = 'windowed',
-            window: int = 14,
-            norm: str = 'batch',
-            width: int = 256,
-            anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512),
-            rois: int = 512,
-    ):
+            self, encoder: VisionTransformer, classes: int, size: tuple[int, int], *, mean: tuple[float, ...],
+            std: tuple[float, ...], attention: str = 'windowed', window: int = 14, norm: str = 'batch',
+            width: int = 256, anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512), rois: int = 512):
         for name, value, known in (('attention', attention, ATTENTION), ('norm', norm, tuple(NORMS))):
             if value not in known:
                 raise ModelError(f'{name} is {" or ".join(map(repr, known))}, got {value!r}.')
@@ -157,12 +146,8 @@ def _in_float32(module: nn.Module, inputs: tuple, output: Any) -> Any:
 
 
 def save_detector(
-        model: ViTMaskRCNN,
-        folder: str | Path,
-        encoder: dict[str, Any],
-        options: dict[str, Any],
-        categories: dict[int, str],
-) -> None:
+        model: ViTMaskRCNN, folder: str | Path, encoder: dict[str, Any], options: dict[str, Any],
+        categories: dict[int, str]) -> None:
     """Write a detector as a folder that `load_detector` reads.
 
     Args:

@@ -73,12 +73,8 @@ class FeaturePyramid(nn.Module):
         return self.maps(images, self.blocks, self.levels, STRIDES)
 
     def maps(
-            self,
-            images: torch.Tensor,
-            blocks: Sequence[int],
-            levels: Iterable[nn.Module],
-            strides: Sequence[int],
-    ) -> list[torch.Tensor]:
+            self, images: torch.Tensor, blocks: Sequence[int], levels: Iterable[nn.Module],
+            strides: Sequence[int]) -> list[torch.Tensor]:
         """Maps of images [B, in_chans, H, W] after some blocks, each brought to its stride by its level."""
         height, width = images.shape[-2:]
         images = pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
@@ -228,11 +224,8 @@ class DetectionBackbone(nn.Module):
     """
 
     def __init__(
-            self,
-            pyramid: FeaturePyramid,
-            out_channels: int = 256,
-            norm_layer: Callable[[int], nn.Module] = LayerNorm2d,
-    ):
+            self, pyramid: FeaturePyramid, out_channels: int = 256,
+            norm_layer: Callable[[int], nn.Module] = LayerNorm2d):
         super().__init__()
         self.pyramid, self.out_channels = pyramid, out_channels
         self.fpn = FeaturePyramidNetwork(

@@ -35,15 +35,8 @@ class Segmenter(nn.Module):
     config: dict[str, Any]
 
     def __init__(
-            self,
-            encoder: VisionTransformer,
-            classes: int,
-            img_size: int | tuple[int, int] | None = None,
-            *,
-            decoder_channels: int | None = None,
-            auxiliary: float = 0.4,
-            dropout: float = 0.1,
-    ):
+            self, encoder: VisionTransformer, classes: int, img_size: int | tuple[int, int] | None = None, *,
+            decoder_channels: int | None = None, auxiliary: float = 0.4, dropout: float = 0.1):
         super().__init__()
         import segmentation_models_pytorch as smp
 

@@ -32,12 +32,7 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 INTERPRETED = not isinstance(_forward.one_loop_kernel, triton.JITFunction)
 
 
-def reason_unsupported(
-        q: Sequence[int],
-        k: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-) -> str | None:
+def reason_unsupported(q: Sequence[int], k: Sequence[int], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernel cannot take queries and keys of the shapes `q` and `k`, [B, N, H, D], here and now, or None where
     it can."""
     if q[-1] not in HEAD_DIMS:
@@ -72,13 +67,8 @@ def _run_forward(
 
 
 def _run_backward(
-        grad: torch.Tensor,
-        projections: Sequence[torch.Tensor],
-        limits: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-) -> list[torch.Tensor]:
+        grad: torch.Tensor, projections: Sequence[torch.Tensor], limits: torch.Tensor, out: torch.Tensor,
+        lse: torch.Tensor, scale: float) -> list[torch.Tensor]:
     q, k, v = addressable(projections, split(projections))
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projections]
     parts = split(gradients)
@@ -133,25 +123,15 @@ def _(projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> tu
 
 @torch.library.custom_op('autoreg_vit::segment_attention_backward', mutates_args=())
 def _run_backward_operator(
-        grad: torch.Tensor,
-        projections: list[torch.Tensor],
-        limits: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-) -> list[torch.Tensor]:
+        grad: torch.Tensor, projections: list[torch.Tensor], limits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+        scale: float) -> list[torch.Tensor]:
     return _run_backward(grad, projections, limits, out, lse, scale)
 
 
 @_run_backward_operator.register_fake
 def _(
-        grad: torch.Tensor,
-        projections: list[torch.Tensor],
-        limits: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-) -> list[torch.Tensor]:
+        grad: torch.Tensor, projections: list[torch.Tensor], limits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+        scale: float) -> list[torch.Tensor]:
     return [x.new_empty(x.shape) for x in projections]
 
 

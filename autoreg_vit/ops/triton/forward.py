@@ -164,26 +164,16 @@ DESIGNS = {
 
 
 def forward(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        limits: torch.Tensor,
-        scale_log2: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor,
+        scale_log2: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, Nq, H, D] and base-2 log-sum-exp of the scaled scores, float32 [B, H, Nq], +inf for empty rows."""
     plan = plan_for('forward', q, k)
     return attend(q, k, v, limits, scale_log2, plan.design, *plan.launches)
 
 
 def attend(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        limits: torch.Tensor,
-        scale_log2: float,
-        design: str,
-        launch: Launch,
-) -> tuple[torch.Tensor, torch.Tensor]:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor, scale_log2: float, design: str,
+        launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` by one of DESIGNS."""
     if scale_log2 <= 0:
         # Kernels take positive scales: the same scores come of other queries.

@@ -75,13 +75,8 @@ def serves_triton(row: dict[str, Any], version: tuple[int, int] = TRITON) -> boo
 
 
 def find_row(
-        direction: str,
-        tokens: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        capability: int,
-        version: tuple[int, int] = TRITON,
-) -> dict[str, Any]:
+        direction: str, tokens: int, head_dim: int, dtype: torch.dtype, capability: int,
+        version: tuple[int, int] = TRITON) -> dict[str, Any]:
     """The row of the table that serves a pass over `tokens` queries or keys, whichever are more.
 
     Args:

@@ -30,18 +30,8 @@ DESIGNS = {
 
 
 def gradients(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        limits: torch.Tensor,
-        out: torch.Tensor,
-        grad: torch.Tensor,
-        lse: torch.Tensor,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        scale: float,
-) -> None:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor, out: torch.Tensor, grad: torch.Tensor,
+        lse: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, scale: float) -> None:
     """Fill dq, dk and dv from what `forward` took and returned and from the gradient of its output; `limits`, `out` and
     `grad` are contiguous."""
     plan = plan_for('backward', q, k)
