@@ -183,8 +183,8 @@ class SmpEncoder(nn.Module):
         return [images, images.new_empty(batch, 0, height // 2, width // 2), *maps]
 
 
-class DenseNetwork(nn.Module):
-    """A network whose encoder is the module named `encoder_path`: what timm's optimizer factory asks it."""
+class DenseNetwork:
+    """Part of a network whose encoder is the module named `encoder_path`: what timm's optimizer factory asks it."""
     encoder_path: str
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class DenseNetwork(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beside those of one dimension."""
-        encoder = cast(VisionTransformer, self.get_submodule(self.encoder_path))
+        encoder = cast(VisionTransformer, cast(nn.Module, self).get_submodule(self.encoder_path))
         return {f'{self.encoder_path}.{name}' for name in encoder.no_weight_decay()}
 
 

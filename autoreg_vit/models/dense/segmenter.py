@@ -16,7 +16,7 @@ from .neck import DenseNetwork, FeaturePyramid, register_smp_encoder
 IGNORED = -1
 
 
-class Segmenter(DenseNetwork):
+class Segmenter(DenseNetwork, nn.Module):
     """UPerNet, from segmentation-models-pytorch, on a FeaturePyramid. In training a second, small head reads the map of
     stride 16, and its loss is added; dropout stands before the last layer of each head (BEiT's setting).
 

@@ -9,11 +9,7 @@ import triton
 import triton.language as tl
 
 from ..launches import Launch
-from ..tiles import load_rows, store_rows, strides
-
-# Queries whose limits a program of key_gradients_kernel reads at once to find those that see its keys.
-SCAN = tl.constexpr(256)
-NEVER = tl.constexpr(2 ** 31 - 1)
+from ..tiles import NEVER, SCAN, load_rows, store_rows, strides
 
 
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
