@@ -58,8 +58,8 @@ def calls_of(direction: str, plan: Plan, tokens: int, head_dim: int, dtype: torc
     """The launches of a pass under a plan, for as many queries as keys."""
     tensors = meta_tensors(tokens, head_dim, dtype)
     if direction == 'forward':
-        return record_calls(lambda: forward.attend(
-            *(tensors[name] for name in ('q', 'k', 'v', 'limits')), SCALE, plan.design, *plan.launches))
+        return record_calls(lambda: forward.forward(
+            *(tensors[name] for name in ('q', 'k', 'v', 'limits')), SCALE, plan))
     return record_calls(lambda: backward.DESIGNS[plan.design].fill(*tensors.values(), SCALE, SCALE, *plan.launches))
 
 

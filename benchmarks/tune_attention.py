@@ -126,7 +126,7 @@ def run_of(job: Job, arguments: Arguments) -> Callable[[], list[torch.Tensor]]:
 
     def run() -> list[torch.Tensor]:
         if job.direction == 'forward':
-            return [forward.attend(q, k, v, case.limits, scale_log2(case), job.plan.design, *job.plan.launches)[0]]
+            return [forward.forward(q, k, v, case.limits, scale_log2(case), job.plan)[0]]
         backward.DESIGNS[job.plan.design].fill(
             q, k, v, case.limits, arguments.out, case.grad, arguments.lse, *split(arguments.gradients),
             q.shape[-1] ** -0.5, scale_log2(case), *job.plan.launches)

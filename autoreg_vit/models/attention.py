@@ -5,7 +5,7 @@ functions, so that its encoder stays one that timm can run, save and load by its
 """
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from timm.layers import Attention
@@ -40,13 +40,9 @@ def check_encoder(encoder: nn.Module) -> None:
     if isinstance(encoder.norm, nn.Identity) or encoder.num_classes:
         raise ModelError('Pretraining ends in the encoder\'s norm and has no classifier: create the encoder with '
                          f'num_classes=0 (got {encoder.num_classes}) and, where it pools by average, fc_norm=False.')
-    unsuited = []
-    if encoder.pos_embed is None:
-        unsuited.append('pos_embed')
-    if encoder.no_embed_class:
-        unsuited.append('no_embed_class')
-    if encoder.dynamic_img_size:
-        unsuited.append('dynamic_img_size')
+    unsuited = [option for option, there in (
+        ('pos_embed', encoder.pos_embed is None), ('no_embed_class', encoder.no_embed_class),
+        ('dynamic_img_size', encoder.dynamic_img_size)) if there]
     if unsuited:
         raise ModelError('Pretraining needs a position embedding for every token of images of one size: leave '
                          f'{" and ".join(unsuited)} at the default. The encoder takes any of them once it is trained.')
@@ -77,26 +73,17 @@ def cross_attention(attention: Attention, x: torch.Tensor, memory: torch.Tensor,
 
 
 def project_apart(
-        projection: nn.Module,
-        x: torch.Tensor,
-        memory: torch.Tensor,
-        width: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+        projection: nn.Module, x: torch.Tensor, memory: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `width` features of `projection` for x, and the others for memory.
 
     Of a plain layer each product is done alone. One that is wrapped, hooked or parametrized (adapters, quantization,
     pruning) is called as it is, at twice the cost, since its weight alone does not say what it does.
     """
-    if not is_plain(projection):
+    if type(projection) is not nn.Linear or not is_untouched(projection):
         return projection(x)[..., :width], projection(memory)[..., width:]
     weight, bias = projection.weight, projection.bias
     q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
     return F.linear(x, weight[:width], q_bias), F.linear(memory, weight[width:], kv_bias)
-
-
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a Linear is nothing but its weight and bias: not wrapped, hooked or parametrized."""
-    return type(layer) is nn.Linear and is_untouched(layer)
 
 
 def is_untouched(module: nn.Module) -> bool:

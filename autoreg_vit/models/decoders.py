@@ -50,12 +50,8 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-            self,
-            x: torch.Tensor,
-            memory: torch.Tensor,
-            query_limits: torch.Tensor,
-            memory_limits: torch.Tensor,
-    ) -> torch.Tensor:
+            self, x: torch.Tensor, memory: torch.Tensor, query_limits: torch.Tensor,
+            memory_limits: torch.Tensor) -> torch.Tensor:
         x = x + self_attention(self.self_attn, self.norm1(x), query_limits)
         x = x + self.cross_attn(self.norm2(x), memory, memory_limits)
         return x + self.mlp(self.norm3(x))
@@ -68,10 +64,6 @@ class MaskedDecoder(nn.Module):
     self-attention, and the encodings of earlier segments in cross-attention.
 
     Args:
-        encoder: The encoder whose hidden states it reads.
-        dim: Width.
-        depth: Layers.
-        num_heads: Attention heads.
         memory: 'last', the encoder's last layer, or 'mix', Z^l = sum over k of W[l, k] H^k with a learned W (4.2). The
             encoder's final norm follows in both.
         mix_init: What W starts as: 'last', the last layer alone (the default), or 'uniform', the mean of all layers.
@@ -79,14 +71,8 @@ class MaskedDecoder(nn.Module):
     """
 
     def __init__(
-            self,
-            encoder: VisionTransformer,
-            dim: int,
-            depth: int,
-            num_heads: int,
-            memory: str = 'mix',
-            mix_init: str | None = None,
-    ):
+            self, encoder: VisionTransformer, dim: int, depth: int, num_heads: int, memory: str = 'mix',
+            mix_init: str | None = None):
         super().__init__()
         if memory not in ('mix', 'last'):
             raise ModelError(f"memory of the masked decoder is 'mix' or 'last', got {memory!r}.")
@@ -105,8 +91,7 @@ class MaskedDecoder(nn.Module):
         mlp_ratio = mlp_width(encoder) / encoder.embed_dim
         self.pos_embed = nn.Parameter(torch.empty(0), requires_grad=False)
         self.set_grid(encoder.patch_embed.grid_size)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(dim, encoder.embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DecoderBlock(dim, encoder.embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = LayerNorm(dim)
         self.apply(init_xavier)
         if memory == 'mix':
@@ -141,7 +126,6 @@ class ParallelDecoder(nn.Module):
     trained on the query stream and then used on the encoder's output.
 
     Args:
-        encoder: The encoder whose hidden states it reads.
         depth: Query blocks; a divisor of the encoder's depth. Block m stands beside encoder block
             m * encoder depth / depth (SAIM Table 3, as in the published code).
         shared: Use the encoder's own blocks as query blocks; depth is then the encoder's.
@@ -188,11 +172,7 @@ class NextTokenDecoder(nn.Module):
 
     The next token's position must be known, so the order is raster. The first token is predicted from the class token,
     which sees only itself, or from a learned start token where the encoder has none; where the first segment is given
-    (AIM) there is no such prediction, and zeros stand in its place.
-
-    Args:
-        encoder: The encoder whose hidden states it reads.
-        predicts_first: Whether the first token is predicted.
+    (AIM, `predicts_first=False`) there is no such prediction, and zeros stand in its place.
     """
 
     def __init__(self, encoder: VisionTransformer, predicts_first: bool = True):

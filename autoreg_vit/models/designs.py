@@ -8,17 +8,17 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg
 
 from ..errors import ModelError, suggest
 from .decoders import MaskedDecoder
-from .encoders import ENCODER_OPTIONS, SIZES, check_options, default_cfg, method_options, python_numbers
+from .encoders import ENCODER_OPTIONS, SIZES, check_options, default_cfg, method_options, python_numbers, register_all
 from .fitting import check_fit, loading, resample, unwrap
 from .pretrained import check_tag, register_weights, weights_options
 from .pretraining import PRETRAINING_OPTIONS, AutoregressiveViT, compose
 from .saim_checkpoint import convert_saim_pretraining
 
-__all__ = ['create_pretraining_model', 'pretraining_models']  # register_model adds the models
+__all__ = ['create_pretraining_model', 'pretraining_models']  # register_all adds the models
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: AutoregressiveViT) -> dict[str, torch.Tensor]:
@@ -56,9 +56,7 @@ _DESIGNS: dict[str, dict[str, Any]] = {
 
 default_cfgs = register_weights({
     f'{method}_{size}': default_cfg(size, first_conv='encoder.patch_embed.proj', classifier=None)
-    for method in _DESIGNS
-    for size in SIZES
-})
+    for method in _DESIGNS for size in SIZES})
 
 
 def _create_pretraining(variant: str, pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
@@ -85,14 +83,8 @@ def _create_pretraining(variant: str, pretrained: bool = False, **kwargs: Any) -
         options['segments'] = (11, 7, 3) if size in ('vit_base', 'vit_large') else (11, 5)
     options.update(kwargs)
     with loading(variant, pretrained, options):
-        model = build_model_with_cfg(
-            compose,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            kwargs_filter=('num_classes',),
-            **options,
-        )
+        model = build_model_with_cfg(compose, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+                                     kwargs_filter=('num_classes',), **options)
     model.init_args = {k: v for k, v in options.items() if k in known}
     return model
 
@@ -120,73 +112,17 @@ def create_pretraining_model(name: str, **kwargs: Any) -> AutoregressiveViT:
     return cast(AutoregressiveViT, timm.create_model(name, **kwargs))
 
 
-@register_model
-def randsac_vit_tiny(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-Ti/16 at 224."""
-    return _create_pretraining('randsac_vit_tiny', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_small(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-S/16 at 224 (ImageNet-100, A.1)."""
-    return _create_pretraining('randsac_vit_small', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_base(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-B/16 at 224 (ImageNet-1K, 5)."""
-    return _create_pretraining('randsac_vit_base', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_large(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-L/16 at 224."""
-    return _create_pretraining('randsac_vit_large', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-Ti/4 at 32 (CIFAR-10, A.1)."""
-    return _create_pretraining('randsac_vit_tiny_patch4_32', pretrained, **kwargs)
-
-
-@register_model
-def randsac_vit_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """RandSAC pretraining of ViT-S/4 at 32 (low-data pretraining, 5)."""
-    return _create_pretraining('randsac_vit_small_patch4_32', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_tiny(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-Ti/16 at 224."""
-    return _create_pretraining('saim_vit_tiny', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_small(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-S/16 at 224."""
-    return _create_pretraining('saim_vit_small', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_base(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-B/16 at 224 (ImageNet-1K)."""
-    return _create_pretraining('saim_vit_base', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_large(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-L/16 at 224."""
-    return _create_pretraining('saim_vit_large', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-Ti/4 at 32."""
-    return _create_pretraining('saim_vit_tiny_patch4_32', pretrained, **kwargs)
-
-
-@register_model
-def saim_vit_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> AutoregressiveViT:
-    """SAIM pretraining of ViT-S/4 at 32."""
-    return _create_pretraining('saim_vit_small_patch4_32', pretrained, **kwargs)
+register_all(_create_pretraining, {
+    'randsac_vit_tiny': 'RandSAC pretraining of ViT-Ti/16 at 224.',
+    'randsac_vit_small': 'RandSAC pretraining of ViT-S/16 at 224 (ImageNet-100, A.1).',
+    'randsac_vit_base': 'RandSAC pretraining of ViT-B/16 at 224 (ImageNet-1K, 5).',
+    'randsac_vit_large': 'RandSAC pretraining of ViT-L/16 at 224.',
+    'randsac_vit_tiny_patch4_32': 'RandSAC pretraining of ViT-Ti/4 at 32 (CIFAR-10, A.1).',
+    'randsac_vit_small_patch4_32': 'RandSAC pretraining of ViT-S/4 at 32 (low-data pretraining, 5).',
+    'saim_vit_tiny': 'SAIM pretraining of ViT-Ti/16 at 224.',
+    'saim_vit_small': 'SAIM pretraining of ViT-S/16 at 224.',
+    'saim_vit_base': 'SAIM pretraining of ViT-B/16 at 224 (ImageNet-1K).',
+    'saim_vit_large': 'SAIM pretraining of ViT-L/16 at 224.',
+    'saim_vit_tiny_patch4_32': 'SAIM pretraining of ViT-Ti/4 at 32.',
+    'saim_vit_small_patch4_32': 'SAIM pretraining of ViT-S/4 at 32.',
+})

@@ -5,7 +5,8 @@ They keep the parameter names of stock timm models, so their weights load where 
 
 import inspect
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,7 +27,7 @@ from .saim_checkpoint import convert_saim_encoder
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ['SinCosVisionTransformer']  # register_model adds the models
+__all__ = ['SinCosVisionTransformer']  # register_all adds the models
 
 #: Arguments of each size. Patch 16 at 224 pixels; patch 4 at 32 for CIFAR (RandSAC A.1 and 5).
 SIZES = {
@@ -45,14 +46,8 @@ METHODS = {
     'saim': dict(class_token=True, global_pool='token', fc_norm=False),
 }
 #: timm's own model of the same width, which an exported encoder names as its architecture.
-STOCK_ARCHITECTURES = {
-    192: 'vit_tiny_patch16_224',
-    384: 'vit_small_patch16_224',
-    768: 'vit_base_patch16_224',
-    1024: 'vit_large_patch16_224',
-}
-
-
+STOCK_ARCHITECTURES = {192: 'vit_tiny_patch16_224', 384: 'vit_small_patch16_224', 768: 'vit_base_patch16_224',
+                       1024: 'vit_large_patch16_224'}
 #: What timm asserts of some arguments of VisionTransformer, most without naming the value.
 _CHOICES = {
     'global_pool': ('', 'avg', 'avgmax', 'max', 'token', 'map', 'prr'),
@@ -99,11 +94,8 @@ class SinCosVisionTransformer(VisionTransformer):
                 self.pos_embed[:, :prefix] = 0
                 self.pos_embed[:, prefix:] = sincos_position_embedding(self.patch_embed.grid_size, self.embed_dim)
 
-    def set_input_size(
-            self,
-            img_size: int | tuple[int, int] | None = None,
-            patch_size: int | tuple[int, int] | None = None,
-    ) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None,
+                       patch_size: int | tuple[int, int] | None = None) -> None:
         positions, grid = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(img_size=pair(img_size), patch_size=pair(patch_size))
         refit_positions(self, positions, grid)
@@ -134,11 +126,8 @@ def init_xavier(module: nn.Module) -> None:
 
 
 def check_sizes(
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        embed_dim: int = 768,
-        num_heads: int = 12,
-) -> None:
+        img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, embed_dim: int = 768,
+        num_heads: int = 12) -> None:
     """Raise ShapeError for sizes that timm would round down or fail on later."""
     image, patch = _pixels('img_size', img_size), _pixels('patch_size', patch_size)
     _check_whole(embed_dim=embed_dim, num_heads=num_heads)
@@ -268,13 +257,8 @@ def _create_encoder(variant: str, pretrained: bool = False, **kwargs: Any) -> Si
     out_indices = _feature_indices(kwargs.pop('out_indices', None), kwargs['depth'])
     with loading(variant, pretrained, kwargs):
         return build_model_with_cfg(
-            SinCosVisionTransformer,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-            **kwargs,
-        )
+            SinCosVisionTransformer, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
 
 
 def _feature_indices(indices: int | Sequence[int] | None, depth: Any) -> int | Sequence[int]:
@@ -292,73 +276,31 @@ def _feature_indices(indices: int | Sequence[int] | None, depth: Any) -> int | S
     return indices
 
 
-@register_model
-def vit_tiny_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-Ti/16 at 224, RandSAC."""
-    return _create_encoder('vit_tiny_randsac', pretrained, **kwargs)
+def register_all(make: Callable[..., nn.Module], models: dict[str, str]) -> None:
+    """Register each name with timm, and in the module of `make`, as a function that is described so and makes the model
+    by `make(name, pretrained, **kwargs)`."""
+    def entrypoint(name: str, description: str) -> Callable[..., nn.Module]:
+        def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+            return make(name, pretrained, **kwargs)
+
+        create.__name__ = create.__qualname__ = name
+        create.__module__, create.__doc__ = make.__module__, description
+        return register_model(create)
+
+    vars(sys.modules[make.__module__]).update({name: entrypoint(name, text) for name, text in models.items()})
 
 
-@register_model
-def vit_small_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-S/16 at 224, RandSAC."""
-    return _create_encoder('vit_small_randsac', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-B/16 at 224, RandSAC."""
-    return _create_encoder('vit_base_randsac', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-L/16 at 224, RandSAC."""
-    return _create_encoder('vit_large_randsac', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_patch4_32_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-Ti/4 at 32, RandSAC (A.1)."""
-    return _create_encoder('vit_tiny_patch4_32_randsac', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_patch4_32_randsac(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-S/4 at 32, RandSAC (5, low-data pretraining)."""
-    return _create_encoder('vit_small_patch4_32_randsac', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-Ti/16 at 224, SAIM."""
-    return _create_encoder('vit_tiny_saim', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-S/16 at 224, SAIM."""
-    return _create_encoder('vit_small_saim', pretrained, **kwargs)
-
-
-@register_model
-def vit_base_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-B/16 at 224, SAIM."""
-    return _create_encoder('vit_base_saim', pretrained, **kwargs)
-
-
-@register_model
-def vit_large_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-L/16 at 224, SAIM."""
-    return _create_encoder('vit_large_saim', pretrained, **kwargs)
-
-
-@register_model
-def vit_tiny_patch4_32_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-Ti/4 at 32, SAIM."""
-    return _create_encoder('vit_tiny_patch4_32_saim', pretrained, **kwargs)
-
-
-@register_model
-def vit_small_patch4_32_saim(pretrained: bool = False, **kwargs: Any) -> SinCosVisionTransformer:
-    """ViT-S/4 at 32, SAIM."""
-    return _create_encoder('vit_small_patch4_32_saim', pretrained, **kwargs)
+register_all(_create_encoder, {
+    'vit_tiny_randsac': 'ViT-Ti/16 at 224, RandSAC.',
+    'vit_small_randsac': 'ViT-S/16 at 224, RandSAC.',
+    'vit_base_randsac': 'ViT-B/16 at 224, RandSAC.',
+    'vit_large_randsac': 'ViT-L/16 at 224, RandSAC.',
+    'vit_tiny_patch4_32_randsac': 'ViT-Ti/4 at 32, RandSAC (A.1).',
+    'vit_small_patch4_32_randsac': 'ViT-S/4 at 32, RandSAC (5, low-data pretraining).',
+    'vit_tiny_saim': 'ViT-Ti/16 at 224, SAIM.',
+    'vit_small_saim': 'ViT-S/16 at 224, SAIM.',
+    'vit_base_saim': 'ViT-B/16 at 224, SAIM.',
+    'vit_large_saim': 'ViT-L/16 at 224, SAIM.',
+    'vit_tiny_patch4_32_saim': 'ViT-Ti/4 at 32, SAIM.',
+    'vit_small_patch4_32_saim': 'ViT-S/4 at 32, SAIM.',
+})

@@ -69,22 +69,11 @@ def resample(content: dict[str, Any], encoder: VisionTransformer) -> tuple[dict[
 
 
 def check_fit(
-        fitted: dict[str, Any],
-        content: dict[str, Any],
-        model: nn.Module,
-        problem: Exception | None = None,
-        aside: tuple[str, ...] = (),
-) -> None:
+        fitted: dict[str, Any], content: dict[str, Any], model: nn.Module, problem: Exception | None = None,
+        aside: tuple[str, ...] = ()) -> None:
     """Raise CheckpointError unless weights have the model's tensors, and no others, in its shapes, but for channels
-    that timm adapts. By itself timm only warns where it adapts a classifier.
-
-    Args:
-        fitted: Weights, resampled.
-        content: Before that.
-        model: An encoder or a pretraining model.
-        problem: Why they could not be resampled.
-        aside: Names that begin so are left out of it.
-    """
+    that timm adapts. By itself timm only warns where it adapts a classifier. `fitted` is `content` resampled, unless
+    there was a `problem` with it; names that begin as one of `aside` are left out of the comparison."""
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(aside)}
     given = {k: v for k, v in fitted.items() if not k.startswith(aside)}
     if own.keys() != given.keys():

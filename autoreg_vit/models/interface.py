@@ -10,18 +10,11 @@ from torch import nn
 
 
 class TimmModel(Protocol):
-    """A model of `timm.create_model`.
-
-    Attributes:
-        pretrained_cfg: timm's configuration of its weights.
-        num_classes: Of its classifier; 0 without one.
-        num_features: Width of its features.
-        head_hidden_size: Width of what its classifier reads.
-    """
-    pretrained_cfg: dict[str, Any]
-    num_classes: int
+    """A model of `timm.create_model`."""
+    pretrained_cfg: dict[str, Any]  # timm's configuration of its weights
+    num_classes: int  # 0 without a classifier
     num_features: int
-    head_hidden_size: int
+    head_hidden_size: int  # width of what its classifier reads
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Features of images before they are pooled."""

@@ -27,12 +27,9 @@ def shipped_weights() -> dict[str, Path]:
 
 
 def register_weights(untrained: dict[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
-    """timm's `default_cfgs` of architectures, with a tag for each of their weights. An architecture without one default
-    (`default_tags`) is untrained by its bare name, and asking for its weights is an error of `weights_options`.
-
-    Args:
-        untrained: timm's configuration of each architecture, without weights.
-    """
+    """timm's `default_cfgs` of architectures, from the configuration of each without weights, with a tag for each of
+    their weights. An architecture without one default (`default_tags`) is untrained by its bare name, and asking for
+    its weights is an error of `weights_options`."""
     cfgs = {}
     known = {f.name for f in dataclasses.fields(PretrainedCfg)}
     for name, folder in shipped_weights().items():
@@ -53,29 +50,17 @@ def register_weights(untrained: dict[str, dict[str, Any]]) -> dict[str, DefaultC
 def default_tags(architecture: str) -> list[str]:
     """The tags that declare themselves an architecture's default in their config.json, or its only tag where none does.
     One is as it should be; with several, or none among several, the bare name means none of them."""
-    tags = {}
-    for name, folder in shipped_weights().items():
-        base, _, tag = name.partition('.')
-        if base == architecture:
-            tags[tag] = folder
+    tags = {name.partition('.')[2]: folder for name, folder in shipped_weights().items()
+            if name.partition('.')[0] == architecture}
     declared = [tag for tag, folder in tags.items() if _read(folder / CONFIG).get(DEFAULT) is True]
     return declared or (list(tags) if len(tags) == 1 else [])
 
 
 def weights_options(
-        architecture: str,
-        registered: DefaultCfg,
-        pretrained: bool,
-        options: dict[str, Any],
-) -> dict[str, Any]:
+        architecture: str, registered: DefaultCfg, pretrained: bool, options: dict[str, Any]) -> dict[str, Any]:
     """Check the weights that a model is asked for, before it is built, and give the arguments it was trained with where
-    they come with the package: a tag names them all, not only those that show in a tensor's shape.
-
-    Args:
-        architecture: timm's name.
-        registered: Its tags.
-        pretrained: Whether weights are to be loaded.
-        options: Arguments of `timm.create_model`; 'pretrained_cfg' and 'pretrained_cfg_overlay' are read.
+    they come with the package: a tag names them all, not only those that show in a tensor's shape. Of `options`, which
+    are those of `timm.create_model`, 'pretrained_cfg' and 'pretrained_cfg_overlay' are read.
 
     Raises:
         ModelError: for a tag that the architecture does not have, or none where it has several and no default.
@@ -112,12 +97,7 @@ def hub_repository(folder: Path) -> str | None:
 
 
 def load_folder(folder: Path, **options: Any) -> nn.Module:
-    """The model of a folder with its weights, by timm's door `local-dir:`.
-
-    Args:
-        folder: With config.json and model.safetensors.
-        **options: Arguments of `timm.create_model`.
-    """
+    """The model of a folder with its weights, by timm's door `local-dir:`; `options` are those of `create_model`."""
     return timm.create_model(f'local-dir:{folder}', pretrained=True, **options)
 
 

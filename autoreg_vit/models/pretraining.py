@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.layers import Mlp
+from timm.layers import Mlp, to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -20,7 +20,7 @@ from ..serialization import Layout, Serialization, check_ranks
 from .attention import check_encoder, content_block, run_block
 from .decoders import Decoder, MaskedDecoder, NextTokenDecoder, ParallelDecoder
 from .embedding import embed_patches
-from .encoders import SinCosVisionTransformer, init_xavier
+from .encoders import SinCosVisionTransformer, check_sizes, init_xavier
 from .interface import attention_of, blocks_of, mlp_width, positions_of
 from .targets import PixelTarget
 
@@ -45,16 +45,12 @@ class PretrainOutput(NamedTuple):
 class AutoregressiveViT(nn.Module):
     """Autoregressive pretraining of a Vision Transformer over segments of an image.
 
-    Its forward pass takes the encoder's blocks apart, to give attention its limits. Forward hooks on
-    `model.encoder.blocks[i]` and its `attn` fire when the encoder runs by itself, and not here; those on layers within
-    (`norm1`, `attn.qkv`, `attn.proj`, `mlp`, ...) fire in both.
+    Its forward pass takes the encoder's blocks apart, to give attention its limits: forward hooks on the blocks and
+    their `attn` do not fire here, those on layers within do.
 
     Args:
         encoder: A timm VisionTransformer; its position embedding is frozen here. `model.encoder` stays a model of its
             own, with plain attention.
-        serialization: How ranks are drawn.
-        decoder: MaskedDecoder, ParallelDecoder or NextTokenDecoder.
-        target: What is predicted.
         first_segment: 'self', the first segment attends to its own encoding (RandSAC 4.1), 'none', or 'given', it is
             left out of the loss (AIM).
         head: 'linear', or 'mlp', one hidden layer of the encoder's MLP width (SAIM "Decoder").
@@ -70,16 +66,8 @@ class AutoregressiveViT(nn.Module):
     pretrained_cfg: dict[str, Any]
 
     def __init__(
-            self,
-            encoder: VisionTransformer,
-            serialization: Serialization,
-            decoder: Decoder,
-            target: PixelTarget,
-            first_segment: str = 'self',
-            head: str = 'linear',
-            encode_ratio: float = 1.0,
-            encode_last: bool = True,
-    ):
+            self, encoder: VisionTransformer, serialization: Serialization, decoder: Decoder, target: PixelTarget,
+            first_segment: str = 'self', head: str = 'linear', encode_ratio: float = 1.0, encode_last: bool = True):
         super().__init__()
         check_encoder(encoder)
         if first_segment not in ('self', 'none', 'given'):
@@ -99,11 +87,8 @@ class AutoregressiveViT(nn.Module):
         self.encode_ratio = encode_ratio
         self.encode_last = encode_last
         values = target.patch_size[0] * target.patch_size[1] * encoder.patch_embed.proj.in_channels
-        self.head: nn.Module
-        if head == 'mlp':
-            self.head = Mlp(decoder.dim, mlp_width(encoder), values)
-        else:
-            self.head = nn.Linear(decoder.dim, values)
+        self.head: nn.Module = (
+            Mlp(decoder.dim, mlp_width(encoder), values) if head == 'mlp' else nn.Linear(decoder.dim, values))
         self.head.apply(init_xavier)
         self.num_classes = 0
         self.num_features = encoder.num_features
@@ -129,10 +114,10 @@ class AutoregressiveViT(nn.Module):
         features = self.decoder(self.encode(images, layout), layout, self.encoder)
         pred = layout.unsort(self.head(features))
         target = self.target(images)
-        if self.first_segment != 'given':
-            return PretrainOutput(self.target.loss(pred, target), pred, target, ranks)
-        predicted = ranks > 0
-        pred = torch.where(predicted[..., None], pred, target)
+        predicted = None
+        if self.first_segment == 'given':
+            predicted = ranks > 0
+            pred = torch.where(predicted[..., None], pred, target)
         return PretrainOutput(self.target.loss(pred, target, predicted), pred, target, ranks)
 
     def encode(self, images: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
@@ -151,12 +136,8 @@ class AutoregressiveViT(nn.Module):
         return hidden
 
     def draw_ranks(
-            self,
-            batch: int,
-            *,
-            generator: torch.Generator | None = None,
-            device: torch.device | str | None = None,
-    ) -> torch.Tensor:
+            self, batch: int, *, generator: torch.Generator | None = None,
+            device: torch.device | str | None = None) -> torch.Tensor:
         """Ranks of `batch` images from the model's serialization, int64 [batch, N]."""
         return self.serialization(batch, generator=generator, device=device)
 
@@ -193,10 +174,9 @@ class AutoregressiveViT(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Change the image size in pixels: position embeddings are resampled or recomputed, and the serialization
         draws on the new grid."""
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        patch = tuple(self.encoder.patch_embed.patch_size)
-        if any(s < p or s % p for s, p in zip((height, width), patch)):
-            raise ShapeError(f'An image of {(height, width)} pixels is not a whole number of patches of {patch}.')
+        patch = self.encoder.patch_embed.patch_size
+        check_sizes(img_size, patch)
+        height, width = to_2tuple(img_size)
         grid = (height // patch[0], width // patch[1])
         self.serialization = replace(self.serialization, grid=grid)
         positions, before = self.encoder.pos_embed, self.encoder.patch_embed.grid_size
@@ -219,16 +199,13 @@ class AutoregressiveViT(nn.Module):
         """Layer groups for timm's layer decay: encoder blocks, then decoder blocks, then head."""
         return dict(
             stem=r'^encoder\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
-            blocks=[(r'^encoder\.blocks\.(\d+)', None), (r'^encoder\.norm', (99998,)),
-                    (r'^decoder', (99999,)), (r'^head', (100000,))],
-        )
+            blocks=[(r'^encoder\.blocks\.(\d+)', None), (r'^encoder\.norm', (99998,)), (r'^decoder', (99999,)),
+                    (r'^head', (100000,))])
 
 
 def _host_reads(ranks: torch.Tensor) -> bool:
     """Whether the host may read values of `ranks`: not in a compiled step, nor while a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (ranks.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not (torch.compiler.is_compiling() or (ranks.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def _check_next_token(serialization: Serialization, first_segment: str, encode_ratio: float) -> None:
@@ -249,26 +226,11 @@ def _check_next_token(serialization: Serialization, first_segment: str, encode_r
 
 
 def compose(
-        *,
-        serialization: str,
-        decoder: str,
-        segments: int | Sequence[int] | None = None,
-        shuffle: bool = False,
-        segment_order: str = 'random',
-        decoder_depth: int | None = None,
-        decoder_dim: int | None = None,
-        decoder_heads: int | None = None,
-        memory: str | None = None,
-        mix_init: str | None = None,
-        shared: bool = False,
-        first_segment: str = 'self',
-        encode_ratio: float = 1.0,
-        encode_last: bool = True,
-        head: str = 'linear',
-        norm_pix: bool = True,
-        blur: Sequence[float] | bool | None = None,
-        **encoder_options: Any,
-) -> AutoregressiveViT:
+        *, serialization: str, decoder: str, segments: int | Sequence[int] | None = None, shuffle: bool = False,
+        segment_order: str = 'random', decoder_depth: int | None = None, decoder_dim: int | None = None,
+        decoder_heads: int | None = None, memory: str | None = None, mix_init: str | None = None, shared: bool = False,
+        first_segment: str = 'self', encode_ratio: float = 1.0, encode_last: bool = True, head: str = 'linear',
+        norm_pix: bool = True, blur: Sequence[float] | bool | None = None, **encoder_options: Any) -> AutoregressiveViT:
     """A pretraining model from keyword arguments; those of `timm.create_model('randsac_vit_tiny', ...)` end here.
 
     Args:
@@ -323,13 +285,10 @@ def compose(
     part: Decoder
     if decoder == 'masked':
         part = MaskedDecoder(
-            encoder,
-            encoder.embed_dim if decoder_dim is None else decoder_dim,
+            encoder, encoder.embed_dim if decoder_dim is None else decoder_dim,
             3 if decoder_depth is None else decoder_depth,
             attention_of(blocks_of(encoder)[0]).num_heads if decoder_heads is None else decoder_heads,
-            memory or 'mix',
-            mix_init,
-        )
+            memory or 'mix', mix_init)
     elif decoder == 'parallel':
         part = ParallelDecoder(encoder, len(encoder.blocks) if decoder_depth is None else decoder_depth, shared,
                                memory or ('input' if shared else 'output'))
@@ -342,11 +301,7 @@ def compose(
         part,
         PixelTarget(
             tuple(encoder.patch_embed.patch_size), encoder.patch_embed.proj.in_channels, norm_pix, blur or None),
-        first_segment,
-        head,
-        encode_ratio,
-        encode_last,
-    )
+        first_segment, head, encode_ratio, encode_last)
     return model.to(device=encoder_options.get('device'), dtype=encoder_options.get('dtype'))
 
 

@@ -64,10 +64,8 @@ def convert_saim_pretraining(state_dict: dict[str, torch.Tensor]) -> dict[str, t
 
 
 def rename(
-        state_dict: dict[str, torch.Tensor],
-        name: Callable[[str], str | None],
-        source: str = 'The SAIM checkpoint',
-) -> dict[str, torch.Tensor]:
+        state_dict: dict[str, torch.Tensor], name: Callable[[str], str | None],
+        source: str = 'The SAIM checkpoint') -> dict[str, torch.Tensor]:
     """The tensors of the layout under their new names, q, k and v of a layer as one; those whose name is None are left
     out.
 

@@ -60,12 +60,8 @@ class PixelTarget(nn.Module):
     """
 
     def __init__(
-            self,
-            patch_size: tuple[int, int],
-            channels: int,
-            norm_pix: bool = True,
-            blur: Sequence[float] | bool | None = None,
-    ):
+            self, patch_size: tuple[int, int], channels: int, norm_pix: bool = True,
+            blur: Sequence[float] | bool | None = None):
         super().__init__()
         if norm_pix and patch_size[0] * patch_size[1] * channels == 1:
             raise ModelError('norm_pix=True leaves nothing of a patch that is one value: set norm_pix=False.')
@@ -102,12 +98,7 @@ class PixelTarget(nn.Module):
         mean, std = self.statistics(self.pixels(images))
         return pred * std + mean
 
-    def loss(
-            self,
-            pred: torch.Tensor,
-            target: torch.Tensor,
-            predicted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def loss(self, pred: torch.Tensor, target: torch.Tensor, predicted: torch.Tensor | None = None) -> torch.Tensor:
         """Mean squared error over all tokens (RandSAC 3, SAIM Eq. 2), or over those that `predicted` [B, N] marks:
         their mean in each image, then the mean of images, so that it does not matter how a step's images are split."""
         if predicted is None:

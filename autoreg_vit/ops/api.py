@@ -20,14 +20,8 @@ _forced = 'auto'
 
 
 def segment_attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        limits: torch.Tensor,
-        *,
-        scale: float | None = None,
-        impl: str = 'auto',
-) -> torch.Tensor:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor, *, scale: float | None = None,
+        impl: str = 'auto') -> torch.Tensor:
     """Attention in which query i of image b sees the first `limits[b, i]` keys: RandSAC's source and memory masks
     (4.1, Fig. 4) and SAIM's content and query masks (Eq. 3) for tokens sorted by rank.
 
@@ -50,25 +44,15 @@ def segment_attention(
 
 
 def segment_attention_qkvpacked(
-        qkv: torch.Tensor,
-        limits: torch.Tensor,
-        *,
-        scale: float | None = None,
-        impl: str = 'auto',
-) -> torch.Tensor:
+        qkv: torch.Tensor, limits: torch.Tensor, *, scale: float | None = None, impl: str = 'auto') -> torch.Tensor:
     """Self-attention on one projection's own layout: `qkv` [B, N, 3, H, D] → [B, N, H, D]; see `segment_attention`."""
     _check_packed('qkv', qkv, 3)
     return _dispatch([qkv], limits, scale, impl)
 
 
 def segment_attention_kvpacked(
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        limits: torch.Tensor,
-        *,
-        scale: float | None = None,
-        impl: str = 'auto',
-) -> torch.Tensor:
+        q: torch.Tensor, kv: torch.Tensor, limits: torch.Tensor, *, scale: float | None = None,
+        impl: str = 'auto') -> torch.Tensor:
     """Cross-attention with keys and values in one projection's own layout: `q` [B, Nq, H, D], `kv` [B, Nk, 2, H, D] →
     [B, Nq, H, D]; see `segment_attention`."""
     _check_packed('kv', kv, 2)
@@ -168,12 +152,8 @@ def _check_packed(name: str, packed: torch.Tensor, parts: int) -> None:
 
 
 def _check(
-        q: Sequence[int],
-        k: Sequence[int],
-        v: Sequence[int],
-        projections: list[torch.Tensor],
-        limits: torch.Tensor,
-) -> None:
+        q: Sequence[int], k: Sequence[int], v: Sequence[int], projections: list[torch.Tensor],
+        limits: torch.Tensor) -> None:
     """Raise ShapeError unless shapes of q, k and v, and dtypes and devices, fit together."""
     # Item by item: a slice of a torch.Size costs as much as all the rest.
     if len(q) != 4 or len(k) != 4 or k != v or q[0] != k[0] or q[2] != k[2] or q[3] != k[3]:

@@ -4,12 +4,7 @@ import torch
 
 
 def segment_attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        limits: torch.Tensor,
-        scale: float,
-) -> torch.Tensor:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor, scale: float) -> torch.Tensor:
     """See `autoreg_vit.ops.segment_attention`; arguments are taken as already checked."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
     scores = (q * scale) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]

@@ -5,12 +5,7 @@ import torch.nn.functional as F
 
 
 def segment_attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        limits: torch.Tensor,
-        scale: float,
-) -> torch.Tensor:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor, scale: float) -> torch.Tensor:
     """See `autoreg_vit.ops.segment_attention`; arguments are taken as already checked."""
     empty = limits[:, None, :, None] <= 0
     visible = torch.arange(k.shape[1], device=k.device) < limits[:, None, :, None]  # [B, 1, Nq, Nk]

@@ -67,7 +67,7 @@ def assert_as_good(actual, plain, expected):
 
 def check_forward(plan, case):
     (q, k, v, limits, _, scale), (expected, *_), (plain, *_), want = case
-    out, lse = forward.attend(q, k, v, limits, scale * math.log2(math.e), plan.design, *plan.launches)
+    out, lse = forward.forward(q, k, v, limits, scale * math.log2(math.e), plan)
     assert_as_good([out], [plain], [expected])
     torch.testing.assert_close(lse.double(), want, rtol=1e-4, atol=1e-4)
 

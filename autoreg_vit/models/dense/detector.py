@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import resize
 from ...artifacts import load_network, save_network
 from ...errors import ModelError, ShapeError
 from ..interface import create_encoder
-from .neck import DetectionBackbone, FeaturePyramid, layer_groups
+from .neck import DenseNetwork, DetectionBackbone, FeaturePyramid
 from .windowed import use_windows
 
 #: Norms of the pyramid network and of the heads' convolutions: Li et al. 2021 synchronise a batch norm over all
@@ -31,7 +31,7 @@ Target = dict[str, torch.Tensor]
 ATTENTION = ('windowed', 'global')
 
 
-class ViTMaskRCNN(MaskRCNN):
+class ViTMaskRCNN(DenseNetwork, MaskRCNN):
     """torchvision's Mask R-CNN on a timm ViT in the setting of Li et al. 2021: four maps of the ViT, a feature pyramid
     network on them, two convolutions in the region proposal network, four convolutions and one linear layer in the box
     head, four convolutions in the mask head, each followed by a norm but for the region proposals.
@@ -49,8 +49,7 @@ class ViTMaskRCNN(MaskRCNN):
         encoder: A timm VisionTransformer made with `dynamic_img_size=True`; changed in place.
         classes: How many, without the background.
         size: Height and width of the canvas in pixels, multiples of 32.
-        mean: Of each channel, by which images are normalised.
-        std: Of each channel.
+        mean, std: Of each channel, by which images are normalised.
         attention: 'windowed', global in the last block of each quarter of the depth alone; or 'global' in all.
         window: Rows and columns of a window, in tokens; the paper's 14 are the grid of pretraining at 224 pixels.
         norm: One of `NORMS`.
@@ -63,22 +62,12 @@ class ViTMaskRCNN(MaskRCNN):
         ShapeError: for a canvas that is not a multiple of 32 pixels.
     """
     config: dict[str, Any]
+    encoder_path = 'backbone.pyramid.encoder'
 
     def __init__(
-            self,
-            encoder: VisionTransformer,
-            classes: int,
-            size: tuple[int, int],
-            *,
-            mean: tuple[float, ...],
-            std: tuple[float, ...],
-            attention: str = 'windowed',
-            window: int = 14,
-            norm: str = 'batch',
-            width: int = 256,
-            anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512),
-            rois: int = 512,
-    ):
+            self, encoder: VisionTransformer, classes: int, size: tuple[int, int], *, mean: tuple[float, ...],
+            std: tuple[float, ...], attention: str = 'windowed', window: int = 14, norm: str = 'batch',
+            width: int = 256, anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512), rois: int = 512):
         for name, value, known in (('attention', attention, ATTENTION), ('norm', norm, tuple(NORMS))):
             if value not in known:
                 raise ModelError(f'{name} is {" or ".join(map(repr, known))}, got {value!r}.')
@@ -107,24 +96,10 @@ class ViTMaskRCNN(MaskRCNN):
         for module in (self.backbone, self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
             module.register_forward_hook(_in_float32)
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer decay."""
-        return layer_groups('backbone.pyramid.encoder')
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beside those of one dimension."""
-        return {f'backbone.pyramid.encoder.{name}' for name in self.backbone.pyramid.encoder.no_weight_decay()}
-
 
 class Canvas(GeneralizedRCNNTransform):
     """Normalises images and puts each into the upper left of a canvas of one size, zero elsewhere. In evaluation images
-    are resized to fit, with anti-aliasing, as in training `LargeScaleJitter` has done before.
-
-    Args:
-        size: Height and width in pixels.
-        mean: Of each channel.
-        std: Of each channel.
-    """
+    are resized to fit, with anti-aliasing, as in training `LargeScaleJitter` has done before."""
 
     def __init__(self, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(min(size), max(size), list(mean), list(std))
@@ -157,17 +132,11 @@ def _in_float32(module: nn.Module, inputs: tuple, output: Any) -> Any:
 
 
 def save_detector(
-        model: ViTMaskRCNN,
-        folder: str | Path,
-        encoder: dict[str, Any],
-        options: dict[str, Any],
-        categories: dict[int, str],
-) -> None:
+        model: ViTMaskRCNN, folder: str | Path, encoder: dict[str, Any], options: dict[str, Any],
+        categories: dict[int, str]) -> None:
     """Write a detector as a folder that `load_detector` reads.
 
     Args:
-        model: Trained.
-        folder: Made if it is not there.
         encoder: What makes the encoder again: timm's `architecture` and its `model_args`.
         options: Keyword arguments of `ViTMaskRCNN`, size, mean and std among them.
         categories: Names of the classes by their ids in the data, in the order of labels.

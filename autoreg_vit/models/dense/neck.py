@@ -73,12 +73,8 @@ class FeaturePyramid(nn.Module):
         return self.maps(images, self.blocks, self.levels, STRIDES)
 
     def maps(
-            self,
-            images: torch.Tensor,
-            blocks: Sequence[int],
-            levels: Iterable[nn.Module],
-            strides: Sequence[int],
-    ) -> list[torch.Tensor]:
+            self, images: torch.Tensor, blocks: Sequence[int], levels: Iterable[nn.Module],
+            strides: Sequence[int]) -> list[torch.Tensor]:
         """Maps of images [B, in_chans, H, W] after some blocks, each brought to its stride by its level."""
         height, width = images.shape[-2:]
         images = pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
@@ -129,7 +125,6 @@ class SmpEncoder(nn.Module):
     other transformers, and the pyramid's four, or the first ones where a head takes fewer, spread over all blocks.
 
     Args:
-        pyramid: The neck with its encoder.
         depth: smp's `encoder_depth`, maps beside the image: 2 to 5.
 
     Raises:
@@ -188,28 +183,27 @@ class SmpEncoder(nn.Module):
         return [images, images.new_empty(batch, 0, height // 2, width // 2), *maps]
 
 
-def layer_groups(encoder: str) -> dict[str, Any]:
-    """What `group_matcher` of a network gives for timm's layer decay: the encoder's stem, its blocks, and all the rest
-    at the full rate.
+class DenseNetwork:
+    """Part of a network whose encoder is the module named `encoder_path`: what timm's optimizer factory asks it."""
+    encoder_path: str
 
-    Args:
-        encoder: Name of the encoder in the network, such as 'backbone.pyramid.encoder'.
-    """
-    prefix = '^' + re.escape(encoder) + r'\.'
-    return {'stem': prefix + r'(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
-            'blocks': [(prefix + r'blocks\.(\d+)', None)]}
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for timm's layer decay: the encoder's stem, its blocks, and all the rest at the full rate."""
+        prefix = '^' + re.escape(self.encoder_path) + r'\.'
+        return {'stem': prefix + r'(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
+                'blocks': [(prefix + r'blocks\.(\d+)', None)]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beside those of one dimension."""
+        encoder = cast(VisionTransformer, cast(nn.Module, self).get_submodule(self.encoder_path))
+        return {f'{self.encoder_path}.{name}' for name in encoder.no_weight_decay()}
 
 
 def register_smp_encoder(name: str, pyramid: FeaturePyramid) -> None:
     """Let segmentation-models-pytorch's models find a pyramid: `smp.UPerNet(name, encoder_weights=None, ...)`, and FPN,
     Unet and the others alike, but for DPT, which takes smp's own encoders alone, and FPN of less than its depth of 5,
     which would read the empty map, as of smp's other transformers. Models made with the name share the pyramid;
-    registering another replaces it.
-
-    Args:
-        name: Of the encoder there.
-        pyramid: The neck with its encoder, trained or not.
-    """
+    registering another replaces it."""
     from segmentation_models_pytorch.encoders import encoders
 
     # What output_stride asks for, smp calls make_dilated for.
@@ -219,20 +213,13 @@ def register_smp_encoder(name: str, pyramid: FeaturePyramid) -> None:
 
 class DetectionBackbone(nn.Module):
     """A FeaturePyramid as a backbone of torchvision's detection: a feature pyramid network on its maps gives them all
-    one width, and max-pooling adds a fifth of stride 64.
-
-    Args:
-        pyramid: The neck with its encoder.
-        out_channels: Width of the maps.
-        norm_layer: Made with a number of channels, after each convolution of the network.
+    one width, `out_channels`, and max-pooling adds a fifth of stride 64. After each convolution of the network stands a
+    `norm_layer`, made with a number of channels.
     """
 
     def __init__(
-            self,
-            pyramid: FeaturePyramid,
-            out_channels: int = 256,
-            norm_layer: Callable[[int], nn.Module] = LayerNorm2d,
-    ):
+            self, pyramid: FeaturePyramid, out_channels: int = 256,
+            norm_layer: Callable[[int], nn.Module] = LayerNorm2d):
         super().__init__()
         self.pyramid, self.out_channels = pyramid, out_channels
         self.fpn = FeaturePyramidNetwork(

@@ -10,13 +10,13 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from ...artifacts import load_network, save_network
 from ..interface import create_encoder
-from .neck import FeaturePyramid, layer_groups, register_smp_encoder
+from .neck import DenseNetwork, FeaturePyramid, register_smp_encoder
 
 #: Pixels of a mask that have no class.
 IGNORED = -1
 
 
-class Segmenter(nn.Module):
+class Segmenter(DenseNetwork, nn.Module):
     """UPerNet, from segmentation-models-pytorch, on a FeaturePyramid. In training a second, small head reads the map of
     stride 16, and its loss is added; dropout stands before the last layer of each head (BEiT's setting).
 
@@ -33,17 +33,11 @@ class Segmenter(nn.Module):
         ShapeError: for an `img_size` that is not a whole number of patches.
     """
     config: dict[str, Any]
+    encoder_path = 'network.encoder.pyramid.encoder'
 
     def __init__(
-            self,
-            encoder: VisionTransformer,
-            classes: int,
-            img_size: int | tuple[int, int] | None = None,
-            *,
-            decoder_channels: int | None = None,
-            auxiliary: float = 0.4,
-            dropout: float = 0.1,
-    ):
+            self, encoder: VisionTransformer, classes: int, img_size: int | tuple[int, int] | None = None, *,
+            decoder_channels: int | None = None, auxiliary: float = 0.4, dropout: float = 0.1):
         super().__init__()
         import segmentation_models_pytorch as smp
 
@@ -64,15 +58,8 @@ class Segmenter(nn.Module):
                 nn.Conv2d(256, classes, 1))
 
     def forward(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits or, given masks, the loss.
-
-        Args:
-            images: [B, C, H, W], normalised.
-            masks: Classes, int64 [B, H, W]; `IGNORED` where there is none.
-
-        Returns:
-            [B, classes, H, W], or a scalar.
-        """
+        """Logits [B, classes, H, W] of normalised images [B, C, H, W] or, given masks, int64 [B, H, W] with `IGNORED`
+        where there is no class, the loss."""
         features = self.network.encoder(images)
         logits = _enlarge(self.network.segmentation_head(self.network.decoder(features)), images, 4)
         if masks is None:
@@ -82,15 +69,6 @@ class Segmenter(nn.Module):
             loss = loss + self.weight * pixel_loss(_enlarge(self.auxiliary(features[4]), images, 16), masks)
         return loss
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer decay."""
-        return layer_groups('network.encoder.pyramid.encoder')
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beside those of one dimension."""
-        encoder = self.network.encoder.pyramid.encoder
-        return {f'network.encoder.pyramid.encoder.{name}' for name in encoder.no_weight_decay()}
-
 
 def _enlarge(logits: torch.Tensor, images: torch.Tensor, stride: int) -> torch.Tensor:
     """Logits of a stride at the images' size, float32."""
@@ -99,13 +77,9 @@ def _enlarge(logits: torch.Tensor, images: torch.Tensor, stride: int) -> torch.T
 
 
 def pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Cross entropy, a mean over all pixels to which ignored ones add zero, as in the framework of BEiT's setting: so
-    the mean over processes and accumulated batches is that over all their pixels.
-
-    Args:
-        logits: [B, classes, H, W].
-        masks: int64 [B, H, W].
-    """
+    """Cross entropy of logits [B, classes, H, W] and masks, int64 [B, H, W]: a mean over all pixels to which ignored
+    ones add zero, as in the framework of BEiT's setting, so that the mean over processes and accumulated batches is
+    that over all their pixels."""
     return cross_entropy(logits, masks, ignore_index=IGNORED, reduction='sum') / masks.numel()
 
 
@@ -113,8 +87,6 @@ def save_segmenter(model: Segmenter, folder: Path, source: dict[str, Any], **mor
     """Write a segmenter as a folder that `load_segmenter` reads.
 
     Args:
-        model: Trained.
-        folder: To write to, config.json and model.safetensors.
         source: What makes the encoder again: timm's `architecture` and its `model_args`.
         **more: What else config.json holds: classes, a list of names; crop_size, stride, mean and std, with which to
             use the model.

@@ -19,7 +19,6 @@ class WindowedAttention(nn.Module):
 
     Args:
         attention: What each window goes through, [B, N, C] to [B, N, C].
-        grid: Rows and columns of tokens.
         window: Rows and columns of a window.
         prefix: How many prefix tokens stand before the grid's.
     """
@@ -59,12 +58,8 @@ class WindowedAttention(nn.Module):
 
 
 def use_windows(encoder: VisionTransformer, window: int, global_blocks: tuple[int, ...]) -> None:
-    """Give all blocks of a timm ViT but `global_blocks` attention in windows, in place.
-
-    Args:
-        encoder: A timm VisionTransformer for images of one size.
-        window: Rows and columns of a window, in tokens.
-        global_blocks: Numbers of the blocks that keep attention among all tokens.
+    """Give all blocks of a timm ViT for images of one size but those numbered `global_blocks` attention in windows of
+    `window` rows and columns of tokens, in place.
 
     Raises:
         ModelError: for an encoder whose blocks have no plain timm attention.

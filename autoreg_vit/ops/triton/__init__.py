@@ -32,12 +32,7 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 INTERPRETED = not isinstance(_forward.one_loop_kernel, triton.JITFunction)
 
 
-def reason_unsupported(
-        q: Sequence[int],
-        k: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-) -> str | None:
+def reason_unsupported(q: Sequence[int], k: Sequence[int], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernel cannot take queries and keys of the shapes `q` and `k`, [B, N, H, D], here and now, or None where
     it can."""
     if q[-1] not in HEAD_DIMS:
@@ -65,20 +60,15 @@ def segment_attention(projections: list[torch.Tensor], limits: torch.Tensor, sca
 
 
 def _run_forward(
-        projections: Sequence[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = addressable(projections, split(projections))
     with torch.cuda.device_of(q):
         return _forward.forward(q, k, v, limits.contiguous(), scale * LOG2_E)
 
 
 def _run_backward(
-        grad: torch.Tensor,
-        projections: Sequence[torch.Tensor],
-        limits: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-) -> list[torch.Tensor]:
+        grad: torch.Tensor, projections: list[torch.Tensor], limits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+        scale: float) -> list[torch.Tensor]:
     q, k, v = addressable(projections, split(projections))
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projections]
     parts = split(gradients)
@@ -97,7 +87,7 @@ class _SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, limits: torch.Tensor, scale: float, *projections: torch.Tensor) -> torch.Tensor:
-        out, lse = _run_forward(projections, limits, scale)
+        out, lse = _run_forward(list(projections), limits, scale)
         ctx.save_for_backward(limits, out, lse, *projections)
         ctx.scale = scale
         return out
@@ -118,10 +108,9 @@ def _gradients(ctx: Any, grad: torch.Tensor, run: Callable[..., list[torch.Tenso
     return run(grad, projections, limits, out, lse, ctx.scale)
 
 
-@torch.library.custom_op('autoreg_vit::segment_attention', mutates_args=())
-def _run_forward_operator(
-        projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return _run_forward(projections, limits, scale)
+_run_forward_operator = torch.library.custom_op('autoreg_vit::segment_attention', _run_forward, mutates_args=())
+_run_backward_operator = torch.library.custom_op(
+    'autoreg_vit::segment_attention_backward', _run_backward, mutates_args=())
 
 
 @_run_forward_operator.register_fake
@@ -131,27 +120,8 @@ def _(projections: list[torch.Tensor], limits: torch.Tensor, scale: float) -> tu
     return x.new_empty((batch, queries, heads, head_dim)), x.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
-@torch.library.custom_op('autoreg_vit::segment_attention_backward', mutates_args=())
-def _run_backward_operator(
-        grad: torch.Tensor,
-        projections: list[torch.Tensor],
-        limits: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-) -> list[torch.Tensor]:
-    return _run_backward(grad, projections, limits, out, lse, scale)
-
-
 @_run_backward_operator.register_fake
-def _(
-        grad: torch.Tensor,
-        projections: list[torch.Tensor],
-        limits: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-) -> list[torch.Tensor]:
+def _(grad: torch.Tensor, projections: list[torch.Tensor], *rest: Any) -> list[torch.Tensor]:
     return [x.new_empty(x.shape) for x in projections]
 
 

@@ -44,9 +44,7 @@ def _store_first(pointer, values, count, HEAD_DIM: tl.constexpr):
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
 def bordered_forward_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, lse_ptr,
-        q_stride_b, q_stride_n, q_stride_h,
-        k_stride_b, k_stride_n, k_stride_h,
-        v_stride_b, v_stride_n, v_stride_h,
+        q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
         queries, keys, heads, scale_log2,
         HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """One program: one head of one image, queries <= BLOCK + 1 and keys <= BLOCK + 1."""
@@ -99,11 +97,8 @@ def bordered_forward_kernel(
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
 def bordered_backward_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-        q_stride_b, q_stride_n, q_stride_h,
-        k_stride_b, k_stride_n, k_stride_h,
-        v_stride_b, v_stride_n, v_stride_h,
-        dq_stride_b, dq_stride_n, dq_stride_h,
-        dk_stride_b, dk_stride_n, dk_stride_h,
+        q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
+        dq_stride_b, dq_stride_n, dq_stride_h, dk_stride_b, dk_stride_n, dk_stride_h,
         dv_stride_b, dv_stride_n, dv_stride_h,
         queries, keys, heads, scale, scale_log2,
         HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):

@@ -4,12 +4,14 @@
 - `two_loops_kernel` takes the keys that no query of the tile may see unmasked apart, in a loop of their own.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
 from .bordered import bordered_forward
-from .launches import Design, Launch, plan_for
+from .launches import Design, Launch, Plan, plan_for
 from .tiles import load_rows, store_rows, strides
 from .two_heads import two_heads_forward
 
@@ -21,9 +23,7 @@ LOWEST = tl.constexpr(-1e30)
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
 def one_loop_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, lse_ptr,
-        q_stride_b, q_stride_n, q_stride_h,
-        k_stride_b, k_stride_n, k_stride_h,
-        v_stride_b, v_stride_n, v_stride_h,
+        q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
         queries, keys, heads, scale_log2,
         HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """One program: BLOCK queries of one head of one image. `scale_log2` is positive: maxima are taken before it."""
@@ -96,9 +96,7 @@ def _attend(
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
 def two_loops_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, lse_ptr,
-        q_stride_b, q_stride_n, q_stride_h,
-        k_stride_b, k_stride_n, k_stride_h,
-        v_stride_b, v_stride_n, v_stride_h,
+        q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
         queries, keys, heads, scale_log2,
         HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """One program: BLOCK queries of one head of one image."""
@@ -137,59 +135,33 @@ def two_loops_kernel(
     tl.store(lse_ptr + (image * heads + head) * queries + rows, lse, mask=rows < queries)
 
 
-def _tiles(kernel, q, k, v, limits, out, lse, scale_log2: float, launch: Launch) -> None:
+def _fill(kernel, q, k, v, limits, out, lse, scale_log2: float, launch: Launch) -> None:
     batch, queries, heads, head_dim = q.shape
     kernel[(batch * triton.cdiv(queries, launch.block) * heads,)](
         q, k, v, limits, out, lse, *strides(q, k, v), queries, k.shape[1], heads, scale_log2, HEAD_DIM=head_dim,
         BLOCK=launch.block, STEP=launch.step, **launch.options())
 
 
-def one_loop(*arguments) -> None:
-    """Fill out and lse."""
-    _tiles(one_loop_kernel, *arguments)
-
-
-def two_loops(*arguments) -> None:
-    """Fill out and lse."""
-    _tiles(two_loops_kernel, *arguments)
-
-
 # fill(q, k, v, limits, out, lse, scale_log2, launch); those below `two_loops` wait to be timed.
 DESIGNS = {
-    'one_loop': Design(one_loop),
-    'two_loops': Design(two_loops),
+    'one_loop': Design(partial(_fill, one_loop_kernel)),
+    'two_loops': Design(partial(_fill, two_loops_kernel)),
     'bordered': Design(bordered_forward, spare=1),
     'two_heads': Design(two_heads_forward, spare=0),
 }
 
 
 def forward(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        limits: torch.Tensor,
-        scale_log2: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, Nq, H, D] and base-2 log-sum-exp of the scaled scores, float32 [B, H, Nq], +inf for empty rows."""
-    plan = plan_for('forward', q, k)
-    return attend(q, k, v, limits, scale_log2, plan.design, *plan.launches)
-
-
-def attend(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        limits: torch.Tensor,
-        scale_log2: float,
-        design: str,
-        launch: Launch,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`forward` by one of DESIGNS."""
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor, scale_log2: float,
+        plan: Plan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, Nq, H, D] and base-2 log-sum-exp of the scaled scores, float32 [B, H, Nq], +inf for empty rows; by the
+    plan of the table where none is given."""
+    plan = plan or plan_for('forward', q, k)
     if scale_log2 <= 0:
         # Kernels take positive scales: the same scores come of other queries.
         q, scale_log2 = (-q, -scale_log2) if scale_log2 else (torch.zeros_like(q), 1.0)
     batch, queries, heads, head_dim = q.shape
     out = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    DESIGNS[design].fill(q, k, v, limits, out, lse, scale_log2, launch)
+    DESIGNS[plan.design].fill(q, k, v, limits, out, lse, scale_log2, *plan.launches)
     return out, lse

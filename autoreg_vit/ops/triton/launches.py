@@ -18,10 +18,7 @@ import torch
 import triton
 
 TABLE = Path(__file__).with_name('launches.json')
-_MAJOR, _MINOR = map(int, triton.__version__.split('.')[:2])
-TRITON = (_MAJOR, _MINOR)
-# Pinned because Triton 3.10 changes the default.
-FP_FUSION = True
+TRITON = tuple(map(int, triton.__version__.split('.')[:2]))
 
 
 class Launch(NamedTuple):
@@ -35,7 +32,8 @@ class Launch(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """What Triton takes beside a kernel's own arguments."""
-        options = {'num_warps': self.num_warps, 'num_stages': self.num_stages, 'enable_fp_fusion': FP_FUSION}
+        # Fusion is pinned because Triton 3.10 changes the default.
+        options = {'num_warps': self.num_warps, 'num_stages': self.num_stages, 'enable_fp_fusion': True}
         return options if self.maxnreg is None else {**options, 'maxnreg': self.maxnreg}
 
 
@@ -68,27 +66,17 @@ def kind_of(row: dict[str, Any]) -> tuple[str, int, str, int]:
     return row['pass'], row['arch'], row['dtype'], row['head_dim']
 
 
-def serves_triton(row: dict[str, Any], version: tuple[int, int] = TRITON) -> bool:
+def serves_triton(row: dict[str, Any], version: tuple[int, ...] = TRITON) -> bool:
     """Whether a row serves a version of Triton: one below the first in which its kernels spill registers."""
     bound = row['triton_below']
     return bound is None or version < tuple(map(int, bound.split('.')))
 
 
 def find_row(
-        direction: str,
-        tokens: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        capability: int,
-        version: tuple[int, int] = TRITON,
-) -> dict[str, Any]:
-    """The row of the table that serves a pass over `tokens` queries or keys, whichever are more.
-
-    Args:
-        direction: 'forward' or 'backward'.
-        capability: CUDA compute capability, major * 10 + minor.
-        version: Of Triton, the installed one by default.
-    """
+        direction: str, tokens: int, head_dim: int, dtype: torch.dtype, capability: int,
+        version: tuple[int, ...] = TRITON) -> dict[str, Any]:
+    """The row of the table that serves a pass ('forward' or 'backward') over `tokens` queries or keys, whichever are
+    more, on a GPU of a compute capability (major * 10 + minor) and by a version of Triton."""
     kind = direction, tuned_arch(capability), str(dtype).removeprefix('torch.'), head_dim
     return next(row for row in table() if kind_of(row) == kind and serves_triton(row, version)
                 and (row['tokens'] is None or tokens <= row['tokens']))

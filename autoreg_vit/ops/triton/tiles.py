@@ -4,6 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+# Queries whose limits a program that owns keys reads at once, to find those that see its keys.
+SCAN = tl.constexpr(256)
+NEVER = tl.constexpr(2 ** 31 - 1)
+
 
 @triton.jit
 def load_rows(pointer, rows, count, row_stride, HEAD_DIM: tl.constexpr):

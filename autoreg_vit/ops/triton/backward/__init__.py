@@ -5,6 +5,7 @@ which one serves. A new design is such a function, a line here, and rows of the 
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -14,13 +15,13 @@ from ..two_heads import two_heads_backward
 from .paired import paired_backward
 from .split import split
 from .tiled import tiled
-from .whole import fused, fused_from_out, rows
+from .whole import fill_whole, fused_from_out_kernel, fused_kernel, rows_kernel
 
 # fill(q, k, v, limits, out, grad, lse, dq, dk, dv, scale, scale_log2, *launches); those below `tiled` wait to be timed.
 DESIGNS = {
-    'fused': Design(fused, spare=0),
-    'fused_from_out': Design(fused_from_out, spare=0),
-    'rows': Design(rows, spare=0),
+    'fused': Design(partial(fill_whole, fused_kernel), spare=0),
+    'fused_from_out': Design(partial(fill_whole, fused_from_out_kernel), spare=0),
+    'rows': Design(partial(fill_whole, rows_kernel), spare=0),
     'split': Design(split),
     'tiled': Design(tiled),
     'paired': Design(paired_backward),
@@ -30,18 +31,8 @@ DESIGNS = {
 
 
 def gradients(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        limits: torch.Tensor,
-        out: torch.Tensor,
-        grad: torch.Tensor,
-        lse: torch.Tensor,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        scale: float,
-) -> None:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: torch.Tensor, out: torch.Tensor, grad: torch.Tensor,
+        lse: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, scale: float) -> None:
     """Fill dq, dk and dv from what `forward` took and returned and from the gradient of its output; `limits`, `out` and
     `grad` are contiguous."""
     plan = plan_for('backward', q, k)

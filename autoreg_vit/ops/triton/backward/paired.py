@@ -11,11 +11,7 @@ import triton
 import triton.language as tl
 
 from ..launches import Launch
-from ..tiles import load_rows, store_rows, strides
-
-# Queries whose limits a program reads at once to find those that see its keys.
-SCAN = tl.constexpr(256)
-NEVER = tl.constexpr(2 ** 31 - 1)
+from ..tiles import NEVER, SCAN, load_rows, store_rows, strides
 
 
 @triton.jit
@@ -97,11 +93,8 @@ def _key_gradients(
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
 def paired_backward_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-        q_stride_b, q_stride_n, q_stride_h,
-        k_stride_b, k_stride_n, k_stride_h,
-        v_stride_b, v_stride_n, v_stride_h,
-        dq_stride_b, dq_stride_n, dq_stride_h,
-        dk_stride_b, dk_stride_n, dk_stride_h,
+        q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
+        dq_stride_b, dq_stride_n, dq_stride_h, dk_stride_b, dk_stride_n, dk_stride_h,
         dv_stride_b, dv_stride_n, dv_stride_h,
         queries, keys, heads, scale, scale_log2,
         HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):

@@ -15,11 +15,8 @@ from ..tiles import load_rows, store_rows, strides
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
 def fused_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-        q_stride_b, q_stride_n, q_stride_h,
-        k_stride_b, k_stride_n, k_stride_h,
-        v_stride_b, v_stride_n, v_stride_h,
-        dq_stride_b, dq_stride_n, dq_stride_h,
-        dk_stride_b, dk_stride_n, dk_stride_h,
+        q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
+        dq_stride_b, dq_stride_n, dq_stride_h, dk_stride_b, dk_stride_n, dk_stride_h,
         dv_stride_b, dv_stride_n, dv_stride_h,
         queries, keys, heads, scale, scale_log2,
         HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
@@ -57,11 +54,8 @@ def fused_kernel(
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
 def fused_from_out_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-        q_stride_b, q_stride_n, q_stride_h,
-        k_stride_b, k_stride_n, k_stride_h,
-        v_stride_b, v_stride_n, v_stride_h,
-        dq_stride_b, dq_stride_n, dq_stride_h,
-        dk_stride_b, dk_stride_n, dk_stride_h,
+        q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
+        dq_stride_b, dq_stride_n, dq_stride_h, dk_stride_b, dk_stride_n, dk_stride_h,
         dv_stride_b, dv_stride_n, dv_stride_h,
         queries, keys, heads, scale, scale_log2,
         HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
@@ -97,11 +91,8 @@ def fused_from_out_kernel(
 @triton.jit(do_not_specialize=['queries', 'keys', 'heads'])
 def rows_kernel(
         q_ptr, k_ptr, v_ptr, limits_ptr, out_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-        q_stride_b, q_stride_n, q_stride_h,
-        k_stride_b, k_stride_n, k_stride_h,
-        v_stride_b, v_stride_n, v_stride_h,
-        dq_stride_b, dq_stride_n, dq_stride_h,
-        dk_stride_b, dk_stride_n, dk_stride_h,
+        q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
+        dq_stride_b, dq_stride_n, dq_stride_h, dk_stride_b, dk_stride_n, dk_stride_h,
         dv_stride_b, dv_stride_n, dv_stride_h,
         queries, keys, heads, scale, scale_log2,
         HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
@@ -142,25 +133,11 @@ def rows_kernel(
     store_rows(dq_ptr + image * dq_stride_b + head * dq_stride_h, dq * scale, rows, queries, dq_stride_n, HEAD_DIM)
 
 
-def _fill(
-        kernel, q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch,
-        **constants: int) -> None:
+def fill_whole(
+        kernel, q, k, v, limits, out, grad, lse, dq, dk, dv, scale: float, scale_log2: float, launch: Launch) -> None:
+    """Fill dq, dk and dv by a kernel of this module, where the block holds all queries, and all keys but for rows."""
     batch, queries, heads, head_dim = q.shape
+    constants = {'STEP': launch.step} if kernel is rows_kernel else {}
     kernel[(batch * heads,)](
         q, k, v, limits, out, grad, lse, dq, dk, dv, *strides(q, k, v, dq, dk, dv), queries, k.shape[1], heads, scale,
         scale_log2, HEAD_DIM=head_dim, BLOCK=launch.block, **constants, **launch.options())
-
-
-def fused(*arguments) -> None:
-    """Fill dq, dk and dv where the block holds all queries and all keys."""
-    _fill(fused_kernel, *arguments)
-
-
-def fused_from_out(*arguments) -> None:
-    """As `fused`."""
-    _fill(fused_from_out_kernel, *arguments)
-
-
-def rows(*arguments) -> None:
-    """Fill dq, dk and dv where the block holds all queries."""
-    _fill(rows_kernel, *arguments, STEP=arguments[-1].step)
