@@ -32,9 +32,7 @@ from .runs import begun, evaluation_of, finished, leave_results
 
 def detect(config: DetectConfig) -> Path:
     """Train a detector on an encoder, or resume its run. Under torchrun every process calls this.
-
-    Args:
-        config: Settings of the run; the defaults are those of Li et al. 2021 for ViT-B.
+    The settings' defaults are those of Li et al. 2021 for ViT-B.
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `figures/`, and the detector in
@@ -99,9 +97,6 @@ class Detection(Objective[ViTMaskRCNN]):
              'parameters': sum(p.numel() for p in model.parameters())})
         self.network = SumOfLosses(model)
         self.config, self.spec, self.test_part, self.group = config, spec, test_part, group
-
-    def optimized(self) -> tuple[Any, dict[str, Any]]:
-        return self.model, {'layer_decay': self.config.layer_decay}
 
     def loss(self, network: nn.Module, batch: Any, part: ForwardPass) -> torch.Tensor:
         images, targets = batch

@@ -36,9 +36,7 @@ OF_THE_ARCHITECTURE = ('num_classes', 'fixed_input_size', 'pool_size', 'first_co
 
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune an encoder on labelled images, or resume its run. Under torchrun every process calls this.
-
-    Args:
-        config: Settings of the run; the defaults are RandSAC's Table 15.
+    The settings' defaults are RandSAC's Table 15.
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `figures/`, and the classifier in
@@ -101,9 +99,6 @@ class Finetuning(Objective[nn.Module]):
         else:
             self.criterion = nn.CrossEntropyLoss()
 
-    def optimized(self) -> tuple[Any, dict[str, Any]]:
-        return self.model, {'layer_decay': self.config.layer_decay}
-
     def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
         images, labels = batch
         if self.mixup is not None:
@@ -138,11 +133,8 @@ def check_pairs(config: FinetuneConfig, group: Processes) -> None:
 
 
 def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
-    """Give a timm model a classifier near zero, as fine-tuning in BEiT, MAE and SAIM's published code begins.
-
-    Raises:
-        ModelError: for a model without a linear classifier.
-    """
+    """Give a timm model a classifier near zero, as fine-tuning in BEiT, MAE and SAIM's published code begins. Raise
+    ModelError for a model without a linear one."""
     as_timm(model).reset_classifier(classes)
     head = as_timm(model).get_classifier()
     if not isinstance(head, nn.Linear):

@@ -32,13 +32,9 @@ from .runs import begun
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Pretrain a model, or resume its run, and leave behind its weights, logs and figures.
-
-    Under torchrun every process calls this, and they train together.
-
-    Args:
-        config: Settings of the run. Where `output_dir` holds an unfinished run with these settings, it goes on from its
-            last checkpoint and ends in the weights it would have ended in.
+    """Pretrain a model, or resume its run, and leave behind its weights, logs and figures. Under torchrun every process
+    calls this, and they train together. Where `config.output_dir` holds an unfinished run with these settings, it goes
+    on from its last checkpoint and ends in the weights it would have ended in.
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `encoder/` and `pretrain/` (timm `local-dir:` folders)
@@ -110,15 +106,10 @@ def resolve_data(config: PretrainConfig) -> None:
 
 
 class Pretraining(Objective[AutoregressiveViT]):
-    """Autoregressive pretraining: each segment of an image is predicted from those before it.
+    """Autoregressive pretraining of a model on the device: each segment of an image is predicted from those before it.
 
     Args:
-        config: Settings of the run.
-        model: On the device.
-        spec: Images that it takes.
         labelled: Data sets to fit and to test classifiers of frozen features on, or None.
-        group: The processes.
-        title: As `Objective` has it.
         **about: As `Objective` has it; the numbers of parameters are added.
     """
     evaluated_untrained = True

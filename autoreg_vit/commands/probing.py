@@ -31,9 +31,7 @@ from .runs import begun, evaluation_of, finished, leave_results
 
 def probe(config: ProbeConfig) -> Path:
     """Evaluate an encoder's frozen features, or resume its run. Under torchrun every process calls this.
-
-    Args:
-        config: Settings of the run; the defaults are RandSAC's Table 16 with a smaller batch.
+    The settings' defaults are RandSAC's Table 16 with a smaller batch.
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `classifier.safetensors` and
@@ -50,9 +48,7 @@ def probe(config: ProbeConfig) -> Path:
         images = labelled_images(config, ImageSpec.of(encoder, config.in_chans), group)
         encoder.to(group.device).eval().requires_grad_(False)
         objective = Probing(config, encoder, images, group)
-        trainer = None
-        if not config.fast:
-            trainer = Trainer(config, objective, batches_of(config, images.train, group), group)
+        trainer = None if config.fast else Trainer(config, objective, batches_of(config, images.train, group), group)
 
         # The run, and what it leaves.
         facts, steps = {'train_images': len(images.train)}, trainer.steps if trainer else None
@@ -136,11 +132,8 @@ def fit_features(
         config: ProbeConfig, run: Run, head: LinearHead, train_set: Features | None, test: Features | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fit `head` to cached features, on the main process: a held-out part of the training images chooses the learning
-    rate, a classifier is trained at it on all of them, and the test images report.
-
-    Returns:
-        What `evaluate` gives, and what else the results say, on every process.
-    """
+    rate, a classifier is trained at it on all of them, and the test images report. What `evaluate` gives, and what else
+    the results say, on every process."""
     device = run.group.device
 
     def fit() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -50,15 +50,13 @@ def leave_results(
     """Write results.json and, of a classifier with up to twenty classes, figures/confusion.png, on the main process;
     end the run."""
     if run.group.is_main:
-        few = 'confusion' in result and len(classes) <= 20
         content = {
             'weights': config.weights, 'pretrained': config.pretrained, 'data': config.data_name,
             'eval_split': config.eval_split or f'a fifth of {config.train_split}', **scores(result),
-            'test_images': result['images'], **more, 'num_classes': len(classes),
-            **({'classes': classes, 'confusion': result['confusion'].tolist()} if few else {}),
-        }
+            'test_images': result['images'], **more, 'num_classes': len(classes)}
         with writing(run.folder):
-            if few:
+            if 'confusion' in result and len(classes) <= 20:
+                content.update(classes=classes, confusion=result['confusion'].tolist())
                 (run.folder / 'figures').mkdir(exist_ok=True)
                 plots.confusion_figure(result['confusion'], classes, run.folder / 'figures' / 'confusion.png')
             write_json(run.folder / 'results.json', content)

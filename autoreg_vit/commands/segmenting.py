@@ -32,9 +32,7 @@ from .runs import begun, evaluation_of, finished, leave_results
 
 def segment(config: SegmentConfig) -> Path:
     """Train a segmentation network on an encoder, or resume its run. Under torchrun every process calls this.
-
-    Args:
-        config: Settings of the run; the defaults are those of both papers for ViT-Base on ADE20K.
+    The settings' defaults are those of both papers for ViT-Base on ADE20K.
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `figures/`, and the network in
@@ -90,9 +88,6 @@ class Segmentation(Objective[Segmenter]):
             model, f'Segmenting with {config.weights}: {count:,} images of {classes} classes, {config.steps:,} steps',
             {'train_images': count, 'classes': classes, 'parameters': sum(p.numel() for p in model.parameters())})
         self.config, self.spec, self.data, self.group = config, spec, data, group
-
-    def optimized(self) -> tuple[Any, dict[str, Any]]:
-        return self.model, {'layer_decay': self.config.layer_decay}
 
     def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
         torch.manual_seed(mix_seed(self.config.seed, 'dropout', part.number, self.group.rank))

@@ -98,9 +98,8 @@ def coco_results(detections: list[Detections], dataset: Part) -> list[dict[str, 
     identities = list(dataset.dataset.categories)
     results = []
     for index, found in zip(dataset.indices, detections):
-        for box, score, label, mask in zip(
+        for (left, top, right, bottom), score, label, mask in zip(
                 found['boxes'].tolist(), found['scores'].tolist(), found['labels'].tolist(), found['masks']):
-            left, top, right, bottom = box
             results.append({'image_id': dataset.dataset.ids[index], 'category_id': identities[label - 1],
                             'bbox': [left, top, right - left, bottom - top], 'score': score, 'segmentation': mask})
     return results

@@ -20,8 +20,7 @@ def cached_features(
     """Features of the training images without augmentation and of the test images, on the main process. They are kept
     in the run's folder and read from there when its command is repeated with the same weights."""
     path, key = run.folder / CACHE, fingerprint(encoder)
-    kept = run.group.on_main(lambda: _read(path, key) is not None)
-    if kept:
+    if run.group.on_main(lambda: _read(path, key) is not None):
         run.say(f'Reading the features from {path}.')
         found = _read(path, key) if run.group.is_main else None
         return found or (None, None)

@@ -53,15 +53,8 @@ def accuracies(
 
 class LinearHead(nn.Module):
     """A linear classifier of features, after a batch norm without parameters where asked for (SAIM "Image
-    classification", MAE). Features are frozen, so that its statistics are over the batch of all processes.
-
-    Args:
-        width: Width of the features.
-        classes: How many.
-        batch_norm: Normalise features.
-        seed: Of the initial weights, of standard deviation 0.01 as in MoCo v3 and SAIM's published code.
-        group: The processes.
-    """
+    classification", MAE). Features are frozen, so that its statistics are over the batch of all processes. The initial
+    weights are of standard deviation 0.01, as in MoCo v3 and SAIM's published code."""
 
     def __init__(self, width: int, classes: int, batch_norm: bool, seed: int, group: Processes):
         super().__init__()
@@ -91,12 +84,8 @@ class LinearHead(nn.Module):
 
 
 class Bank(NamedTuple):
-    """Linear classifiers of the same standardised features.
-
-    Args:
-        weight: [classifiers, width + 1, classes]; the last row is the bias.
-        mean: By which features are standardised, [width], as `std` is.
-    """
+    """Linear classifiers, `weight` [classifiers, width + 1, classes] with the bias as the last row, of the same
+    features, standardised by `mean` and `std` [width]."""
     weight: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor

@@ -162,7 +162,7 @@ class TestRun:
     def test_layer_decay(self):
         """Blocks learn at a part of the rate of the block above, and all that is new at the full rate."""
         model = small_detector()
-        optimizer = create_optimizer(config_for(Path(), layer_decay=0.7), model, layer_decay=0.7)
+        optimizer = create_optimizer(config_for(Path(), layer_decay=0.7), model)
         names, groups = {id(p): name for name, p in model.named_parameters()}, {}
         for group in optimizer.param_groups:
             groups |= {names[id(p)]: group for p in group['params']}
