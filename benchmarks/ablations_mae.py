@@ -1,7 +1,6 @@
 """The outside reference of `ablations.py`: a masked autoencoder (He et al. 2022) by transformers, trained on the same
 batches with the same optimizer and schedule as every other row. Needs `pip install "transformers>=5.23"`."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoreg_vit.commands.pretraining import training_batches
-from autoreg_vit.data.order import check_divisible
+from autoreg_vit.commands.runs import begun
+from autoreg_vit.data.pretraining import training_batches
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine.objective import Evaluation, Objective, Part
-from autoreg_vit.engine.processes import Processes, processes
+from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.run import Run
 from autoreg_vit.engine.seeding import mix_seed
-from autoreg_vit.engine.trainer import Trainer, prepare
+from autoreg_vit.engine.trainer import Trainer
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models import AutoregressiveViT, create_pretraining_model
@@ -92,24 +91,18 @@ def to_timm(model: nn.Module, sizes: AutoregressiveViT) -> SinCosVisionTransform
 def pretrain_mae(config: MaeConfig) -> Path:
     """Pretrain MAE, or resume its run: `autoreg_vit.commands.pretraining.pretrain` with another model. Leaves
     `encoder/`, a timm folder."""
-    with processes(config.device) as group:
-        return _pretrain(dataclasses.replace(config), group)
-
-
-def _pretrain(config: MaeConfig, group: Processes) -> Path:
-    prepare(config, group)
-    sizes = create_pretraining_model(config.model, **config.model_options())
-    spec = ImageSpec.of(sizes)
-    check_divisible(config.batch_size, group)
-    batches = training_batches(config, spec, group)
-    objective = MaskedAutoencoding(config, build_mae(sizes, config.mask_ratio).to(group.device), sizes, spec, group)
-    trainer = Trainer(config, objective, batches, group)
-    with Run(config, 'mae', group, {'train_images': batches.sampler.length}) as run:
-        if not run.finished:
-            trainer.run(run)
-            trainer.export(run.folder)
-            run.finish()
-        return run.folder
+    with begun(config) as (config, group):
+        sizes = create_pretraining_model(config.model, **config.model_options())
+        spec = ImageSpec.of(sizes)
+        batches = training_batches(config, spec, group)
+        objective = MaskedAutoencoding(config, build_mae(sizes, config.mask_ratio).to(group.device), sizes, spec, group)
+        trainer = Trainer(config, objective, batches, group)
+        with Run(config, 'mae', group, {'train_images': batches.sampler.length}) as run:
+            if not run.finished:
+                trainer.run(run)
+                trainer.export(run.folder)
+                run.finish()
+            return run.folder
 
 
 class MaskedAutoencoding(Objective):

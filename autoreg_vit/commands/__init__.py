@@ -38,7 +38,6 @@ class Command(NamedTuple):
     """A command of the command line.
 
     Args:
-        help: What it does.
         module: Of the function of its name, in the package.
         settings: Module of its settings, in the package.
         config_class: Name of the class there.

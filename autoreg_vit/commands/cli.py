@@ -34,35 +34,31 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return the process's exit status: 0, 2 for an error of use, 128 + N when signal N stopped it
     (130 for Ctrl-C, 143 for SIGTERM)."""
     arguments = sys.argv[1:] if argv is None else argv
+    debug = '--debug' in arguments
     with patient_streams():
-        return _main([a for a in arguments if a != '--debug'], debug='--debug' in arguments)
+        try:
+            return _run([a for a in arguments if a != '--debug'])
+        except ModuleNotFoundError as error:
+            need = f'The command line needs the package {error.name!r}: pip install "autoreg-vit[train]".'
+            return _say_error(UsageError(need), debug)
+        except UsageError as error:
+            return _say_error(error, debug)
+        except OSError as error:
+            from ..artifacts import OUT_OF_SPACE, write_error
 
-
-def _main(arguments: list[str], debug: bool) -> int:
-    try:
-        return _run(arguments)
-    except ModuleNotFoundError as error:
-        said = UsageError(f'The command line needs the package {error.name!r}: pip install "autoreg-vit[train]".')
-        return _say_error(said, debug)
-    except UsageError as error:
-        return _say_error(error, debug)
-    except OSError as error:
-        from ..artifacts import OUT_OF_SPACE, write_error
-
-        if error.errno not in OUT_OF_SPACE:
-            raise
-        return _say_error(write_error(Path(error.filename or '.'), error), debug)
-    except KeyboardInterrupt:
-        return 130
+            if error.errno not in OUT_OF_SPACE:
+                raise
+            return _say_error(write_error(Path(error.filename or '.'), error), debug)
+        except KeyboardInterrupt:
+            return 130
 
 
 def _say_error(error: UsageError, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     if not getattr(error, 'said_elsewhere', False):
-        rank = shown_rank()
-        name = f'autoreg-vit, rank {rank}' if rank else 'autoreg-vit'
-        print(f'{name}: {" ".join(str(error).split())}', file=sys.stderr)
+        place = f', rank {rank}' if (rank := shown_rank()) else ''
+        print(f'autoreg-vit{place}: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
 
 
@@ -96,12 +92,15 @@ def _run(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
     """The command's name as `command`, and what was given of its settings."""
+    from ..settings.base import add_flags
     from . import COMMANDS
+    from .recipes import bundled_recipes
 
     parser = Parser(prog='autoreg-vit', description='Autoregressive pretraining of Vision Transformers.',
                     allow_abbrev=False)
     parser.add_argument('--version', action='version', version=__version__)
-    parser.add_argument('--debug', action='store_true', help='show the traceback of errors of use')
+    parser.add_argument('--debug', action='store_true', default=argparse.SUPPRESS,  # which `main` takes
+                        help='show the traceback of errors of use')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True, parser_class=Parser)
     parsers = {}
     for name, command in COMMANDS.items():
@@ -111,7 +110,12 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
             name, allow_abbrev=False, help=command.help, formatter_class=HelpFormatter,
             description=f'{command.help[0].upper()}{command.help[1:]}.{default}')
         if name in arguments:  # what the others take needs their settings imported
-            _add_settings(parsers[name], name)
+            if command.has_recipes:
+                parsers[name].add_argument('--config', metavar='RECIPE', default=argparse.SUPPRESS, help=(
+                    f'a YAML file or a bundled recipe ({", ".join(bundled_recipes(name))}); flags override it'))
+            parsers[name].add_argument('--print-config', action='store_true',
+                                       help='show the resolved settings, and do nothing else')
+            add_flags(parsers[name], command.config())
     parsers['recipes'] = commands.add_parser(
         'recipes', allow_abbrev=False, help='list the bundled recipes', formatter_class=HelpFormatter,
         description='List the bundled recipes, with a line each.')
@@ -119,18 +123,4 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     if unknown:
         flags = [flag for action in parsers[namespace.command]._actions for flag in action.option_strings]
         raise UsageError(f'Unknown argument {unknown[0]!r}. {suggest(unknown[0], flags)}')
-    given = vars(namespace)
-    del given['debug']
-    return given
-
-
-def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
-    from ..settings.base import add_flags
-    from . import COMMANDS
-    from .recipes import bundled_recipes
-
-    if COMMANDS[name].has_recipes:
-        parser.add_argument('--config', metavar='RECIPE', default=argparse.SUPPRESS, help=(
-            f'a YAML file or a bundled recipe ({", ".join(bundled_recipes(name))}); flags override it'))
-    parser.add_argument('--print-config', action='store_true', help='show the resolved settings, and do nothing else')
-    add_flags(parser, COMMANDS[name].config())
+    return vars(namespace)

@@ -12,27 +12,15 @@ from ..settings.dense import Dense
 
 
 def require(command: str, *packages: str) -> None:
-    """Raise ConfigError where a command's packages are not installed.
-
-    Args:
-        command: As typed.
-        *packages: Import names.
-    """
+    """Raise ConfigError where packages that a command imports are not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f'autoreg-vit {command} needs {" and ".join(missing)}: pip install "autoreg-vit[dense]".')
 
 
 def dense_encoder(config: Dense, **options: Any) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The encoder of a run as the neck takes it, and what makes it again: timm's `architecture` and its `model_args`.
-
-    Args:
-        config: Names the weights.
-        **options: Arguments of `timm.create_model` that make it again too; those that are None are left out.
-
-    Raises:
-        UsageError: as `load_encoder`.
-    """
+    """The encoder of a run as the neck takes it, and what makes it again: timm's `architecture` and its `model_args`,
+    `options` among them, of which those that are None are left out. Raises as `load_encoder`."""
     options = {'num_classes': 0, 'dynamic_img_size': True, **{k: v for k, v in options.items() if v is not None}}
     encoder = load_encoder(config.weights, config.pretrained, **options, drop_path_rate=config.drop_path_rate)
     if config.grad_checkpointing:

@@ -1,7 +1,6 @@
 """`autoreg-vit detect`: object detection and instance segmentation by Mask R-CNN (SAIM "Object detection and instance
 segmentation on COCO")."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..artifacts import write_synced, writing
-from ..data.batches import Batches
+from ..data.batches import batches_of
 from ..data.boxes import Part, collate, open_data
-from ..data.order import check_divisible
 from ..data.transforms import ImageSpec
 from ..engine.objective import Evaluation, Objective
 from ..engine.objective import Part as ForwardPass
-from ..engine.processes import Processes, processes
+from ..engine.processes import Processes
 from ..engine.run import Run
 from ..engine.seeding import mix_seed
-from ..engine.trainer import Trainer, prepare
+from ..engine.trainer import Trainer
 from ..errors import ConfigError
 from ..evaluation.box_scores import coco_results, evaluate
 from ..figures.plots import learning_figure
@@ -29,14 +27,12 @@ from ..hub.lookup import short_name
 from ..models.dense.detector import ViTMaskRCNN, save_detector
 from ..settings.dense import DetectConfig
 from .dense import dense_encoder, require
-from .results import evaluation_of, finished, leave_results
+from .runs import begun, evaluation_of, finished, leave_results
 
 
 def detect(config: DetectConfig) -> Path:
     """Train a detector on an encoder, or resume its run. Under torchrun every process calls this.
-
-    Args:
-        config: Settings of the run; the defaults are those of Li et al. 2021 for ViT-B.
+    The settings' defaults are those of Li et al. 2021 for ViT-B.
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `figures/`, and the detector in
@@ -48,73 +44,49 @@ def detect(config: DetectConfig) -> Path:
         Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
     """
     require('detect', 'torchmetrics', 'faster_coco_eval')
-    with processes(config.device) as group:
-        return _detect(dataclasses.replace(config), group)
+    with begun(config) as (config, group):
+        # Data and model, all checked before anything is written.
+        if config.norm == 'batch' and group.world_size > 1 and group.device.type != 'cuda':
+            raise ConfigError('norm=batch is synchronised over GPUs alone: use --norm layer with several processes on '
+                              f'{group.device.type}.')
+        encoder, source = dense_encoder(config, in_chans=config.in_chans)
+        spec = ImageSpec.of(encoder, config.in_chans)
+        train_part, test_part = open_data(config, spec.channels, group)
+        categories = train_part.dataset.categories
+        options = {**config.detector_options(), 'mean': spec.mean, 'std': spec.std}
+        model = ViTMaskRCNN(encoder, len(categories), **options).to(group.device)
+        if group.world_size > 1 and group.device.type == 'cuda':
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        objective = Detection(config, model, spec, train_part, test_part, group)
+        trainer = Trainer(config, objective, batches_of(config, train_part, group, collate), group)
 
-
-def _detect(config: DetectConfig, group: Processes) -> Path:
-    # Settings, data and model, all checked before anything is written.
-    prepare(config, group)
-    check_divisible(config.batch_size, group)
-    if config.norm == 'batch' and group.world_size > 1 and group.device.type != 'cuda':
-        raise ConfigError('norm=batch is synchronised over GPUs alone: use --norm layer with several processes on '
-                          f'{group.device.type}.')
-    encoder, source = dense_encoder(config, in_chans=config.in_chans)
-    spec = ImageSpec.of(encoder, config.in_chans)
-    train_part, test_part = open_data(config, spec.channels, group)
-    categories = train_part.dataset.categories
-    options = {**config.detector_options(), 'mean': spec.mean, 'std': spec.std}
-    model = ViTMaskRCNN(encoder, len(categories), **options).to(group.device)
-    if group.world_size > 1 and group.device.type == 'cuda':
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    objective = Detection(config, model, spec, train_part, test_part, group)
-    trainer = Trainer(config, objective, Batches(
-        train_part, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt,
-        collate), group)
-
-    # The run.
-    facts = {'train_images': len(train_part), 'test_images': len(test_part)}
-    with Run(config, f'detect-{short_name(config.weights)}', group, facts, config.steps) as run:
-        if finished(run):
+        # The run, and what it leaves.
+        facts = {'train_images': len(train_part), 'test_images': len(test_part)}
+        with Run(config, f'detect-{short_name(config.weights)}', group, facts, trainer.steps) as run:
+            if finished(run):
+                return run.folder
+            result, figures = trainer.run(run).result, run.folder / 'figures'
+            if group.is_main:
+                with writing(run.folder):
+                    save_detector(model, run.folder / 'model', source, options, categories)
+                    figures.mkdir(exist_ok=True)
+                    learning_figure({'': run.log.lines}, figures / 'learning.png')
+                    detection_figure(test_part, result['detections'], figures / 'detections.png')
+                    if config.save_detections:
+                        write_synced(run.folder / 'detections.json',
+                                     json.dumps(coco_results(result['detections'], test_part)))
+            leave_results(run, config, result, list(categories.values()), **facts, steps=config.steps,
+                          per_class={name: {k: round(v, 4) for k, v in scores.items()}
+                                     for name, scores in result['per_class'].items()})
             return run.folder
-        result = trainer.run(run).result
-
-        # What is left.
-        if group.is_main:
-            with writing(run.folder):
-                save_detector(model, run.folder / 'model', source, options, categories)
-                (run.folder / 'figures').mkdir(exist_ok=True)
-                learning_figure({'': run.log.lines}, run.folder / 'figures' / 'learning.png')
-                detection_figure(test_part, result['detections'], run.folder / 'figures' / 'detections.png')
-                if config.save_detections:
-                    write_synced(run.folder / 'detections.json',
-                                 json.dumps(coco_results(result['detections'], test_part)))
-        leave_results(run, config, result, list(categories.values()), **facts, steps=config.steps,
-                      per_class={name: {k: round(v, 4) for k, v in scores.items()}
-                                 for name, scores in result['per_class'].items()})
-        return run.folder
 
 
 class Detection(Objective[ViTMaskRCNN]):
-    """Boxes, classes and masks of objects, by Mask R-CNN on an encoder. Draws, of regions and of stochastic depth, are
-    functions of (seed, forward pass, process).
-
-    Args:
-        config: Settings of the run.
-        model: On the device.
-        spec: Images that its encoder takes.
-        train_part: Images to train on.
-        test_part: Images to report on.
-        group: The processes.
-    """
+    """Boxes, classes and masks of objects, by a model on the device. Draws, of regions and of stochastic depth, are
+    functions of (seed, forward pass, process)."""
 
     def __init__(
-            self,
-            config: DetectConfig,
-            model: ViTMaskRCNN,
-            spec: ImageSpec,
-            train_part: Part,
-            test_part: Part,
+            self, config: DetectConfig, model: ViTMaskRCNN, spec: ImageSpec, train_part: Part, test_part: Part,
             group: Processes,
     ):
         count, self.categories = len(train_part), train_part.dataset.categories
@@ -125,9 +97,6 @@ class Detection(Objective[ViTMaskRCNN]):
              'parameters': sum(p.numel() for p in model.parameters())})
         self.network = SumOfLosses(model)
         self.config, self.spec, self.test_part, self.group = config, spec, test_part, group
-
-    def optimized(self) -> tuple[Any, dict[str, Any]]:
-        return self.model, {'layer_decay': self.config.layer_decay}
 
     def loss(self, network: nn.Module, batch: Any, part: ForwardPass) -> torch.Tensor:
         images, targets = batch

@@ -1,6 +1,5 @@
 """`autoreg-vit finetune`: end-to-end training of an encoder with a classifier (RandSAC Table 15)."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,15 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..artifacts import CONFIG, WEIGHTS, replaced, seal, write_config, writing
-from ..data.batches import Batches
+from ..data.batches import batches_of
 from ..data.labelled import LabelledImages, labelled_images
-from ..data.order import check_divisible
 from ..data.transforms import ImageSpec
 from ..engine.objective import Evaluation, Objective, Part
 from ..engine.parallel import share_buffers
-from ..engine.processes import Processes, processes
+from ..engine.processes import Processes
 from ..engine.run import Run
 from ..engine.seeding import mix_seed, seed_cpu
-from ..engine.trainer import Trainer, prepare
+from ..engine.trainer import Trainer
 from ..errors import ConfigError, ModelError
 from ..evaluation.class_scores import evaluate
 from ..evaluation.metrics import scores
@@ -30,7 +28,7 @@ from ..hub.lookup import load_encoder, short_name, source_config
 from ..models.encoders import SinCosVisionTransformer
 from ..models.interface import as_timm
 from ..settings.classification import FinetuneConfig
-from .results import evaluation_of, finished, leave_results
+from .runs import begun, evaluation_of, finished, leave_results
 
 #: Entries of timm's configuration of a model that hold for whatever weights it has.
 OF_THE_ARCHITECTURE = ('num_classes', 'fixed_input_size', 'pool_size', 'first_conv', 'classifier')
@@ -38,9 +36,7 @@ OF_THE_ARCHITECTURE = ('num_classes', 'fixed_input_size', 'pool_size', 'first_co
 
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune an encoder on labelled images, or resume its run. Under torchrun every process calls this.
-
-    Args:
-        config: Settings of the run; the defaults are RandSAC's Table 15.
+    The settings' defaults are RandSAC's Table 15.
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `figures/`, and the classifier in
@@ -51,65 +47,43 @@ def finetune(config: FinetuneConfig) -> Path:
         NonFiniteLoss: when training diverges.
         Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
     """
-    with processes(config.device) as group:
-        return _finetune(dataclasses.replace(config), group)
+    with begun(config) as (config, group):
+        # Data and model, all checked before anything is written.
+        check_pairs(config, group)
+        model = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
+        spec = ImageSpec.of(model, config.in_chans)
+        images = labelled_images(config, spec, group, auto_augment=config.auto_augment, erase=config.erase)
+        add_classifier(model, len(images.classes), config.seed)
+        model.to(group.device)
+        if config.grad_checkpointing:
+            as_timm(model).set_grad_checkpointing()
+        objective = Finetuning(config, model, spec, images, group)
+        trainer = Trainer(config, objective, batches_of(config, images.train, group), group)
 
-
-def _finetune(config: FinetuneConfig, group: Processes) -> Path:
-    # Settings, data and model, all checked before anything is written.
-    prepare(config, group)
-    check_divisible(config.batch_size, group)
-    check_pairs(config, group)
-    model = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
-    spec = ImageSpec.of(model, config.in_chans)
-    images = labelled_images(config, spec, group, auto_augment=config.auto_augment, erase=config.erase)
-    add_classifier(model, len(images.classes), config.seed)
-    model.to(group.device)
-    if config.grad_checkpointing:
-        as_timm(model).set_grad_checkpointing()
-    objective = Finetuning(config, model, spec, images, group)
-    trainer = Trainer(config, objective, Batches(
-        images.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
-        group)
-
-    # The run.
-    facts = {'train_images': len(images.train)}
-    with Run(config, f'finetune-{short_name(config.weights)}', group, facts, trainer.steps) as run:
-        if finished(run):
+        # The run, and what it leaves.
+        facts = {'train_images': len(images.train)}
+        with Run(config, f'finetune-{short_name(config.weights)}', group, facts, trainer.steps) as run:
+            if finished(run):
+                return run.folder
+            result, average, more = trainer.run(run).result, trainer.average, {}
+            if average is not None:
+                more['average'] = scores(objective.measure(average.module))
+            whole = trainer.export(run.folder)
+            if group.is_main:
+                with writing(run.folder):
+                    export_classifier(whole, run.folder / 'model', config, spec, images.classes)
+                    if average is not None:
+                        export_classifier(average.module, run.folder / 'average', config, spec, images.classes)
+            leave_results(run, config, result, images.classes, epochs=config.epochs, **facts, **more)
             return run.folder
-        result, average, more = trainer.run(run).result, trainer.average, {}
-        if average is not None:
-            more['average'] = scores(objective.measure(average.module))
-
-        # What is left.
-        whole = trainer.export(run.folder)
-        if group.is_main:
-            with writing(run.folder):
-                export_classifier(whole, run.folder / 'model', config, spec, images.classes)
-                if average is not None:
-                    export_classifier(average.module, run.folder / 'average', config, spec, images.classes)
-        leave_results(run, config, result, images.classes, epochs=config.epochs, train_images=len(images.train), **more)
-        return run.folder
 
 
 class Finetuning(Objective[nn.Module]):
-    """An encoder and its classifier, trained end to end. Draws are functions of (seed, forward pass, process).
-
-    Args:
-        config: Settings of the run.
-        model: With a classifier, on the device.
-        spec: Images that it takes.
-        images: Labelled images.
-        group: The processes.
-    """
+    """A model with a classifier, on the device, trained end to end. Draws are functions of (seed, forward pass,
+    process)."""
 
     def __init__(
-            self,
-            config: FinetuneConfig,
-            model: nn.Module,
-            spec: ImageSpec,
-            images: LabelledImages,
-            group: Processes,
+            self, config: FinetuneConfig, model: nn.Module, spec: ImageSpec, images: LabelledImages, group: Processes,
     ):
         count, classes = len(images.train), len(images.classes)
         super().__init__(
@@ -124,9 +98,6 @@ class Finetuning(Objective[nn.Module]):
             self.criterion = LabelSmoothingCrossEntropy(config.label_smoothing)
         else:
             self.criterion = nn.CrossEntropyLoss()
-
-    def optimized(self) -> tuple[Any, dict[str, Any]]:
-        return self.model, {'layer_decay': self.config.layer_decay}
 
     def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
         images, labels = batch
@@ -162,11 +133,8 @@ def check_pairs(config: FinetuneConfig, group: Processes) -> None:
 
 
 def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
-    """Give a timm model a classifier near zero, as fine-tuning in BEiT, MAE and SAIM's published code begins.
-
-    Raises:
-        ModelError: for a model without a linear classifier.
-    """
+    """Give a timm model a classifier near zero, as fine-tuning in BEiT, MAE and SAIM's published code begins. Raise
+    ModelError for a model without a linear one."""
     as_timm(model).reset_classifier(classes)
     head = as_timm(model).get_classifier()
     if not isinstance(head, nn.Linear):
@@ -179,11 +147,7 @@ def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
 
 
 def export_classifier(
-        model: nn.Module,
-        folder: Path,
-        config: FinetuneConfig,
-        spec: ImageSpec,
-        classes: list[str],
+        model: nn.Module, folder: Path, config: FinetuneConfig, spec: ImageSpec, classes: list[str],
 ) -> None:
     """Write a classifier as a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads. It says how
     the images were prepared that its accuracy was measured on, and nothing of the weights that training began with:

@@ -1,6 +1,5 @@
 """`autoreg-vit probe`: how good frozen features are, by linear probing (RandSAC Table 16) and nearest neighbours."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,28 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from ..artifacts import save_tensors, writing
-from ..data.batches import Batches
+from ..data.batches import batches_of
 from ..data.labelled import LabelledImages, hold_out, labelled_images, some_of
-from ..data.order import check_divisible
 from ..data.samples import some
 from ..data.transforms import ImageSpec
 from ..engine.objective import Evaluation, Objective, Part
-from ..engine.processes import Processes, processes
+from ..engine.processes import Processes
 from ..engine.run import Run
-from ..engine.trainer import Trainer, prepare
+from ..engine.trainer import Trainer
 from ..evaluation.cached import cached_features
 from ..evaluation.class_scores import evaluate
-from ..evaluation.classifiers import Bank, knn_accuracy
+from ..evaluation.classifiers import LinearHead, fit_bank, knn_accuracy
 from ..evaluation.features import Features, features_of, gather_features, images_at_once
 from ..evaluation.metrics import describe, scores
 from ..hub.lookup import load_encoder, short_name
 from ..models.interface import as_timm
 from ..settings.classification import ProbeConfig
-from .results import evaluation_of, finished, leave_results
+from .runs import begun, evaluation_of, finished, leave_results
 
 
 def probe(config: ProbeConfig) -> Path:
     """Evaluate an encoder's frozen features, or resume its run. Under torchrun every process calls this.
-
-    Args:
-        config: Settings of the run; the defaults are RandSAC's Table 16 with a smaller batch.
+    The settings' defaults are RandSAC's Table 16 with a smaller batch.
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `classifier.safetensors` and
@@ -46,80 +42,52 @@ def probe(config: ProbeConfig) -> Path:
         NonFiniteLoss: when training diverges.
         Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
     """
-    with processes(config.device) as group:
-        return _probe(dataclasses.replace(config), group)
+    with begun(config) as (config, group):
+        # Data and model, all checked before anything is written.
+        encoder = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
+        images = labelled_images(config, ImageSpec.of(encoder, config.in_chans), group)
+        encoder.to(group.device).eval().requires_grad_(False)
+        objective = Probing(config, encoder, images, group)
+        trainer = None if config.fast else Trainer(config, objective, batches_of(config, images.train, group), group)
 
-
-def _probe(config: ProbeConfig, group: Processes) -> Path:
-    # Settings, data and model, all checked before anything is written.
-    prepare(config, group)
-    check_divisible(config.batch_size, group)
-    encoder = load_encoder(config.weights, config.pretrained, num_classes=0, **config.model_options())
-    images = labelled_images(config, ImageSpec.of(encoder, config.in_chans), group)
-    encoder.to(group.device).eval().requires_grad_(False)
-    width = as_timm(encoder).head_hidden_size
-    head = LinearHead(width, len(images.classes), config.batch_norm, config.seed, group)
-    objective = Probing(config, head.to(group.device), encoder, images, group)
-    trainer = None if config.fast else Trainer(config, objective, Batches(
-        images.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
-        group)
-
-    # The run.
-    facts = {'train_images': len(images.train)}
-    steps = trainer.steps if trainer else None
-    with Run(config, f'probe-{short_name(config.weights)}', group, facts, steps) as run:
-        if finished(run):
-            return run.folder
-        if trainer is None:
-            run.start(config.precision, **objective.about)
-            run.say(f'{objective.title}; {group.world_size} x {group.device}, {config.precision}; writing to '
-                    f'{run.folder}')
-            train_set, test = cached_features(
-                run, encoder, images, precision=config.precision, workers=config.loaders)
-            result, more = fit_features(config, run, head, train_set, test)
-        else:
-            result = trainer.run(run).result
-            more = {'epochs': config.epochs, 'optimizer': config.opt}
+        # The run, and what it leaves.
+        facts, steps = {'train_images': len(images.train)}, trainer.steps if trainer else None
+        with Run(config, f'probe-{short_name(config.weights)}', group, facts, steps) as run:
+            if finished(run):
+                return run.folder
+            if trainer is None:
+                run.start(config.precision, **objective.about)
+                run.say(f'{objective.title}; {group.world_size} x {group.device}, {config.precision}; writing to '
+                        f'{run.folder}')
+                train_set, test = cached_features(
+                    run, encoder, images, precision=config.precision, workers=config.loaders)
+                result, more = fit_features(config, run, objective.model, train_set, test)
+            else:
+                result, more = trainer.run(run).result, {'epochs': config.epochs, 'optimizer': config.opt}
+                if config.knn:
+                    searched = some_of(np.arange(len(images.plain)), config.knn_images, config.seed).tolist()
+                    train_set, test = (
+                        gather_features(encoder, part, precision=config.precision, workers=config.loaders, group=group)
+                        for part in (some(images.plain, searched), images.test))
             if config.knn:
-                searched = some_of(np.arange(len(images.plain)), config.knn_images, config.seed).tolist()
-                train_set, test = (
-                    gather_features(encoder, part, precision=config.precision, workers=config.loaders, group=group)
-                    for part in (some(images.plain, searched), images.test))
-        if config.knn:
-            more['knn'] = knn(config, run, train_set, test)
-
-        # What is left.
-        if group.is_main:
-            with writing(run.folder):
-                save_tensors(run.folder / 'classifier.safetensors', head.state_dict())
-        leave_results(run, config, result, images.classes, train_images=len(images.train), fast=config.fast,
-                      batch_norm=config.batch_norm, global_pool=getattr(encoder, 'global_pool', None), **more)
-        return run.folder
+                more['knn'] = knn(config, run, train_set, test)
+            if group.is_main:
+                with writing(run.folder):
+                    save_tensors(run.folder / 'classifier.safetensors', objective.model.state_dict())
+            leave_results(run, config, result, images.classes, **facts, fast=config.fast, batch_norm=config.batch_norm,
+                          global_pool=getattr(encoder, 'global_pool', None), **more)
+            return run.folder
 
 
-class Probing(Objective['LinearHead']):
-    """A linear classifier of an encoder's frozen features.
+class Probing(Objective[LinearHead]):
+    """A linear classifier of the features of an encoder, which is frozen, in evaluation mode and on the device."""
 
-    Args:
-        config: Settings of the run.
-        head: The classifier, on the device.
-        encoder: Frozen, in evaluation mode, on the device.
-        images: Labelled images.
-        group: The processes.
-    """
-
-    def __init__(
-            self,
-            config: ProbeConfig,
-            head: 'LinearHead',
-            encoder: nn.Module,
-            images: LabelledImages,
-            group: Processes,
-    ):
-        count, classes = len(images.train), len(images.classes)
-        self.width = as_timm(encoder).head_hidden_size
-        super().__init__(head, f'Probing {config.weights} with {count:,} images of {classes} classes',
-                         {'train_images': count, 'classes': classes, 'width': self.width})
+    def __init__(self, config: ProbeConfig, encoder: nn.Module, images: LabelledImages, group: Processes):
+        count, classes, self.width = len(images.train), len(images.classes), as_timm(encoder).head_hidden_size
+        super().__init__(
+            LinearHead(self.width, classes, config.batch_norm, config.seed, group).to(group.device),
+            f'Probing {config.weights} with {count:,} images of {classes} classes',
+            {'train_images': count, 'classes': classes, 'width': self.width})
         self.config, self.encoder, self.images, self.group = config, encoder, images, group
 
     def optimized(self) -> tuple[Any, dict[str, Any]]:
@@ -133,50 +101,11 @@ class Probing(Objective['LinearHead']):
         # In evaluation mode, so that the batch norm takes no notice.
         return network.eval()(torch.zeros(2, self.width, device=self.group.device)).sum()
 
-    def evaluate(self, model: 'LinearHead') -> Evaluation:
+    def evaluate(self, model: LinearHead) -> Evaluation:
         model.eval()
         return evaluation_of(evaluate(
             lambda batch: model(frozen_features(self.encoder, batch)), self.images.test, len(self.images.classes),
             precision=self.config.precision, workers=self.config.loaders, group=self.group))
-
-
-class LinearHead(nn.Module):
-    """A linear classifier of features, after a batch norm without parameters where asked for (SAIM "Image
-    classification", MAE). Features are frozen, so that its statistics are over the batch of all processes.
-
-    Args:
-        width: Width of the features.
-        classes: How many.
-        batch_norm: Normalise features.
-        seed: Of the initial weights, of standard deviation 0.01 as in MoCo v3 and SAIM's published code.
-        group: The processes.
-    """
-
-    def __init__(self, width: int, classes: int, batch_norm: bool, seed: int, group: Processes):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False) if batch_norm else None
-        self.linear = nn.Linear(width, classes)
-        self.group = group
-        nn.init.trunc_normal_(self.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits [B, classes] of features [B, width]."""
-        return self.linear(features if self.norm is None else self._normalise(features, self.norm))
-
-    def _normalise(self, features: torch.Tensor, norm: nn.BatchNorm1d) -> torch.Tensor:
-        if not self.training or self.group.world_size == 1:
-            return norm(features)
-        mean = self.group.mean(features.mean(0))
-        variance = self.group.mean((features - mean).square().mean(0))
-        count = len(features) * self.group.world_size
-        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-        assert norm.num_batches_tracked is not None  # all of which a batch norm keeps by default
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
-            norm.num_batches_tracked += 1
-        return (features - mean) * (variance + norm.eps).rsqrt()
 
 
 def lars_groups(head: LinearHead) -> list[dict[str, Any]]:
@@ -200,18 +129,11 @@ def frozen_features(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def fit_features(
-        config: ProbeConfig,
-        run: Run,
-        head: LinearHead,
-        train_set: Features | None,
-        test: Features | None,
+        config: ProbeConfig, run: Run, head: LinearHead, train_set: Features | None, test: Features | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fit `head` to cached features, on the main process: a held-out part of the training images chooses the learning
-    rate, a classifier is trained at it on all of them, and the test images report.
-
-    Returns:
-        What `evaluate` gives, and what else the results say, on every process.
-    """
+    rate, a classifier is trained at it on all of them, and the test images report. What `evaluate` gives, and what else
+    the results say, on every process."""
     device = run.group.device
 
     def fit() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -220,7 +142,7 @@ def fit_features(
         on_device = Features(*(t.to(device) for t in train_set))
         parts = [torch.from_numpy(i).to(device) for i in hold_out(len(train_set.labels), config.holdout, config.seed)]
         kept, held = (Features(on_device.features[i], on_device.labels[i]) for i in parts)
-        trials = Bank(kept, [config.scaled(rate) for rate in rates], classes, config).accuracies(held)
+        trials = fit_bank(kept, [config.scaled(rate) for rate in rates], classes, config).accuracies(held)
         for rate, right in zip(rates, trials):
             run.log.write(event='sweep', lr=rate, held_out_top1=round(right, 4))
         best = int(np.argmax(trials))
@@ -228,7 +150,7 @@ def fit_features(
                 f'images: {trials[best]:.2f} %.' + (
                     ' It is at the end of the sweep: consider a wider one with --learning-rates.'
                     if len(rates) > 1 and best in (0, len(rates) - 1) else ''))
-        Bank(on_device, [config.scaled(rates[best])], classes, config).copy_to(head)
+        fit_bank(on_device, [config.scaled(rates[best])], classes, config).copy_to(head)
         # The main process alone evaluates here, so it counts as the only one.
         result = evaluate(head.eval(), TensorDataset(*test), classes, precision=config.precision,
                           workers=config.loaders, group=Processes(device))
@@ -247,9 +169,8 @@ def knn(config: ProbeConfig, run: Run, train_set: Features | None, test: Feature
     """The accuracy of nearest neighbours, found on the main process, in percent."""
     def search() -> float:
         assert train_set is not None and test is not None  # on the main process
-        draw = torch.randperm(len(train_set.labels), generator=torch.Generator().manual_seed(config.seed))
-        some = draw[:config.knn_images].sort().values
-        return round(knn_accuracy((train_set.features[some].numpy(), train_set.labels[some].numpy()),
+        searched = some_of(np.arange(len(train_set.labels)), config.knn_images, config.seed)
+        return round(knn_accuracy((train_set.features.numpy()[searched], train_set.labels.numpy()[searched]),
                                   (test.features.numpy(), test.labels.numpy()), config.knn), 4)
 
     accuracy = run.group.on_main(search)

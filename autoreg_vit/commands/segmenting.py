@@ -10,16 +10,15 @@ import torch
 from torch import nn
 
 from ..artifacts import writing
-from ..data.batches import Batches
+from ..data.batches import batches_of
 from ..data.masks import SegmentationData, open_data
-from ..data.order import check_divisible
 from ..data.transforms import ImageSpec
 from ..engine.objective import Evaluation, Objective, Part
 from ..engine.parallel import share_buffers
-from ..engine.processes import Processes, processes
+from ..engine.processes import Processes
 from ..engine.run import Run
 from ..engine.seeding import mix_seed
-from ..engine.trainer import Trainer, prepare
+from ..engine.trainer import Trainer
 from ..errors import ConfigError
 from ..evaluation.mask_scores import Windows, evaluate, predict
 from ..figures.plots import learning_figure
@@ -28,14 +27,12 @@ from ..hub.lookup import short_name
 from ..models.dense.segmenter import Segmenter, save_segmenter
 from ..settings.dense import SegmentConfig
 from .dense import dense_encoder, require
-from .results import evaluation_of, finished, leave_results
+from .runs import begun, evaluation_of, finished, leave_results
 
 
 def segment(config: SegmentConfig) -> Path:
     """Train a segmentation network on an encoder, or resume its run. Under torchrun every process calls this.
-
-    Args:
-        config: Settings of the run; the defaults are those of both papers for ViT-Base on ADE20K.
+    The settings' defaults are those of both papers for ViT-Base on ADE20K.
 
     Returns:
         The run's folder: `config.yaml`, `log.jsonl`, `last.pt`, `results.json`, `figures/`, and the network in
@@ -47,76 +44,50 @@ def segment(config: SegmentConfig) -> Path:
         Stopped: when SIGTERM or SIGINT asked for it, after a checkpoint.
     """
     require('segment', 'segmentation_models_pytorch', 'torchmetrics')
-    with processes(config.device) as group:
-        return _segment(dataclasses.replace(config), group)
+    with begun(config) as (config, group):
+        # Data and model, all checked before anything is written.
+        synced = group.world_size > 1 and group.device.type == 'cuda'  # PyTorch has no such batch norm for the CPU
+        check_batch(config, group, synced)
+        encoder, source = dense_encoder(config, in_chans=config.in_chans)
+        spec = dataclasses.replace(ImageSpec.of(encoder, config.in_chans), size=config.crop)
+        data = open_data(config, spec, group)
+        model = Segmenter(encoder, len(data.classes), config.crop, decoder_channels=config.decoder_channels,
+                          auxiliary=config.auxiliary, dropout=config.dropout).to(group.device)
+        if synced:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        objective = Segmentation(config, model, spec, data, group)
+        trainer = Trainer(config, objective, batches_of(config, data.train, group), group)
 
-
-def _segment(config: SegmentConfig, group: Processes) -> Path:
-    # Settings, data and model, all checked before anything is written.
-    prepare(config, group)
-    check_divisible(config.batch_size, group)
-    synced = group.world_size > 1 and group.device.type == 'cuda'  # PyTorch has no such batch norm for the CPU
-    check_batch(config, group, synced)
-    encoder, source = dense_encoder(config, in_chans=config.in_chans)
-    spec = dataclasses.replace(ImageSpec.of(encoder, config.in_chans), size=config.crop)
-    data = open_data(config, spec, group)
-    model = Segmenter(encoder, len(data.classes), config.crop, decoder_channels=config.decoder_channels,
-                      auxiliary=config.auxiliary, dropout=config.dropout).to(group.device)
-    if synced:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    objective = Segmentation(config, model, spec, data, group)
-    trainer = Trainer(config, objective, Batches(
-        data.train, config.batch_size, config.seed, group, config.loaders, config.accumulate, config.max_corrupt),
-        group)
-
-    # The run.
-    facts = {'train_images': len(data.train)}
-    with Run(config, f'segment-{short_name(config.weights)}', group, facts, config.steps) as run:
-        if finished(run):
+        # The run, and what it leaves, with batch norms' statistics as they were reported.
+        facts = {'train_images': len(data.train)}
+        with Run(config, f'segment-{short_name(config.weights)}', group, facts, trainer.steps) as run:
+            if finished(run):
+                return run.folder
+            result = trainer.run(run).result
+            model.eval()
+            if group.is_main:
+                with writing(run.folder):
+                    draw_figures(objective, run)
+                    save_segmenter(
+                        model, run.folder / 'model', source, classes=list(data.classes), crop_size=list(config.crop),
+                        stride=list(config.steps_between_windows), mean=list(spec.mean), std=list(spec.std))
+            leave_results(run, config, result, data.classes, steps=config.steps, **facts,
+                          iou={name: round(value, 4) for name, value in zip(data.classes, result['iou'])})
             return run.folder
-        result = trainer.run(run).result
-
-        # What is left, with batch norms' statistics as they were reported.
-        model.eval()
-        if group.is_main:
-            with writing(run.folder):
-                draw_figures(model, run, data, spec, config, group)
-                save_segmenter(
-                    model, run.folder / 'model', source, classes=list(data.classes),
-                    crop_size=list(config.crop), stride=list(config.steps_between_windows), mean=list(spec.mean),
-                    std=list(spec.std))
-        leave_results(run, config, result, data.classes, steps=config.steps, **facts,
-                      iou={name: round(value, 4) for name, value in zip(data.classes, result['iou'])})
-        return run.folder
 
 
 class Segmentation(Objective[Segmenter]):
-    """A class for each pixel, by UPerNet on an encoder. Draws are functions of (seed, forward pass, process).
-
-    Args:
-        config: Settings of the run.
-        model: On the device.
-        spec: Crops that it takes.
-        data: Images and masks.
-        group: The processes.
-    """
+    """A class for each pixel, by a model on the device that takes crops as `spec` says. Draws are functions of (seed,
+    forward pass, process)."""
 
     def __init__(
-            self,
-            config: SegmentConfig,
-            model: Segmenter,
-            spec: ImageSpec,
-            data: SegmentationData,
-            group: Processes,
+            self, config: SegmentConfig, model: Segmenter, spec: ImageSpec, data: SegmentationData, group: Processes,
     ):
         count, classes = len(data.train), len(data.classes)
         super().__init__(
             model, f'Segmenting with {config.weights}: {count:,} images of {classes} classes, {config.steps:,} steps',
             {'train_images': count, 'classes': classes, 'parameters': sum(p.numel() for p in model.parameters())})
         self.config, self.spec, self.data, self.group = config, spec, data, group
-
-    def optimized(self) -> tuple[Any, dict[str, Any]]:
-        return self.model, {'layer_decay': self.config.layer_decay}
 
     def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
         torch.manual_seed(mix_seed(self.config.seed, 'dropout', part.number, self.group.rank))
@@ -147,21 +118,14 @@ def check_batch(config: SegmentConfig, group: Processes, synced: bool) -> None:
             f'{group.world_size} processes a single image: use --batch-size {2 * group.world_size} or more.')
 
 
-def draw_figures(
-        model: Segmenter,
-        run: Run,
-        data: SegmentationData,
-        spec: ImageSpec,
-        config: SegmentConfig,
-        group: Processes,
-) -> None:
+def draw_figures(objective: Segmentation, run: Run) -> None:
     """figures/learning.png, and figures/predictions.png where pictures are asked for."""
-    figures = run.folder / 'figures'
+    config, data, figures = objective.config, objective.data, run.folder / 'figures'
     figures.mkdir(exist_ok=True)
     learning_figure({'': run.log.lines}, figures / 'learning.png')
     if config.pictures:
         chosen = np.unique(np.linspace(0, len(data.test) - 1, config.pictures).astype(int))
         images, truths = zip(*(data.test[int(i)] for i in chosen))
-        found = predict(model, images, [tuple(t.shape) for t in truths], windows_of(config),
-                        precision=config.precision, group=group)
-        predictions_figure(images, truths, found, data.classes, spec, figures / 'predictions.png')
+        found = predict(objective.model, images, [tuple(t.shape) for t in truths], windows_of(config),
+                        precision=config.precision, group=run.group)
+        predictions_figure(images, truths, found, data.classes, objective.spec, figures / 'predictions.png')

@@ -28,9 +28,6 @@ from ..settings.pictures import FIGURES, MOST_IMAGES, ShowConfig
 def show(config: ShowConfig) -> Path:
     """Draw pictures of a model.
 
-    Args:
-        config: What to look at and where to write.
-
     Returns:
         The folder of the pictures: order.png, reconstruction.png and .gif, comparison.png, attention.png, mix.png.
 
@@ -40,7 +37,7 @@ def show(config: ShowConfig) -> Path:
     model = load_model(config.weights, config.pretrained).eval()
     wanted = _possible(model, config)
     spec = ImageSpec.of(model)
-    images = load_images(config.images, spec, _patch_size(model), config.count)
+    images = load_images(config.images, spec, encoder_of(model).patch_embed.patch_size, config.count)
     name = short_name(config.weights)
     folder = create_folder(config.output_dir or f'runs/show-{name}', name)
     if isinstance(model, AutoregressiveViT):
@@ -77,11 +74,10 @@ def load_images(paths: tuple[str, ...], spec: ImageSpec, patch_size: tuple[int, 
     """Images as a model takes them, normalised, [B, C, H, W].
 
     Args:
-        paths: Image files, and folders, of which `count` images are taken, spread evenly; where there are none,
-            scikit-learn's digits for a model of such small grey images, else its two photographs.
-        spec: What images the model takes; the middle of a file is cropped to their shape and resized.
-        patch_size: Height and width of a token, in pixels.
-        count: Images of a folder.
+        paths: Image files, whose middle is cropped and resized, and folders, of which `count` images are taken, spread
+            evenly; where there are none, scikit-learn's digits for a model of such small grey images, else its two
+            photographs.
+        patch_size: Height and width in pixels, the least that a file may have.
 
     Raises:
         DataError: for a path that is missing, or a file that is damaged or smaller than a patch.
@@ -96,8 +92,7 @@ def load_images(paths: tuple[str, ...], spec: ImageSpec, patch_size: tuple[int, 
             folder = FlatFolder(path, transform)
             if text := folder.left_out.describe(path):
                 print(text)
-            found = folder.samples
-            files += [found[i] for i in _spread(len(found), count)]
+            files += [folder.samples[i] for i in _spread(len(folder.samples), count)]
         elif path.is_file():
             files.append(path)
         else:
@@ -105,7 +100,11 @@ def load_images(paths: tuple[str, ...], spec: ImageSpec, patch_size: tuple[int, 
     if len(files) > MOST_IMAGES:
         raise DataError(f'{len(files)} images are too many for a picture: name up to {MOST_IMAGES}, or a folder, of '
                         'which --count are taken.')
-    return torch.stack([transform(_read(file, patch_size)) for file in files or _photographs()])
+    if not files:
+        from sklearn.datasets import load_sample_images
+
+        files = [Path(file) for file in load_sample_images().filenames]
+    return torch.stack([transform(_read(file, patch_size)) for file in files])
 
 
 def _read(file: Path, patch_size: tuple[int, int]) -> Image.Image:
@@ -120,19 +119,8 @@ def _read(file: Path, patch_size: tuple[int, int]) -> Image.Image:
     return image
 
 
-def _photographs() -> list[Path]:
-    from sklearn.datasets import load_sample_images
-
-    return [Path(file) for file in load_sample_images().filenames]
-
-
 def _spread(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
-
-
-def _patch_size(model: nn.Module) -> tuple[int, int]:
-    height, width = encoder_of(model).patch_embed.patch_size
-    return height, width
 
 
 def _possible(model: nn.Module, config: ShowConfig) -> list[str]:

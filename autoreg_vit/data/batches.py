@@ -255,6 +255,14 @@ class Batches:
             again += 1
 
 
+def batches_of(
+        config: Any, dataset: Samples | IterableDataset, group: Processes, collate: Callable[[list], Any] | None = None,
+) -> Batches:
+    """`Batches` by the settings of a command."""
+    return Batches(dataset, config.batch_size, config.seed, group, config.loaders, config.accumulate,
+                   config.max_corrupt, collate)
+
+
 def stream_length(dataset: IterableDataset, workers: int) -> int:
     """Images of a stream for each process, as its description counts them; 0 where it does not."""
     if hasattr(dataset, 'set_loader_cfg'):

@@ -23,7 +23,7 @@ def create_optimizer(
         config: Settings of the run.
         model_or_groups: A module, or groups of parameters.
         capturable: For steps that a CUDA graph replays.
-        **options: Arguments of `create_optimizer_v2`, such as `layer_decay`.
+        **options: Arguments of `create_optimizer_v2`.
 
     Raises:
         ConfigError: for an unknown name, or options that it does not take.
@@ -35,6 +35,8 @@ def create_optimizer(
         options['betas'] = config.betas
         if config.opt.lower() == 'adamw':
             options['fused'] = True
+    if config.layer_decay is not None:
+        options['layer_decay'] = config.layer_decay
     if capturable:
         options['capturable'] = True
     try:

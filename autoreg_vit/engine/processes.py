@@ -62,6 +62,13 @@ class Processes:
             raise outcome[1]
         return outcome[0]
 
+    def gather(self, value: T) -> list[T] | None:
+        """The values of all processes on the main one, by rank; None on the others."""
+        values: list[Any] | None = [value] * self.world_size if self.is_main else None
+        if self.world_size > 1:
+            dist.gather_object(value, values, group=self.control)
+        return values
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean of `value` over all processes, on its device; NaN or infinite anywhere is so everywhere."""
         if self.world_size > 1:

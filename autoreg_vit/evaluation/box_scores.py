@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..data.boxes import Part, collate
@@ -25,12 +24,7 @@ Detections = dict[str, Any]
 
 @torch.no_grad()
 def evaluate(
-        model: nn.Module,
-        dataset: Samples,
-        categories: dict[int, str],
-        *,
-        precision: str,
-        workers: int,
+        model: nn.Module, dataset: Samples, categories: dict[int, str], *, precision: str, workers: int,
         group: Processes,
 ) -> dict[str, Any]:
     """Detect on every image of `dataset`, of which every process sees its own part, each once, and score the result.
@@ -39,9 +33,6 @@ def evaluate(
         model: torchvision's Mask R-CNN, in evaluation.
         dataset: Gives what `CocoImages` gives.
         categories: Names by id, in the order of labels.
-        precision: Of the forward pass.
-        workers: Loader processes.
-        group: The processes.
 
     Returns:
         On every process box_ap, mask_ap, box_ap50 and so on, in percent, of all `SCORES` for which there is an object;
@@ -68,11 +59,7 @@ def evaluate(
             metric.update([output], [target])
             output['masks'] = encode_masks(output['masks'])
             detections.append(output)
-    own = (metric.metric_state, detections)
-    parts: list[Any] | None = [own]
-    if group.world_size > 1:
-        parts = [None] * group.world_size if group.is_main else None
-        dist.gather_object(own, parts, group=group.control)
+    parts: list[Any] | None = group.gather((metric.metric_state, detections))
     if parts is not None:
         # Image i was on process i % world_size, so that interleaving gives the order of one process.
         for name in metric.metric_state:
@@ -105,19 +92,14 @@ def summary(scores: dict[str, torch.Tensor], categories: dict[int, str]) -> dict
 
 
 def coco_results(detections: list[Detections], dataset: Part) -> list[dict[str, Any]]:
-    """Detections in COCO's format of results, which pycocotools reads. It takes a detection's size from its box where
-    there is one, so leave boxes out of what masks are scored by: their small, medium and large ones differ else.
-
-    Args:
-        detections: From `evaluate`.
-        dataset: What it saw.
-    """
+    """What `evaluate` found on `dataset` in COCO's format of results, which pycocotools reads. It takes a detection's
+    size from its box where there is one, so leave boxes out of what masks are scored by: their small, medium and large
+    ones differ else."""
     identities = list(dataset.dataset.categories)
     results = []
     for index, found in zip(dataset.indices, detections):
-        for box, score, label, mask in zip(
+        for (left, top, right, bottom), score, label, mask in zip(
                 found['boxes'].tolist(), found['scores'].tolist(), found['labels'].tolist(), found['masks']):
-            left, top, right, bottom = box
             results.append({'image_id': dataset.dataset.ids[index], 'category_id': identities[label - 1],
                             'bbox': [left, top, right - left, bottom - top], 'score': score, 'segmentation': mask})
     return results

@@ -15,23 +15,17 @@ CACHE = 'features.safetensors'
 
 
 def cached_features(
-        run: Run,
-        encoder: nn.Module,
-        images: LabelledImages,
-        *,
-        precision: str,
-        workers: int,
+        run: Run, encoder: nn.Module, images: LabelledImages, *, precision: str, workers: int,
 ) -> tuple[Features | None, Features | None]:
     """Features of the training images without augmentation and of the test images, on the main process. They are kept
     in the run's folder and read from there when its command is repeated with the same weights."""
     path, key = run.folder / CACHE, fingerprint(encoder)
-    kept = run.group.on_main(lambda: _read(path, key) is not None)
-    if kept:
+    if run.group.on_main(lambda: _read(path, key) is not None):
         run.say(f'Reading the features from {path}.')
         found = _read(path, key) if run.group.is_main else None
         return found or (None, None)
-    train = gather_features(encoder, images.plain, precision=precision, workers=workers, group=run.group)
-    test = gather_features(encoder, images.test, precision=precision, workers=workers, group=run.group)
+    train, test = (gather_features(encoder, part, precision=precision, workers=workers, group=run.group)
+                   for part in (images.plain, images.test))
     if train is not None and test is not None:
         keep_features(path, key, train, test)
     return train, test
@@ -53,8 +47,9 @@ def _read(path: Path, key: str) -> tuple[Features, Features] | None:
         with safe_open(path, 'pt') as file:
             if (file.metadata() or {}).get('encoder') != key:
                 return None
-            train = Features(file.get_tensor('train.features'), file.get_tensor('train.labels'))
-            return train, Features(file.get_tensor('test.features'), file.get_tensor('test.labels'))
+            train, test = (Features(*(file.get_tensor(f'{part}.{field}') for field in Features._fields))
+                           for part in ('train', 'test'))
+            return train, test
     except SafetensorError:
         return None  # cut short: computed anew
 

@@ -17,25 +17,15 @@ from .features import images_at_once
 
 @torch.no_grad()
 def evaluate(
-        predict: Callable[[torch.Tensor], torch.Tensor],
-        dataset: Samples,
-        classes: int,
-        *,
-        precision: str,
-        workers: int,
-        batch_size: int | None = None,
-        group: Processes,
+        predict: Callable[[torch.Tensor], torch.Tensor], dataset: Samples, classes: int, *, precision: str,
+        workers: int, batch_size: int | None = None, group: Processes,
 ) -> dict[str, Any]:
     """Accuracies over `dataset`, of which every process sees its own part of the images, each once.
 
     Args:
         predict: Images [B, C, H, W] on the device to logits [B, classes].
         dataset: Of (image, label).
-        classes: How many there are.
-        precision: Of the forward pass.
-        workers: Loader processes.
         batch_size: Images at a time a process; by default what suits the device.
-        group: The processes.
 
     Returns:
         On every process: top1 and, for more than five classes, top5 in percent, the mean cross entropy `loss`, how many

@@ -1,10 +1,9 @@
 """How good an encoder's features are: kNN and linear accuracy on frozen features."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
@@ -41,13 +40,8 @@ class Readable(Dataset):
 
 @torch.no_grad()
 def extract_features(
-        encoder: torch.nn.Module,
-        dataset: Samples,
-        device: torch.device,
-        precision: str = 'float32',
-        batch_size: int = 256,
-        workers: int = 0,
-        shown: bool = True,
+        encoder: nn.Module, dataset: Samples, device: torch.device, precision: str = 'float32', batch_size: int = 256,
+        workers: int = 0, shown: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pooled features float32 [images, width] and labels [images], without those that the data set gives None for; the
     encoder runs with plain attention. `shown`: with a progress bar.
@@ -55,18 +49,14 @@ def extract_features(
     Raises:
         DataError: where no image is left.
     """
-    was_training, network = encoder.training, as_timm(encoder)
+    was_training = encoder.training
     encoder.eval()
     features, labels = [], []
-    loader = InOrder(dataset, batch_size, workers, _collate_readable)
-    for batch in with_progress(loader, 'features', shown):
-        if batch is None:
-            continue
-        images, targets = batch
-        with autocast(precision, device):
-            tokens = network.forward_features(images.to(device))
-            features.append(network.forward_head(tokens, pre_logits=True).float().cpu())
-        labels.append(targets)
+    for batch in with_progress(InOrder(dataset, batch_size, workers, _collate_readable), 'features', shown):
+        if batch is not None:
+            with autocast(precision, device):
+                features.append(features_of(encoder, batch[0].to(device)).float().cpu())
+            labels.append(batch[1])
     encoder.train(was_training)
     if not labels:
         raise DataError(f'None of the {len(dataset)} images to compute features of can be read, of which '
@@ -92,12 +82,7 @@ class Features(NamedTuple):
 
 
 def gather_features(
-        encoder: nn.Module,
-        dataset: Samples,
-        *,
-        precision: str,
-        workers: int,
-        group: Processes,
+        encoder: nn.Module, dataset: Samples, *, precision: str, workers: int, group: Processes,
 ) -> Features | None:
     """Features of all images on the main process, None on the others; every process computes its part."""
     part = some(dataset, range(group.rank, len(dataset), group.world_size))
@@ -105,8 +90,7 @@ def gather_features(
         encoder, part, group.device, precision, images_at_once(group.device), workers, group.is_main)
     if group.world_size == 1:
         return Features(*map(torch.from_numpy, found))
-    parts: list[Any] | None = [None] * group.world_size if group.is_main else None
-    dist.gather_object(found, parts, group=group.control)
+    parts = group.gather(found)
     if parts is None:
         return None
     features, labels = np.empty((len(dataset), found[0].shape[1]), np.float32), np.empty(len(dataset), np.int64)

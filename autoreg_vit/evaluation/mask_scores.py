@@ -29,24 +29,17 @@ class Windows(NamedTuple):
 
 @torch.no_grad()
 def sliding_logits(
-        network: Callable[[torch.Tensor], torch.Tensor],
-        images: list[torch.Tensor],
-        crop: tuple[int, int],
-        stride: tuple[int, int],
-        at_once: int,
+        network: Callable[[torch.Tensor], torch.Tensor], images: list[torch.Tensor], windows: Windows, at_once: int,
 ) -> list[torch.Tensor]:
-    """Logits of whole images, the mean over all windows that see a pixel.
+    """Logits of whole images, float32 [classes, H, W] each: the mean over all windows that see a pixel.
 
     Args:
         network: Windows [B, C, *crop] to logits [B, classes, *crop].
-        images: [C, H, W] each, of any size.
-        crop: Height and width of a window; what it has beyond a smaller image is zero.
-        stride: Pixels from one window to the next, down and to the right; the last ones end where the image does.
-        at_once: Windows of a forward pass, of whichever images.
-
-    Returns:
-        float32 [classes, H, W] each.
+        images: [C, H, W] each, of any size. What a window has beyond a smaller one is zero.
+        windows: How they slide; the last ones end where the image does.
+        at_once: Windows of a forward pass of this process, of whichever images.
     """
+    crop, stride = windows.crop, windows.stride
     places = [(number, top, left) for number, image in enumerate(images)
               for top in _starts(image.shape[1], crop[0], stride[0])
               for left in _starts(image.shape[2], crop[1], stride[1])]
@@ -54,9 +47,9 @@ def sliding_logits(
     counts = [image.new_zeros(image.shape[1:]) for image in images]
     for first in range(0, len(places), at_once):
         part = places[first:first + at_once]
-        windows = [images[n][:, top:top + crop[0], left:left + crop[1]] for n, top, left in part]
-        batch = torch.stack([pad(w, (0, crop[1] - w.shape[2], 0, crop[0] - w.shape[1])) for w in windows])
-        for (n, top, left), window, logits in zip(part, windows, network(batch).float()):
+        seen = [images[n][:, top:top + crop[0], left:left + crop[1]] for n, top, left in part]
+        batch = torch.stack([pad(w, (0, crop[1] - w.shape[2], 0, crop[0] - w.shape[1])) for w in seen])
+        for (n, top, left), window, logits in zip(part, seen, network(batch).float()):
             height, width = window.shape[1:]
             if n not in sums:
                 sums[n] = logits.new_zeros(len(logits), *images[n].shape[1:])
@@ -71,13 +64,8 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 def predict(
-        network: Callable[[torch.Tensor], torch.Tensor],
-        images: Sequence[torch.Tensor],
-        sizes: Sequence[tuple[int, ...]],
-        windows: Windows,
-        *,
-        precision: str,
-        group: Processes,
+        network: Callable[[torch.Tensor], torch.Tensor], images: Sequence[torch.Tensor],
+        sizes: Sequence[tuple[int, ...]], windows: Windows, *, precision: str, group: Processes,
 ) -> list[torch.Tensor]:
     """Classes of images' pixels, int64 [H, W] each, on the device.
 
@@ -85,12 +73,10 @@ def predict(
         network: In evaluation mode.
         images: float32 [C, h, w] each.
         sizes: The height and width H, W of each, at which to predict.
-        windows: How they slide.
-        precision: Of the forward pass.
         group: Gives the device, and shares out the windows of a forward pass.
     """
     with autocast(precision, group.device):
-        found = sliding_logits(network, [image.to(group.device) for image in images], windows.crop, windows.stride,
+        found = sliding_logits(network, [image.to(group.device) for image in images], windows,
                                max(windows.batch_size // group.world_size, 1))
     predictions = []
     for logits, size in zip(found, sizes):
@@ -101,25 +87,14 @@ def predict(
 
 
 def evaluate(
-        network: Callable[[torch.Tensor], torch.Tensor],
-        dataset: Samples,
-        classes: int,
-        windows: Windows,
-        *,
-        precision: str,
-        workers: int,
-        group: Processes,
+        network: Callable[[torch.Tensor], torch.Tensor], dataset: Samples, classes: int, windows: Windows, *,
+        precision: str, workers: int, group: Processes,
 ) -> dict[str, Any]:
     """mIoU and pixel accuracy over `dataset`, of which every process sees its own part of the images, each once.
 
     Args:
         network: In evaluation mode.
         dataset: Of images and masks, which may be of different sizes.
-        classes: How many there are.
-        windows: How they slide.
-        precision: Of the forward pass.
-        workers: Loader processes.
-        group: The processes.
 
     Returns:
         On every process, in percent: miou, the mean over classes that are there or were predicted, pixel_accuracy, and

@@ -4,12 +4,8 @@ from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
-    """A score in percent.
-
-    Args:
-        label: What a person calls it.
-        headline: Whether figures and the lines of a run show it; logs, results and cards hold every one.
-    """
+    """A score in percent: what a person calls it, and whether figures and the lines of a run show it. Logs, results and
+    cards hold every one."""
     label: str
     headline: bool = True
 

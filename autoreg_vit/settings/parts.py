@@ -208,6 +208,11 @@ class Training(SeedAndFolder):
         return None
 
     @property
+    def layer_decay(self) -> float | None:
+        """Factor of the learning rate from a block to the one below; None for one rate."""
+        return None
+
+    @property
     def compile(self) -> Auto:
         """Whether the network is compiled."""
         return False

@@ -26,15 +26,10 @@ from typing import Any, NamedTuple
 import torch
 
 from autoreg_vit.artifacts import write_synced
-from autoreg_vit.commands.pretraining import (
-    Pretraining,
-    check_untrained,
-    labelled_sets,
-    resolve_data,
-    training_batches,
-)
+from autoreg_vit.commands.pretraining import Pretraining, check_untrained, resolve_data
 from autoreg_vit.commands.recipes import load_recipe
 from autoreg_vit.data.on_device import DeviceBatches, DeviceImages
+from autoreg_vit.data.pretraining import labelled_sets, training_batches
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine.choices import reason_of
 from autoreg_vit.engine.log import read_log

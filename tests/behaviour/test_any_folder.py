@@ -19,8 +19,8 @@ from autoreg_vit.data.transforms import ImageSpec
 
 pytest.importorskip('sklearn')
 
-from autoreg_vit.commands import pretraining as pretrain
 from autoreg_vit.commands.cli import main
+from autoreg_vit.data.pretraining import labelled_sets, training_batches
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.evaluation.classifiers import accuracies
 from autoreg_vit.models import create_pretraining_model
@@ -202,11 +202,11 @@ def check(children: dict, max_corrupt: float, model) -> None:
             return
         with contextlib.redirect_stdout(io.StringIO()):
             spec = ImageSpec.of(model)
-            batches = pretrain.training_batches(config, spec, ONE)
+            batches = training_batches(config, spec, ONE)
             found = batches.dataset.dataset
             assert (getattr(found, 'classes', None), len(found)) == (classes, len(images))
             model(next(batches.start_at(0))[0]).loss.backward()
-            labelled = pretrain.labelled_sets(config, spec, ONE)
+            labelled = labelled_sets(config, spec, ONE)
             assert (labelled is None) == (classes is None)
             if labelled and not unreadable:
                 assert all(0 <= v <= 100 for v in accuracies(model.encoder, *labelled, ONE.device).values())

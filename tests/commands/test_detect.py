@@ -1,5 +1,6 @@
 """`autoreg-vit detect`: runs of it, stopped and shared, and its errors."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 pytest.importorskip('faster_coco_eval')
 pytest.importorskip('torchmetrics')
 
+from autoreg_vit.commands import runs
 from autoreg_vit.commands.cli import main
-from autoreg_vit.commands.detecting import _detect, detect
+from autoreg_vit.commands.detecting import detect
 from autoreg_vit.commands.recipes import load_recipe
 from autoreg_vit.engine.optimizers import create_optimizer
 from autoreg_vit.engine.processes import Processes
@@ -141,7 +143,7 @@ class TestRun:
         assert 'detections.json' not in {path.name for path in parts.iterdir()}
         assert len(load_detector(parts / 'model')([torch.rand(1, 50, 40)])) == 1
 
-    def test_two_processes(self, run: Path, encoder: str, coco: Path, tmp_path: Path):
+    def test_two_processes(self, run: Path, encoder: str, coco: Path, tmp_path: Path, monkeypatch):
         """They take a step of nothing with a trained model, share out five test images, and score as one process."""
         settings = {**SHORT, 'command': 'detect', 'dataset': None, 'weights': encoder, 'data_dir': coco, 'steps': 1,
                     'eval_split': 'val2017', 'lr': 0.0, 'output_dir': tmp_path / 'two'}
@@ -152,13 +154,15 @@ class TestRun:
         assert results['test_images'] == one['images'] == 5 and one['box_ap50'] > 5
         for name in ('box_ap', 'mask_ap', 'box_ap50', 'mask_ap50', 'box_ap_small'):
             assert results[name] == pytest.approx(one[name], abs=1e-3)
+        pair = contextlib.nullcontext(Processes(torch.device('cpu'), rank=0, world_size=2))
+        monkeypatch.setattr(runs, 'processes', lambda device: pair)
         with pytest.raises(ConfigError, match=r'norm=batch .* --norm layer'):
-            _detect(config_for(coco, weights=encoder), Processes(torch.device('cpu'), rank=0, world_size=2))
+            detect(config_for(coco, weights=encoder))
 
     def test_layer_decay(self):
         """Blocks learn at a part of the rate of the block above, and all that is new at the full rate."""
         model = small_detector()
-        optimizer = create_optimizer(config_for(Path(), layer_decay=0.7), model, layer_decay=0.7)
+        optimizer = create_optimizer(config_for(Path(), layer_decay=0.7), model)
         names, groups = {id(p): name for name, p in model.named_parameters()}, {}
         for group in optimizer.param_groups:
             groups |= {names[id(p)]: group for p in group['params']}

@@ -138,7 +138,7 @@ class TestParts:
         """Blocks learn at 0.65 of the rate of the block above, the patch embedding slowest, the classifier fastest."""
         model = timm.create_model('vit_tiny_patch4_32_randsac', depth=3, num_classes=10)
         config = FinetuneConfig(weights='x')
-        optimizer = create_optimizer(config, model, layer_decay=config.layer_decay)
+        optimizer = create_optimizer(config, model)
         names = {id(p): name for name, p in model.named_parameters()}
         scale, decay = {}, {}
         for group in optimizer.param_groups:

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 pytest.importorskip('sklearn')
 
 from autoreg_vit.commands.cli import main
-from autoreg_vit.commands.pretraining import labelled_sets
-from autoreg_vit.commands.probing import LinearHead, frozen_features, lars_groups, optimizer_options, probe
+from autoreg_vit.commands.probing import frozen_features, lars_groups, optimizer_options, probe
 from autoreg_vit.data import labelled
+from autoreg_vit.data.pretraining import labelled_sets
 from autoreg_vit.engine.optimizers import create_optimizer, create_schedule
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import CheckpointError, DataError, UsageError
 from autoreg_vit.evaluation import cached as features
 from autoreg_vit.evaluation.class_scores import evaluate
-from autoreg_vit.evaluation.classifiers import Bank
+from autoreg_vit.evaluation.classifiers import LinearHead, fit_bank
 from autoreg_vit.evaluation.features import Features
 from autoreg_vit.settings.classification import ProbeConfig
 from autoreg_vit.settings.pretraining import PretrainConfig
@@ -197,8 +197,8 @@ class TestFast:
         """Rates that are trained at once give what each gives alone, and standardisation folds into either head."""
         data = Features(torch.randn(90, 5) * 3 + 2, torch.arange(90) % 3)
         config = ProbeConfig(weights='x', epochs=3, batch_size=32)
-        together = Bank(data, [0.1, 1.0], 3, config)
-        alone = Bank(data, [1.0], 3, config)
+        together = fit_bank(data, [0.1, 1.0], 3, config)
+        alone = fit_bank(data, [1.0], 3, config)
         torch.testing.assert_close(together.weight[1], alone.weight[0])
         for norm in (False, True):
             head = LinearHead(5, 3, norm, 0, CPU).eval()
@@ -208,7 +208,7 @@ class TestFast:
 
     def test_a_diverged_rate_is_not_chosen(self):
         data = Features(torch.randn(64, 4), torch.zeros(64, dtype=torch.int64))
-        right = Bank(data, [0.1, 1e38], 2, ProbeConfig(weights='x', epochs=5, batch_size=32)).accuracies(data)
+        right = fit_bank(data, [0.1, 1e38], 2, ProbeConfig(weights='x', epochs=5, batch_size=32)).accuracies(data)
         assert right == [100, 0]
 
 

@@ -13,8 +13,8 @@ pytest.importorskip('sklearn')
 
 from PIL import Image
 
-from autoreg_vit.commands import PretrainConfig, pretrain, pretraining
-from autoreg_vit.data import on_device
+from autoreg_vit.commands import PretrainConfig, pretrain
+from autoreg_vit.data import on_device, pretraining
 from autoreg_vit.data.on_device import suits_device
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine import trainer

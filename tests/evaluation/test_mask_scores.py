@@ -16,7 +16,7 @@ pytest.importorskip('sklearn')
 from autoreg_vit.data.masks import Plain
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine.processes import Processes
-from autoreg_vit.evaluation.mask_scores import evaluate, sliding_logits
+from autoreg_vit.evaluation.mask_scores import Windows, evaluate, sliding_logits
 from autoreg_vit.figures.predicted_masks import palette, predictions_figure
 from autoreg_vit.models.dense.segmenter import IGNORED
 from autoreg_vit.settings.dense import SegmentConfig
@@ -39,7 +39,7 @@ class TestEvaluation:
             sizes.append(batch.shape)
             return batch
 
-        found = sliding_logits(network, images, (crop, crop), (stride, stride), at_once)
+        found = sliding_logits(network, images, Windows((crop, crop), (stride, stride), at_once), at_once)
         for image, logits in zip(images, found):
             torch.testing.assert_close(logits, image)
         assert all(len(s) == 4 and s[0] <= at_once and s[2:] == (crop, crop) for s in sizes)

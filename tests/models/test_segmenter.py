@@ -37,7 +37,7 @@ class TestNetwork:
         encoder = timm.create_model('vit_tiny_patch4_32_saim', **TINY, num_classes=0, dynamic_img_size=True)
         model = Segmenter(encoder, 5, 32)
         config = SegmentConfig(weights='x', data_dir='x')
-        optimizer = create_optimizer(config, model, layer_decay=config.layer_decay)
+        optimizer = create_optimizer(config, model)
         names = {id(p): name for name, p in model.named_parameters()}
         scale, decay = {}, {}
         for group in optimizer.param_groups:

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip('sklearn')
 
 from autoreg_vit.commands import COMMANDS
-from autoreg_vit.commands import pretraining as pretraining
 from autoreg_vit.commands.cli import main
+from autoreg_vit.data.pretraining import training_batches
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.errors import ConfigError
@@ -69,6 +69,6 @@ def test_moved_data_may_be_resumed(command: str):
 def test_pretraining_takes_as_many_images_as_are_asked_for(cached: bool):
     config = PretrainConfig(dataset='digits', train_images=100, batch_size=20, crop_scale=(0.2, 1.0), workers=0,
                             cache_on_device=cached)
-    batches = pretraining.training_batches(config, ImageSpec((8, 8), 1, (0.5,), (0.5,)), ONE)
+    batches = training_batches(config, ImageSpec((8, 8), 1, (0.5,), (0.5,)), ONE)
     assert (batches.sampler.length, batches.per_epoch) == (100, 5)
     assert next(batches.start_at(0))[0].shape == (20, 1, 8, 8)

@@ -1,6 +1,7 @@
 """Settings that come with the package: a YAML file a recipe, those of `pretrain` here and those of another command in a
 folder of its name."""
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,9 @@ def describe_recipes(commands: list[str]) -> str:
         names = bundled_recipes(command)
         lines.append(f'{command} --config')
         for name in names:
-            words = []
-            for line in (_folder_of(command) / f'{name}.yaml').read_text(encoding='utf-8').splitlines():
-                if not line.startswith('#'):
-                    break
-                words += line.removeprefix('#').split()
+            text = (_folder_of(command) / f'{name}.yaml').read_text(encoding='utf-8')
+            comment = takewhile(lambda line: line.startswith('#'), text.splitlines())
+            words = ' '.join(line.removeprefix('#') for line in comment).split()
             sentence = ' '.join(words).partition('. ')[0].rstrip('.')
             lines.append(f'  {name:<{max(map(len, names))}}  {sentence}')
     return '\n'.join(lines)
