@@ -21,12 +21,12 @@ from ..data.reading import NormalisedBatches, choose_reader, read_by_torchvision
 from ..data.samples import Samples, some
 from ..data.sources import open_split
 from ..data.transforms import ImageSpec, evaluation_transform, training_transform
-from ..engine.choices import choices_of
+from ..engine.choices import begun_with
 from ..engine.log import Log
 from ..engine.objective import Evaluation, Objective, Part
 from ..engine.processes import Processes, processes
 from ..engine.progress import say
-from ..engine.run import Run, begun_with
+from ..engine.run import Run
 from ..engine.seeding import mix_seed
 from ..engine.trainer import Trainer, prepare
 from ..errors import ConfigError, ModelError
@@ -74,7 +74,7 @@ def _pretrain(config: PretrainConfig, group: Processes) -> Path:
     # The data.
     resolve_data(config)
     if config.reader == 'auto':  # a resumed run goes on as it began
-        config.reader = begun_with(config, 'reader', group) or 'auto'
+        config.reader = group.on_main(lambda: begun_with(config.output_dir, type(config))).get('reader', 'auto')
     check_divisible(config.batch_size, group)
     batches = training_batches(config, spec, group)
     labelled = labelled_sets(config, spec, group)
@@ -229,8 +229,9 @@ def training_batches(
         return some(dataset, some_of(np.arange(len(dataset)), config.train_images, config.seed).tolist())
 
     assert config.crop_scale is not None  # by here the method's own
-    keeps = choices_of(config.output_dir).get('cache_on_device') if config.cache_on_device == 'auto' else (
-        config.cache_on_device)
+    keeps = config.cache_on_device
+    if keeps == 'auto':
+        keeps = begun_with(config.output_dir, type(config)).get('cache_on_device')
     by_file = config.reader == 'torchvision' and config.cache_on_device == 'auto'
     if not by_file and (keeps or (keeps is None and group.device.type == 'cuda')):
         pictures = used(opened(lambda image: image))

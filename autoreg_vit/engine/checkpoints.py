@@ -149,11 +149,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any],
                               'settings the run began with, or another --output-dir.') from error
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What `load_optimizer` takes."""
-    return {'kind': type(optimizer).__name__, 'optimizer': optimizer.state_dict()}
-
-
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 

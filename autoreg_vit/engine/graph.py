@@ -26,11 +26,8 @@ class GraphedStep:
     warm_up = 3
 
     def __init__(
-            self,
-            step: Callable[[Any], torch.Tensor],
-            optimizer: torch.optim.Optimizer,
-            generators: Sequence[torch.Generator],
-            refused: Callable[[Exception], None],
+            self, step: Callable[[Any], torch.Tensor], optimizer: torch.optim.Optimizer,
+            generators: Sequence[torch.Generator], refused: Callable[[Exception], None],
     ):
         self.step, self.optimizer, self.generators, self.refused = step, optimizer, generators, refused
         self.calls, self.stream, self.is_refused = 0, torch.cuda.Stream(), False

@@ -111,14 +111,10 @@ class Flags:
     """Wishes of any process, such as to stop, that all of them learn of at the same step.
 
     The exchange runs beside the step that follows it and is read one step later, so that nobody waits for it.
-
-    Args:
-        group: The processes of the run.
-        count: How many flags.
     """
 
-    def __init__(self, group: Processes, count: int):
-        self.group, self.count = group, count
+    def __init__(self, group: Processes):
+        self.group = group
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
 
     def exchange(self, *wishes: bool) -> list[bool]:
@@ -129,7 +125,7 @@ class Flags:
         before = self.pending
         self.pending = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group.control, async_op=True)
         if before is None:
-            return [False] * self.count
+            return [False] * len(wishes)
         before[1].wait()
         return before[0].bool().tolist()
 

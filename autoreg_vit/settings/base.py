@@ -117,7 +117,7 @@ def free_settings(config_class: type) -> set[str]:
 
 def with_added(settings: dict[str, Any], config_class: type) -> dict[str, Any]:
     """Settings of a run's config.yaml, and what the run had of those that a later version added."""
-    return {**{f.name: f.metadata.get('before', f.default) for f in fields(config_class)}, **settings}
+    return {**{f.name: _as_yaml(f.metadata.get('before', f.default)) for f in fields(config_class)}, **settings}
 
 
 def pair(values: tuple) -> tuple:
@@ -127,8 +127,11 @@ def pair(values: tuple) -> tuple:
 
 def plain(config: Settings) -> dict[str, Any]:
     """Settings as YAML holds them: tuples as lists, in the order of --help."""
-    values = {item.name: getattr(config, item.name) for _, item in in_order(type(config))}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {item.name: _as_yaml(getattr(config, item.name)) for _, item in in_order(type(config))}
+
+
+def _as_yaml(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_settings(path: Path) -> dict[str, Any]:
