@@ -229,7 +229,7 @@ def training_batches(
         return some(dataset, some_of(np.arange(len(dataset)), config.train_images, config.seed).tolist())
 
     assert config.crop_scale is not None  # by here the method's own
-    keeps = config.cache_on_device
+    keeps: Any = config.cache_on_device
     if keeps == 'auto':
         keeps = begun_with(config.output_dir, type(config)).get('cache_on_device')
     by_file = config.reader == 'torchvision' and config.cache_on_device == 'auto'

@@ -4,16 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .machine import to_device
 
 
 class GraphedStep:
-    """Calls `step` and, after some calls, replays the kernels it launched instead.
-
-    The first calls are steps like every other and warm up what must not begin inside a capture. Draws inside the step
-    follow the seeds that `generators` have at each call.
+    """Calls `step` and, after some calls, replays the kernels it launched instead. The first calls warm up what must
+    not begin inside a capture. Draws inside the step follow the seeds that `generators` have at each call.
 
     Args:
         step: From the batches of a step on the device, tensors of fixed shapes in any structure, to the loss: forward,
@@ -68,7 +66,7 @@ class GraphedStep:
         return self.loss.clone()
 
     def _captured(self, batch: Any) -> torch.cuda.CUDAGraph:
-        self.batch = tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
+        self.batch = tree_map_only(torch.Tensor, torch.Tensor.clone, batch)
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)

@@ -18,17 +18,11 @@ T = TypeVar('T')
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run.
-
-    Args:
-        device: Where this process computes.
-        rank: Number of this process, from 0.
-        world_size: How many there are.
-        control: Group for flags and messages of the host, which never touch the device; None for one process.
-    """
+    """This process among those of the run: where it computes, its number, and how many there are."""
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    #: Group for flags and messages of the host, which never touch the device; None for one process.
     control: Any = field(default=None, repr=False)
 
     @property

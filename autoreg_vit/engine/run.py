@@ -16,7 +16,7 @@ from ..version import __version__
 from .checkpoints import load_checkpoint, previous_of, save_checkpoint
 from .choices import Choices, begun_with
 from .locks import FolderLock
-from .log import Log, _followers, check_tracker, read_log
+from .log import Log, check_tracker, followers_of, read_log
 from .processes import Processes
 from .progress import say
 from .provenance import hardware, source_commit
@@ -173,7 +173,7 @@ class Run:
 
     def _follow(self) -> None:
         try:
-            self.log.followers = _followers(self._config, self.folder, self.log, resumed=self.state is not None)
+            self.log.followers = followers_of(self._config, self.folder, self.log, resumed=self.state is not None)
         except ConfigError:
             if self._new:  # nothing of a run that did not begin
                 self.close()

@@ -27,12 +27,7 @@ GROUPS = ('model', 'data', 'optimisation', 'machine', 'logging')
 
 
 def option(
-        default: Any,
-        help: str,
-        group: str = '',
-        free: bool = False,
-        model: bool = False,
-        before: Any = MISSING,
+        default: Any, help: str, group: str = '', free: bool = False, model: bool = False, before: Any = MISSING,
 ) -> Any:
     """A setting with a default, spelt --name on the command line.
 
@@ -166,22 +161,17 @@ def make_config(config_class: type[S], recipe: dict[str, Any], flags: dict[str, 
         ConfigError: for an unknown key or a value of the wrong type.
     """
     known = [f.name for f in fields(config_class)]
-    for key in recipe:
-        if key not in known:
-            raise ConfigError(f'Unknown recipe key {key!r}. {suggest(str(key), known)}')
+    if unknown := [key for key in recipe if key not in known]:
+        raise ConfigError(f'Unknown recipe key {unknown[0]!r}. {suggest(str(unknown[0]), known)}')
     return config_class(**{**recipe, **flags})
 
 
-def group_of(config_class: type[Settings], name: str) -> str:
-    """The group of --help that a setting stands in: its own, else that of the class that declares it."""
-    owner = next(c for c in reversed(config_class.__mro__)
-                 if issubclass(c, Settings) and name in inspect.get_annotations(c))
-    return owner.help_group
-
-
 def in_order(config_class: type[Settings]) -> list[tuple[str, dataclasses.Field]]:
-    """Settings in the order of --help, each with its group. The order of the fields is that of the parts."""
-    named = [(f.metadata.get('group') or group_of(config_class, f.name), f) for f in fields(config_class)]
+    """Settings in the order of --help, each with its group: its own, else that of the class that declares it. The order
+    of the fields is that of the parts."""
+    of_class = {name: part.help_group for part in config_class.__mro__ if issubclass(part, Settings)
+                for name in inspect.get_annotations(part)}
+    named = [(f.metadata.get('group') or of_class[f.name], f) for f in fields(config_class)]
     return sorted(named, key=lambda pair: GROUPS.index(pair[0]) if pair[0] in GROUPS else len(GROUPS) - 1.5)
 
 
@@ -193,20 +183,17 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Settings]) -> 
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(name for name, _ in ordered)}
     for name, item in ordered:
         kind, several = _element(hints[item.name])
-        text = item.metadata['help'].replace('%', '%%')
+        options: dict[str, Any] = {'default': argparse.SUPPRESS, 'help': item.metadata['help'].replace('%', '%%')}
         if item.metadata.get('positional'):
             required = item.default is MISSING
             nargs = ('+' if required else '*') if several else (None if required else '?')
-            parser.add_argument(item.name, type=kind, metavar=item.name.upper(), nargs=nargs,
-                                default=argparse.SUPPRESS, help=text)
+            parser.add_argument(item.name, type=kind, metavar=item.name.upper(), nargs=nargs, **options)
             continue
-        options: dict[str, Any] = {'default': argparse.SUPPRESS, 'help': text + _shown_default(item)}
+        options['help'] += _shown_default(item)
         if kind is bool:
             options['action'] = argparse.BooleanOptionalAction
         else:
-            options.update(type=kind, metavar=item.name.split('_')[-1].upper())
-            if several:
-                options['nargs'] = '+'
+            options.update(type=kind, metavar=item.name.split('_')[-1].upper(), nargs='+' if several else None)
         groups[name].add_argument('--' + item.name.replace('_', '-'), **options)
 
 
