@@ -70,8 +70,6 @@ class Trainer(Generic[M]):
     Args:
         config: Settings of the run, prepared.
         objective: What is trained; its model is sharded in place where the settings say so.
-        batches: Where training batches come from.
-        group: The processes of the run.
 
     Attributes:
         steps: Optimizer steps of the whole run.
@@ -209,13 +207,7 @@ class Trainer(Generic[M]):
     # The loop.
 
     def run(self, run: Run) -> Evaluation:
-        """Train from where a run stands to its end.
-
-        Args:
-            run: The run's folder, opened with this trainer's `steps`.
-
-        Returns:
-            The evaluation at the end.
+        """Train from where a run, opened with this trainer's `steps`, stands to its end; gives the evaluation there.
 
         Raises:
             CheckpointError: for the checkpoint of another model or optimizer.
@@ -246,11 +238,8 @@ class Trainer(Generic[M]):
         return self._evaluate(run, again=True)
 
     def export(self, folder: Path) -> M:
-        """Have the objective write its weights to a run's folder as others load them; called on every process.
-
-        Returns:
-            The whole model with the present weights, of use on the main process.
-        """
+        """Have the objective write its weights to a run's folder as others load them; called on every process. Gives
+        the whole model with the present weights, of use on the main process."""
         gather_weights(self.objective.model, self._whole)
         if self.group.is_main:
             self.objective.export(self._whole, folder)
@@ -313,12 +302,10 @@ class Trainer(Generic[M]):
 
     def _save_if_due(self, run: Run, flags: Flags, signals: StopSignals) -> bool:
         """Save a checkpoint when it is time, at the end, and when a signal asks for a stop; whether to stop."""
-        config, step = self.config, self.step
-        minutes = (time.monotonic() - self._last_save) / 60
+        step, minutes, every = self.step, self.config.checkpoint_every_minutes, self.config.checkpoint_every_steps
         stop, time_to_save = flags.exchange(
-            signals.received is not None, 0 < config.checkpoint_every_minutes <= minutes)
-        on_step = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
-        if stop or time_to_save or on_step or step == self.steps:
+            signals.received is not None, 0 < minutes <= (time.monotonic() - self._last_save) / 60)
+        if stop or time_to_save or (every and step % every == 0) or step == self.steps:
             run.save(self._state())  # which reads the losses: nothing that follows a bad one is saved
             if step < self.steps:
                 self.export(run.folder)

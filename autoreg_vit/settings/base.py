@@ -28,6 +28,7 @@ GROUPS = ('model', 'data', 'optimisation', 'machine', 'logging')
 
 def option(
         default: Any, help: str, group: str = '', free: bool = False, model: bool = False, before: Any = MISSING,
+        least: float = -math.inf, most: float = math.inf,
 ) -> Any:
     """A setting with a default, spelt --name on the command line.
 
@@ -38,9 +39,12 @@ def option(
         free: Whether it may change when a run is resumed, since the weights do not depend on it.
         model: Whether `timm.create_model` takes it.
         before: What runs had that began before there was the setting; by default its default.
+        least: The least number that makes sense.
+        most: The greatest.
     """
     added = {} if before is MISSING else {'before': before}
-    return field(default=default, metadata={'help': help, 'group': group, 'free': free, 'model': model, **added})
+    return field(default=default, metadata={
+        'help': help, 'group': group, 'free': free, 'model': model, 'least': least, 'most': most, **added})
 
 
 def argument(help: str, default: Any = MISSING) -> Any:
@@ -79,25 +83,17 @@ class Settings:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in fields(self):
-            setattr(self, item.name, _convert(item.name, getattr(self, item.name), hints[item.name]))
+            value = _convert(item.name, getattr(self, item.name), hints[item.name])
+            least, most = item.metadata.get('least', -math.inf), item.metadata.get('most', math.inf)
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                allowed = f'is between {least} and {most}' if most < math.inf else f'must be at least {least}'
+                raise ConfigError(f'{item.name} {allowed}, got {value}.')
+            setattr(self, item.name, value)
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError for values that make no sense; each part checks its own and calls those it extends."""
-
-    def at_least(self, least: int, *names: str) -> None:
-        """Raise ConfigError for a setting of these names that is below `least`; None passes."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f'{name} must be at least {least}, got {value}.')
-
-    def between_0_and_1(self, *names: str) -> None:
-        """Raise ConfigError for a setting of these names outside of 0 to 1; None passes."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f'{name} is between 0 and 1, got {value}.')
+        """Raise ConfigError for values that make no sense; each part checks its own and calls those it extends. That a
+        number is not below its `least` or above its `most` is checked before."""
 
     def model_options(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`: the settings of the model that were given."""
