@@ -28,7 +28,7 @@ class GraphedStep:
             generators: Sequence[torch.Generator], refused: Callable[[Exception], None],
     ):
         self.step, self.optimizer, self.generators, self.refused = step, optimizer, generators, refused
-        self.calls, self.stream, self.is_refused = 0, torch.cuda.Stream(), False
+        self.calls, self.stream = 0, torch.cuda.Stream()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.device = optimizer.param_groups[0]['params'][0].device
         self.rates = [torch.tensor(float(group['lr']), device=self.device) for group in optimizer.param_groups]
@@ -51,12 +51,11 @@ class GraphedStep:
                 loss = self.step(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return loss
-        if self.graph is None and not self.is_refused:
+        if self.calls == self.warm_up + 1:
             try:
                 self.graph = self._captured(batch)
             except Exception as error:  # by what cannot be captured: RuntimeError, AcceleratorError, of Inductor, ...
                 self.refused(error)
-                self.is_refused = True
         if self.graph is None:
             return self.step(batch)
         for kept, given in zip(tree_leaves(self.batch), tree_leaves(batch)):

@@ -13,8 +13,7 @@ FIRST_PORT, PORTS = 20_000, 12_000
 
 
 class Place(NamedTuple):
-    """A process among those that were started together: its number, how many there are, and its number on its machine.
-    """
+    """A process among those that were started together."""
     rank: int
     world_size: int
     local_rank: int

@@ -21,8 +21,7 @@ class Log:
     """log.jsonl: one JSON object a line, on disk as soon as it is written; `lines` holds them all.
 
     Args:
-        path: The file.
-        keep: Bytes of it to keep; the rest is what a resumed run writes again.
+        keep: Bytes of the file to keep; the rest is what a resumed run writes again.
         writes: Whether this process writes; the others only collect lines.
     """
 

@@ -18,7 +18,7 @@ T = TypeVar('T')
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run: where it computes, its number, and how many there are."""
+    """This process among those of the run: where it computes, its number from 0, and how many there are."""
     device: torch.device
     rank: int = 0
     world_size: int = 1

@@ -32,16 +32,13 @@ class Run:
     Args:
         config: Resolved settings, of which those declared free may change on resume. `output_dir` is set to the folder.
         name: Of the folder, where `output_dir` is None.
-        group: The processes of the run.
         facts: What else must be the same for the same weights, such as the number of images; the number of processes,
             and of threads on a CPU, is added.
         steps: After how many the run ends; None for one that saves no checkpoints.
 
     Attributes:
-        folder: Path of the folder.
         state: The checkpoint to go on from, on the CPU of every process, or None at the beginning.
         finished: Whether the run is complete, so that there is nothing to do.
-        log: The run's Log.
 
     Raises:
         ConfigError: for a folder that is in use, holds something else, or a run with other settings or facts, or one
@@ -92,7 +89,6 @@ class Run:
             save_checkpoint(state, self.folder / CHECKPOINT)
 
     def finish(self) -> None:
-        """Mark the run as complete."""
         self.log.write(event='finish')
         self.log.sync()
 

@@ -39,8 +39,7 @@ def option(
         free: Whether it may change when a run is resumed, since the weights do not depend on it.
         model: Whether `timm.create_model` takes it.
         before: What runs had that began before there was the setting; by default its default.
-        least: The least number that makes sense.
-        most: The greatest.
+        least, most: Between which numbers it makes sense.
     """
     added = {} if before is MISSING else {'before': before}
     return field(default=default, metadata={

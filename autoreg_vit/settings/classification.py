@@ -3,18 +3,8 @@
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from . import parts
 from .base import adapted, option
-from .parts import (
-    Compiled,
-    EndToEnd,
-    InEpochs,
-    InputChannels,
-    InputSize,
-    NamedData,
-    Sharded,
-    StartingWeights,
-    TrainedEncoder,
-)
 
 
 @dataclass
@@ -22,7 +12,7 @@ from .parts import (
     'data_dir': 'folder with one folder of images for each class, with or without splits',
     'dataset': 'digits, folder (by default with --data-dir), or a timm data set name: torch/NAME, hfds/NAME',
     'image_column': 'column of the images (hfds); by default the one there is'})
-class Classification(StartingWeights, InputSize, InputChannels, NamedData, InEpochs):
+class Classification(parts.StartingWeights, parts.InputSize, parts.InputChannels, parts.NamedData, parts.InEpochs):
     """What `probe` and `finetune` take: a classifier of labelled images, with a schedule in epochs."""
     global_pool: str | None = option(
         None, 'feature of an image: avg or token; by default as the encoder was made', group='model', model=True)
@@ -71,7 +61,7 @@ class ProbeConfig(Classification):
 
 @dataclass
 @adapted(drop_path_rate=0.1)
-class FinetuneConfig(Classification, TrainedEncoder, EndToEnd, Compiled, Sharded):
+class FinetuneConfig(Classification, parts.TrainedEncoder, parts.EndToEnd, parts.Compiled, parts.Sharded):
     """Settings of `autoreg-vit finetune`; the defaults are RandSAC's Table 15."""
     help_group = 'optimisation'
 
