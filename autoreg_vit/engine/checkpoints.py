@@ -72,11 +72,8 @@ def load_checkpoint(path: Path, say: Callable[[str], None] = print) -> dict[str,
 
 
 def load_file(path: Path) -> Any:
-    """`torch.load` of tensors and plain values alone, on the CPU.
-
-    Raises:
-        CheckpointError: for every way in which that fails, naming the file.
-    """
+    """`torch.load` of tensors and plain values alone, on the CPU; raises CheckpointError for every way in which that
+    fails, naming the file."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # UnpicklingError, EOFError, RuntimeError, IndexError, ... by the kind of damage
@@ -95,11 +92,8 @@ def load_into(
         model: torch.nn.Module, state_dict: dict[str, torch.Tensor], source: str,
         remedy: str = 'Give the model its settings, or another --output-dir.',
 ) -> None:
-    """Load all of `state_dict` into `model`, which must have the same parameters.
-
-    Raises:
-        CheckpointError: for parameters that are missing, foreign or of another shape, naming them.
-    """
+    """Load all of `state_dict` into `model`; raises CheckpointError for parameters that are missing, foreign or of
+    another shape, naming them."""
     own = model.state_dict()
     found = {'missing': sorted(own.keys() - state_dict.keys()), 'unexpected': sorted(state_dict.keys() - own.keys()),
              'of another shape': [f'{k} {tuple(state_dict[k].shape)} for {tuple(v.shape)}' for k, v in own.items()
@@ -110,11 +104,7 @@ def load_into(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], source: str) -> None:
-    """Load `state_dict` into `optimizer`, which must be of the same kind over the same parameters.
-
-    Raises:
-        CheckpointError: where it is not.
-    """
+    """Load `state_dict`, or raise CheckpointError where it is of another kind of optimizer, or of other parameters."""
     try:
         kept = state_dict['optimizer']
         if state_dict['kind'] != type(optimizer).__name__:

@@ -89,11 +89,8 @@ def check_tracker(tracker: str | None) -> None:
 
 
 def followers_of(config: Any, folder: Path, log: Log, resumed: bool) -> list[Callable[[dict[str, Any]], None]]:
-    """What log lines go to besides the file: TensorBoard where it is installed, and the tracker.
-
-    Raises:
-        ConfigError: where the tracker does not start.
-    """
+    """What log lines go to besides the file: TensorBoard where it is installed, and the tracker; raises ConfigError
+    where that does not start."""
     followers: list[Callable[[dict[str, Any]], None]] = []
     if importlib.util.find_spec('tensorboard') is not None:
         from torch.utils.tensorboard import SummaryWriter

@@ -21,11 +21,7 @@ DEVICES: dict[str, Callable[[], int]] = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a run.
-
-    Raises:
-        ConfigError: for a name that PyTorch does not know or a device that is not there.
-    """
+    """The device of a run; raises ConfigError for a name that PyTorch does not know or a device that is not there."""
     if name == 'auto':
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:

@@ -23,8 +23,7 @@ def shard(model: nn.Module, group: Processes) -> None:
     Each MLP, two thirds of a block, is gathered by itself, and the rest at once: attention is given its limits by
     functions outside the blocks, so a block's own forward, where FSDP would gather it, never runs.
 
-    Raises:
-        ConfigError: without torchrun.
+    Raises ConfigError without torchrun.
     """
     if group.control is None:
         raise ConfigError('fsdp shards a model over several processes: start them with torchrun --nproc-per-node N -m '
@@ -77,11 +76,8 @@ def get_state(model: nn.Module, optimizer: torch.optim.Optimizer, fsdp: bool) ->
 def set_state(
         model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], fsdp: bool, source: str,
 ) -> None:
-    """Load what `get_state` gave; called on every process with the whole state.
-
-    Raises:
-        CheckpointError: for the state of another model or optimizer.
-    """
+    """Load what `get_state` gave; called on every process with the whole state. Raises CheckpointError for that of
+    another model or optimizer."""
     if not fsdp:
         load_into(model, state['model'], source)
         load_optimizer(optimizer, state['optimizer'], source)

@@ -78,11 +78,8 @@ class Run:
             precision=precision, **about)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Save `state` with the log's position and the run's facts, on the main process alone.
-
-        Raises:
-            CheckpointError: where it cannot be written; the last good one is kept.
-        """
+        """Save `state` with the log's position and the run's facts, on the main process alone. Raises CheckpointError
+        where it cannot be written; the last good one is kept."""
         if self.group.is_main:
             save_config(self._config, self.folder / 'config.yaml')  # by force it may be another one from here on
             state = {**state, 'log_bytes': self.log.sync(), 'facts': self.facts}
@@ -193,10 +190,7 @@ def difference(before: dict[str, Any], now: dict[str, Any], keys: list[str] | No
 
 def create_folder(output_dir: str | None, name: str) -> Path:
     """The folder of a run, which exists and can be written to: `output_dir`, or the first free runs/NAME-1, -2, ...
-
-    Raises:
-        ConfigError: for a path that is a file or cannot be written to.
-    """
+    Raises ConfigError for a path that is a file or cannot be written to."""
     number = 0
     while True:
         number += 1

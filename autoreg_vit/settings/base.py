@@ -71,11 +71,8 @@ def adapted(help: dict[str, str] | None = None, **defaults: Any) -> Callable[[ty
 
 @dataclass
 class Settings:
-    """Base of every command's settings: converts values to the declared types, then checks them.
-
-    Raises:
-        ConfigError: for a value of another type, a number that is not finite, or a value that makes no sense.
-    """
+    """Base of every command's settings: converts values to the declared types and checks them; raises ConfigError for
+    one of another type, a number that is not finite, or one that makes no sense."""
     #: The group of --help that settings declared in a class belong to, if they name no other.
     help_group: ClassVar[str] = 'model'
 
@@ -125,11 +122,7 @@ def _as_yaml(value: Any) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file, a recipe or a run's config.yaml.
-
-    Raises:
-        ConfigError: for a file that is not a mapping of settings.
-    """
+    """Settings of a YAML file, a recipe or a run's config.yaml; raises ConfigError for one that is no mapping."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -150,11 +143,7 @@ def to_yaml(config: Settings) -> str:
 
 
 def make_config(config_class: type[S], recipe: dict[str, Any], flags: dict[str, Any]) -> S:
-    """A config from a recipe with flags over it.
-
-    Raises:
-        ConfigError: for an unknown key or a value of the wrong type.
-    """
+    """A config from a recipe with flags over it; raises ConfigError for an unknown key or a value of the wrong type."""
     known = [f.name for f in fields(config_class)]
     if unknown := [key for key in recipe if key not in known]:
         raise ConfigError(f'Unknown recipe key {unknown[0]!r}. {suggest(str(unknown[0]), known)}')
