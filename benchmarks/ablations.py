@@ -35,7 +35,7 @@ from autoreg_vit.data.sources import Digits, open_dataset
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine.locks import FolderLock
 from autoreg_vit.engine.log import read_log
-from autoreg_vit.engine.losses import NonFiniteLoss
+from autoreg_vit.engine.loss_history import NonFiniteLoss
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import ConfigError, UsageError, suggest
 from autoreg_vit.evaluation.cached import CACHE

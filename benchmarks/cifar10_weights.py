@@ -30,7 +30,7 @@ from autoreg_vit.commands.pretraining import pretrain
 from autoreg_vit.commands.probing import probe
 from autoreg_vit.commands.recipes import load_recipe
 from autoreg_vit.engine.log import logged, read_log
-from autoreg_vit.engine.losses import NonFiniteLoss
+from autoreg_vit.engine.loss_history import NonFiniteLoss
 from autoreg_vit.engine.signals import Stopped
 from autoreg_vit.errors import UsageError
 from autoreg_vit.hub.card import training_hours

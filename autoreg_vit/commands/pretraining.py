@@ -13,10 +13,11 @@ from ..data.pretraining import labelled_sets, training_batches
 from ..data.samples import Samples
 from ..data.sources import open_split
 from ..data.transforms import ImageSpec, evaluation_transform
+from ..engine.choices import begun_with
 from ..engine.log import Log
 from ..engine.objective import Evaluation, Objective, Part
 from ..engine.processes import Processes
-from ..engine.run import Run, begun_with
+from ..engine.run import Run
 from ..engine.seeding import mix_seed
 from ..engine.trainer import Trainer
 from ..errors import ModelError
@@ -53,7 +54,7 @@ def pretrain(config: PretrainConfig) -> Path:
         spec, attention = ImageSpec.of(model), try_attention(model, config, group.device)
         resolve_data(config)
         if config.reader == 'auto':  # a resumed run goes on as it began
-            config.reader = begun_with(config, 'reader', group) or 'auto'
+            config.reader = group.on_main(lambda: begun_with(config.output_dir, type(config))).get('reader', 'auto')
         batches, labelled = training_batches(config, spec, group), labelled_sets(config, spec, group)
         train_images = batches.sampler.length if batches.sampler else None
         title = (f'{config.model} on {config.dataset}: {train_images or "streamed"} images, {config.epochs} epochs of '

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from ..engine.choices import choices_of
+from ..engine.choices import begun_with
 from ..engine.processes import Processes
 from ..engine.progress import say
 from ..errors import ConfigError
@@ -45,7 +45,7 @@ def images_on_device(config: PretrainConfig, spec: ImageSpec, group: Processes) 
     if asked == 'auto':
         if config.reader == 'torchvision':  # which reads files
             return None
-        asked = choices_of(config.output_dir).get('cache_on_device', 'auto')
+        asked = begun_with(config.output_dir, type(config)).get('cache_on_device', 'auto')
     if asked is False or (asked == 'auto' and group.device.type != 'cuda'):
         return None
     dataset = _used(config, _open(config, lambda image: image, group))

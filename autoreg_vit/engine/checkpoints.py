@@ -1,8 +1,5 @@
-"""Checkpoints that survive a kill at any moment: written beside, synced, then put in place; a checksum beside each.
-
-A checkpoint `last.pt` has beside it `last.pt.sha256` (as `sha256sum` writes and checks it) and the one before it,
-`last.previous.pt`. Whenever a save is killed, one of them is whole.
-"""
+"""Checkpoints that survive a kill at any moment: beside `last.pt` stand `last.pt.sha256`, as `sha256sum` writes and
+checks it, and the one before it, `last.previous.pt`. Whenever a save is killed, one of them is whole."""
 
 import os
 from collections.abc import Callable
@@ -16,17 +13,13 @@ from ..errors import CheckpointError
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Save `state` as the newest checkpoint at `path`; the one that stood there becomes the previous one.
-
-    Args:
-        state: Tensors, numbers, texts, and lists and dictionaries of them, which `weights_only` loading reads.
-        path: A regular file, or none yet.
+    """Save `state`, which `weights_only` loading must be able to read, as the newest checkpoint at `path`; the one that
+    stood there becomes the previous one.
 
     Raises:
         CheckpointError: for a target that is no regular file, or a write that failed, on a full disk for one; what
             was there before is left whole.
     """
-    path = Path(path)
     for target in (path, previous_of(path)):
         check_regular(target)
     new = _beside(path, '.new')
@@ -45,19 +38,16 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 def load_checkpoint(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
     """The newest whole checkpoint at `path`, on the CPU, or None where there never was one.
 
-    Args:
-        path: As given to `save_checkpoint`.
-        say: Takes the message that the newest one is damaged and the previous one is used.
+    `say` takes the message that the newest one is damaged and the previous one is used.
 
     Raises:
         CheckpointError: where there are only damaged ones, naming each and its damage.
     """
-    path = Path(path)
-    candidates = [p for p in (path, _beside(path, '.new'), previous_of(path)) if p.exists()]
+    candidates = (path, _beside(path, '.new'), previous_of(path))
     # A kill between two renames leaves a file beside the checksum of another.
-    known = {read_checksum(p) for p in (path, _beside(path, '.new'), previous_of(path))} - {None}
+    known = {read_checksum(candidate) for candidate in candidates} - {None}
     damages = []
-    for candidate in candidates:
+    for candidate in (each for each in candidates if each.exists()):
         check_regular(candidate)
         try:
             if not known:
@@ -82,11 +72,8 @@ def load_checkpoint(path: Path, say: Callable[[str], None] = print) -> dict[str,
 
 
 def load_file(path: Path) -> Any:
-    """`torch.load` of tensors and plain values alone, on the CPU.
-
-    Raises:
-        CheckpointError: for every way in which that fails, naming the file.
-    """
+    """`torch.load` of tensors and plain values alone, on the CPU; raises CheckpointError for every way in which that
+    fails, naming the file."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # UnpicklingError, EOFError, RuntimeError, IndexError, ... by the kind of damage
@@ -102,56 +89,35 @@ def previous_of(path: Path) -> Path:
 
 
 def load_into(
-        model: torch.nn.Module,
-        state_dict: dict[str, torch.Tensor],
-        source: str,
+        model: torch.nn.Module, state_dict: dict[str, torch.Tensor], source: str,
         remedy: str = 'Give the model its settings, or another --output-dir.',
 ) -> None:
-    """Load all of `state_dict` into `model`, which must have the same parameters.
-
-    Raises:
-        CheckpointError: for parameters that are missing, foreign or of another shape, naming them.
-    """
+    """Load all of `state_dict` into `model`; raises CheckpointError for parameters that are missing, foreign or of
+    another shape, naming them."""
     own = model.state_dict()
-    problems = []
-    for what, names in (('missing', sorted(own.keys() - state_dict.keys())),
-                        ('unexpected', sorted(state_dict.keys() - own.keys()))):
-        if names:
-            problems.append(f'{what}: {_few(names)}')
-    shapes = [f'{k} {tuple(state_dict[k].shape)} for {tuple(v.shape)}' for k, v in own.items()
-              if k in state_dict and state_dict[k].shape != v.shape]
-    if shapes:
-        problems.append(f'of another shape: {_few(shapes)}')
-    if problems:
+    found = {'missing': sorted(own.keys() - state_dict.keys()), 'unexpected': sorted(state_dict.keys() - own.keys()),
+             'of another shape': [f'{k} {tuple(state_dict[k].shape)} for {tuple(v.shape)}' for k, v in own.items()
+                                  if k in state_dict and state_dict[k].shape != v.shape]}
+    if problems := [f'{what}: {_few(names)}' for what, names in found.items() if names]:
         raise CheckpointError(f'{source} belongs to another model; {"; ".join(problems)}. {remedy}')
     model.load_state_dict(state_dict)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], source: str) -> None:
-    """Load `state_dict` into `optimizer`, which must be of the same kind over the same parameters.
-
-    Raises:
-        CheckpointError: where it is not.
-    """
+    """Load `state_dict`, or raise CheckpointError where it is of another kind of optimizer, or of other parameters."""
     try:
         kept = state_dict['optimizer']
         if state_dict['kind'] != type(optimizer).__name__:
             raise ValueError(f'it is of {state_dict["kind"]}, not {type(optimizer).__name__}')
         optimizer.load_state_dict(kept)
-        for group in optimizer.param_groups:
-            for parameter in group['params']:
-                for name, value in optimizer.state.get(parameter, {}).items():
-                    if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
-                        raise ValueError(f'its {name} has the shape {tuple(value.shape)} for a parameter of '
-                                         f'{tuple(parameter.shape)}')
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f'its {name} has the shape {tuple(value.shape)} for a parameter of '
+                                     f'{tuple(parameter.shape)}')
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'The optimizer state of {source} does not fit ({" ".join(str(error).split())}). Use the '
                               'settings the run began with, or another --output-dir.') from error
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What `load_optimizer` takes."""
-    return {'kind': type(optimizer).__name__, 'optimizer': optimizer.state_dict()}
 
 
 def _beside(path: Path, suffix: str) -> Path:

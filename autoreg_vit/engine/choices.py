@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..settings.base import read_settings
+from ..settings.base import read_settings, with_added
 from ..settings.parts import Training
 from .log import read_log
 from .processes import Processes
@@ -17,7 +17,6 @@ from .processes import Processes
 LONG, FLOPS_PER_SECOND = 300, 1e14
 #: Steps before capturing pays, which takes some seconds.
 MANY_STEPS = 100
-NAMES = ('compile', 'cuda_graph', 'cache_on_device')
 
 
 class Choices(NamedTuple):
@@ -28,18 +27,13 @@ class Choices(NamedTuple):
 
     def describe(self) -> str:
         """In words, for a person."""
-        words = {'compile': 'the network is compiled', 'cuda_graph': 'each step is replayed as one CUDA graph',
-                 'cache_on_device': 'images are kept on the device'}
-        return ', '.join(words[name] for name in NAMES if getattr(self, name)) or 'steps are taken as they are'
+        words = ('the network is compiled', 'each step is replayed as one CUDA graph', 'images are kept on the device')
+        return ', '.join(said for said, chosen in zip(words, self) if chosen) or 'steps are taken as they are'
 
 
 class Work(NamedTuple):
-    """How much a run has to do, by which it is chosen what pays.
-
-    Args:
-        steps: Optimizer steps.
-        flops: Of the whole run's forward and backward passes.
-    """
+    """How much a run has to do, by which it is chosen what pays: optimizer steps, and the operations of all their
+    forward and backward passes."""
     steps: int
     flops: float
 
@@ -48,42 +42,34 @@ def choose(config: Training, group: Processes, work: Work, say: Callable[[str], 
     """What to do of what the trainer itself does, compiling and capturing.
 
     What a setting says is done. Where it says `auto`, a run that goes on does what it began with, and another what pays
-    on this device.
-
-    Args:
-        config: Settings of the run.
-        group: Its processes.
-        work: What it has to do.
-        say: Takes the message that what a run began with is not possible here.
+    on this device. `say` takes the message that what a run began with is not possible here.
     """
-    begun, refused = choices_of(config.output_dir), {
-        'compile': cannot_compile(group.device), 'cuda_graph': cannot_capture(config, group)}
+    begun = begun_with(config.output_dir, type(config))
+    refused = {'compile': cannot_compile(group.device), 'cuda_graph': cannot_capture(config, group)}
     pays = {'compile': work.flops >= LONG * FLOPS_PER_SECOND, 'cuda_graph': work.steps >= MANY_STEPS}
     chosen = {}
     for name, reason in refused.items():
-        asked = getattr(config, name)
+        asked, before = getattr(config, name), begun.get(name)
         if asked != 'auto':
             chosen[name] = asked
-        elif name in begun:
-            chosen[name] = begun[name] and not reason
-            if begun[name] and reason:
+        else:
+            chosen[name] = not reason and (pays[name] if before is None else before)
+            if before and reason:
                 say(f'The run began with {name}, and goes on without it: {reason}. Steps may round otherwise '
                     'from here on.')
-        else:
-            chosen[name] = not reason and pays[name]
     return Choices(**chosen)
 
 
-def choices_of(output_dir: str | None) -> dict[str, bool]:
-    """What a run did, by the name of the setting: as its settings said, or as was chosen then and its log says; an
-    empty one where there is no run."""
+def begun_with(output_dir: str | Path | None, config_class: type) -> dict[str, Any]:
+    """The settings of the run that a folder holds, those that said `auto` as it was chosen: by the last word of its
+    log, which leaves out what has failed. Empty where there is no run; what is not chosen yet is left out."""
     if output_dir is None or not (Path(output_dir) / 'config.yaml').is_file():
         return {}
-    settings, found = read_settings(Path(output_dir) / 'config.yaml'), {}
+    chosen: dict[str, Any] = {}
     for line in read_log(Path(output_dir) / 'log.jsonl'):
-        found.update(line.get('choices', {}))
-    found.update({name: settings[name] for name in NAMES if isinstance(settings.get(name), bool)})
-    return found
+        chosen.update(line.get('choices', {}))
+    settings = with_added(read_settings(Path(output_dir) / 'config.yaml'), config_class)
+    return {**chosen, **{name: value for name, value in settings.items() if value != 'auto'}}
 
 
 def cannot_compile(device: torch.device) -> str:
@@ -111,11 +97,3 @@ def cannot_capture(config: Training, group: Processes) -> str:
 def reason_of(error: BaseException) -> str:
     """An error of another package in one line."""
     return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
-
-
-def chosen_before(before: dict[str, Any], now: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings of a run with what was chosen in place of `auto`, as far as `now` says otherwise than `auto`; where
-    it says `auto`, it asks for whatever the run began with."""
-    chosen = choices_of(str(folder))
-    return {**before, **{name: now[name] if now[name] == 'auto' else chosen.get(name, before.get(name))
-                         for name in NAMES if name in now}}

@@ -36,12 +36,13 @@ class _PatientStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except UnicodeEncodeError:
-            self._attempt(lambda: self._stream.write(printable(text, self._stream.encoding or 'ascii')))
-        except (OSError, ValueError) as error:
-            self._leave(error)
+        def write() -> None:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                self._stream.write(printable(text, self._stream.encoding or 'ascii'))
+
+        self._attempt(write)
         return len(text)
 
     def flush(self) -> None:
@@ -53,13 +54,11 @@ class _PatientStream:
     def _attempt(self, work: Callable[[], Any]) -> None:
         try:
             work()
-        except (OSError, ValueError) as error:
-            self._leave(error)
-
-    def _leave(self, error: Exception) -> None:
-        """Have the rest go nowhere, also what the stream still holds and Python writes at its end."""
-        if isinstance(error, OSError):
+        except OSError:
+            # Have the rest go nowhere, also what the stream still holds and Python writes at its end.
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
+        except ValueError:  # the stream is closed
+            pass

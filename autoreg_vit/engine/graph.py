@@ -4,16 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .machine import to_device
 
 
 class GraphedStep:
-    """Calls `step` and, after some calls, replays the kernels it launched instead.
-
-    The first calls are steps like every other and warm up what must not begin inside a capture. Draws inside the step
-    follow the seeds that `generators` have at each call.
+    """Calls `step` and, after some calls, replays the kernels it launched instead. The first calls warm up what must
+    not begin inside a capture. Draws inside the step follow the seeds that `generators` have at each call.
 
     Args:
         step: From the batches of a step on the device, tensors of fixed shapes in any structure, to the loss: forward,
@@ -26,14 +24,11 @@ class GraphedStep:
     warm_up = 3
 
     def __init__(
-            self,
-            step: Callable[[Any], torch.Tensor],
-            optimizer: torch.optim.Optimizer,
-            generators: Sequence[torch.Generator],
-            refused: Callable[[Exception], None],
+            self, step: Callable[[Any], torch.Tensor], optimizer: torch.optim.Optimizer,
+            generators: Sequence[torch.Generator], refused: Callable[[Exception], None],
     ):
         self.step, self.optimizer, self.generators, self.refused = step, optimizer, generators, refused
-        self.calls, self.stream, self.is_refused = 0, torch.cuda.Stream(), False
+        self.calls, self.stream = 0, torch.cuda.Stream()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.device = optimizer.param_groups[0]['params'][0].device
         self.rates = [torch.tensor(float(group['lr']), device=self.device) for group in optimizer.param_groups]
@@ -56,12 +51,11 @@ class GraphedStep:
                 loss = self.step(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return loss
-        if self.graph is None and not self.is_refused:
+        if self.calls == self.warm_up + 1:
             try:
                 self.graph = self._captured(batch)
             except Exception as error:  # by what cannot be captured: RuntimeError, AcceleratorError, of Inductor, ...
                 self.refused(error)
-                self.is_refused = True
         if self.graph is None:
             return self.step(batch)
         for kept, given in zip(tree_leaves(self.batch), tree_leaves(batch)):
@@ -71,7 +65,7 @@ class GraphedStep:
         return self.loss.clone()
 
     def _captured(self, batch: Any) -> torch.cuda.CUDAGraph:
-        self.batch = tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
+        self.batch = tree_map_only(torch.Tensor, torch.Tensor.clone, batch)
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)

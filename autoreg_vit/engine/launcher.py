@@ -13,17 +13,11 @@ FIRST_PORT, PORTS = 20_000, 12_000
 
 
 class Place(NamedTuple):
-    """A process among those that were started together.
-
-    Args:
-        rank: Its number, from 0.
-        world_size: How many there are.
-        local_rank: Its number on its machine.
-        address: HOST:PORT where all of them meet, or None where PyTorch finds it in torchrun's variables.
-    """
+    """A process among those that were started together."""
     rank: int
     world_size: int
     local_rank: int
+    #: HOST:PORT where all of them meet, or None where PyTorch finds it in torchrun's variables.
     address: str | None = None
 
 
@@ -46,10 +40,14 @@ def find_place() -> Place | None:
         missing = ', '.join(name for name in TORCHRUN if not given[name])
         raise ConfigError(f'{said} in the environment asks for several processes, but {missing} is not set, as '
                           f'torchrun would. {_REMEDY}')
-    place = _of_slurm()
-    if place is None:
-        _refuse_mpi()
-    return place
+    if _slurm_tasks() > 1:
+        return _of_slurm()
+    for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'):
+        count = os.environ.get(name, '')
+        if count.isdecimal() and int(count) > 1:
+            raise ConfigError(f'mpirun started {count} processes ({name}={count}), each of which would train the whole '
+                              f'run: use torchrun --nproc-per-node {count} -m autoreg_vit in place of mpirun.')
+    return None
 
 
 def shown_rank() -> int:
@@ -75,9 +73,7 @@ def _slurm_tasks() -> int:
     return int(text) if text.isdecimal() and 'SLURM_PTY_PORT' not in os.environ else 1
 
 
-def _of_slurm() -> Place | None:
-    if _slurm_tasks() == 1:
-        return None
+def _of_slurm() -> Place:
     nodes = os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_NODELIST', '')
     host = os.environ.get('MASTER_ADDR') or first_host(nodes)
     if not host:
@@ -93,11 +89,3 @@ def first_host(nodes: str) -> str:
     """The first host of a list as SLURM writes it: gpu07 of 'gpu[07-09,12],login1'."""
     found = re.match(r'([^,\[\]]+)(?:\[(\w+)[^]]*\]([^,\[]*))?', nodes)
     return ''.join(part or '' for part in found.groups()) if found else ''
-
-
-def _refuse_mpi() -> None:
-    for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'):
-        count = os.environ.get(name, '')
-        if count.isdecimal() and int(count) > 1:
-            raise ConfigError(f'mpirun started {count} processes ({name}={count}), each of which would train the whole '
-                              f'run: use torchrun --nproc-per-node {count} -m autoreg_vit in place of mpirun.')

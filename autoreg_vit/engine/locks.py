@@ -11,11 +11,8 @@ from .progress import say
 
 
 class FolderLock:
-    """Holds a run's folder until `release`, or until the process dies, however it dies.
-
-    Raises:
-        ConfigError: where another process holds it, or the platform has no locks of files.
-    """
+    """Holds a run's folder until `release`, or until the process dies, however it dies. Raises ConfigError where
+    another process holds it, or the platform has no locks of files."""
 
     def __init__(self, folder: Path):
         self.file = (folder / '.lock').open('a+', encoding='utf-8')
@@ -45,12 +42,8 @@ class FolderLock:
 
 
 def lock(file: TextIO) -> Callable[[], None]:
-    """Keep a file from other processes, by what the platform has; returns what gives it back.
-
-    Raises:
-        BlockingIOError: where another process has it.
-        ConfigError: on a platform that has no locks.
-    """
+    """Keep a file from other processes, by what the platform has; returns what gives it back. Raises BlockingIOError
+    where another process has it, and ConfigError on a platform that has no locks."""
     try:
         import fcntl
     except ImportError:

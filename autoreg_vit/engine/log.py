@@ -21,8 +21,7 @@ class Log:
     """log.jsonl: one JSON object a line, on disk as soon as it is written; `lines` holds them all.
 
     Args:
-        path: The file; its first `keep` bytes are kept, the rest is what a resumed run writes again.
-        keep: Bytes to keep.
+        keep: Bytes of the file to keep; the rest is what a resumed run writes again.
         writes: Whether this process writes; the others only collect lines.
     """
 
@@ -89,8 +88,9 @@ def check_tracker(tracker: str | None) -> None:
                           '(log.jsonl and TensorBoard hold the same lines).')
 
 
-def _followers(config: Any, folder: Path, log: Log, resumed: bool) -> list[Callable[[dict[str, Any]], None]]:
-    """What log lines go to besides the file: TensorBoard where it is installed, and the tracker."""
+def followers_of(config: Any, folder: Path, log: Log, resumed: bool) -> list[Callable[[dict[str, Any]], None]]:
+    """What log lines go to besides the file: TensorBoard where it is installed, and the tracker; raises ConfigError
+    where that does not start."""
     followers: list[Callable[[dict[str, Any]], None]] = []
     if importlib.util.find_spec('tensorboard') is not None:
         from torch.utils.tensorboard import SummaryWriter
@@ -110,11 +110,7 @@ def _followers(config: Any, folder: Path, log: Log, resumed: bool) -> list[Calla
 
 
 def _track(config: Any, folder: Path, resumed: bool) -> Callable[[dict[str, Any]], None]:
-    """Begin or go on with the run at Weights & Biases; gives what takes a log line there.
-
-    Raises:
-        ConfigError: where the tracker does not start.
-    """
+    """Begin or go on with the run at Weights & Biases; gives what takes a log line there."""
     import wandb
 
     try:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError, suggest
 
@@ -20,11 +21,7 @@ DEVICES: dict[str, Callable[[], int]] = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a run.
-
-    Raises:
-        ConfigError: for a name that PyTorch does not know or a device that is not there.
-    """
+    """The device of a run; raises ConfigError for a name that PyTorch does not know or a device that is not there."""
     if name == 'auto':
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
@@ -44,14 +41,14 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """'bfloat16' where the device multiplies it faster than float32, unless `name` says otherwise."""
     if name != 'auto':
         return name
+    native = False
     if device.type == 'cuda':
-        return 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float32'
-    if device.type == 'cpu':
+        native = torch.cuda.get_device_capability(device)[0] >= 8
+    elif device.type == 'cpu':
         # Without these instructions oneDNN emulates bfloat16, up to a hundred times slower.
         checks = ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
         native = any(getattr(torch.cpu, check, bool)() for check in checks)
-        return 'bfloat16' if native else 'float32'
-    return 'float32'
+    return 'bfloat16' if native else 'float32'
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
@@ -76,10 +73,4 @@ def keep_freed_memory() -> None:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch of any structure, lists, tuples and dictionaries of tensors, with its tensors on the device."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [to_device(value, device) for value in batch]
-    return batch
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)

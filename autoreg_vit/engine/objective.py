@@ -1,5 +1,4 @@
-"""What `trainer.Trainer` trains: one class for each kind of training, which says what is learned, from which loss, and
-how good it is."""
+"""What `trainer.Trainer` trains: a class for each kind of training says what is learned, by which loss, how well."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,29 +12,20 @@ M = TypeVar('M', bound=nn.Module)
 
 
 class Part(NamedTuple):
-    """One forward pass among those of an optimizer step.
-
-    Args:
-        step: Number of the optimizer step in the run.
-        place: Number of the forward pass in the step, below `accumulate`.
-        number: Number of the forward pass in the run.
-    """
+    """One forward pass: number `place` of the optimizer step `step`, and number `number` of the run, all from 0."""
     step: int
     place: int
     number: int
 
 
 class Evaluation(NamedTuple):
-    """How good a model is.
-
-    Args:
-        scores: What the log line holds, by the names of `evaluation.metrics`; empty where there are none, or where the
-            main process alone knows them.
-        text: The same for a person.
-        result: What else the command makes something of, such as a confusion matrix.
-    """
+    """How good a model is."""
+    #: What the log line holds, by the names of `evaluation.metrics`; empty where there are none, or where the main
+    #: process alone knows them.
     scores: dict[str, float]
+    #: The same for a person.
     text: str = ''
+    #: What else the command makes something of, such as a confusion matrix.
     result: Any = None
 
 
@@ -76,7 +66,6 @@ class Objective(Generic[M]):
         Args:
             network: `self.network`, as the trainer compiles it and spreads it over processes.
             batch: Of this process, as its loader collates it, on the device.
-            part: Which forward pass this is.
         """
         raise NotImplementedError
 
@@ -86,11 +75,7 @@ class Objective(Generic[M]):
         raise NotImplementedError
 
     def evaluate(self, model: M) -> Evaluation:
-        """How good the model is; called on every process.
-
-        Args:
-            model: The whole model with the present weights, in training mode or not.
-        """
+        """How good the whole model is, with the present weights, in training mode or not; called on every process."""
         raise NotImplementedError
 
     def export(self, model: M, folder: Path) -> None:

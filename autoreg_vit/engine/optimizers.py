@@ -12,15 +12,11 @@ from ..settings.parts import Training
 
 
 def create_optimizer(
-        config: Training,
-        model_or_groups: Any,
-        capturable: bool = False,
-        **options: Any,
+        config: Training, model_or_groups: Any, capturable: bool = False, **options: Any,
 ) -> torch.optim.Optimizer:
     """timm's optimizer of that name at the scaled learning rate.
 
     Args:
-        config: Settings of the run.
         model_or_groups: A module, or groups of parameters.
         capturable: For steps that a CUDA graph replays.
         **options: Arguments of `create_optimizer_v2`.
@@ -53,8 +49,3 @@ def create_schedule(config: Training, optimizer: torch.optim.Optimizer, steps_pe
     return create_scheduler_v2(
         optimizer, decay_rate=1.0, warmup_prefix=True, warmup_lr=0.0, min_lr=config.scaled(config.min_lr),
         step_on_epochs=False, **config.schedule_options(steps_per_epoch))[0]
-
-
-def present_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate that is logged: the highest of the groups'."""
-    return max(float(group['lr']) for group in optimizer.param_groups)

@@ -18,17 +18,11 @@ T = TypeVar('T')
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run.
-
-    Args:
-        device: Where this process computes.
-        rank: Number of this process, from 0.
-        world_size: How many there are.
-        control: Group for flags and messages of the host, which never touch the device; None for one process.
-    """
+    """This process among those of the run: where it computes, its number from 0, and how many there are."""
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    #: Group for flags and messages of the host, which never touch the device; None for one process.
     control: Any = field(default=None, repr=False)
 
     @property
@@ -118,14 +112,10 @@ class Flags:
     """Wishes of any process, such as to stop, that all of them learn of at the same step.
 
     The exchange runs beside the step that follows it and is read one step later, so that nobody waits for it.
-
-    Args:
-        group: The processes of the run.
-        count: How many flags.
     """
 
-    def __init__(self, group: Processes, count: int):
-        self.group, self.count = group, count
+    def __init__(self, group: Processes):
+        self.group = group
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
 
     def exchange(self, *wishes: bool) -> list[bool]:
@@ -136,7 +126,7 @@ class Flags:
         before = self.pending
         self.pending = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group.control, async_op=True)
         if before is None:
-            return [False] * self.count
+            return [False] * len(wishes)
         before[1].wait()
         return before[0].bool().tolist()
 

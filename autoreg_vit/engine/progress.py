@@ -18,14 +18,7 @@ def progress_bar(items: Iterable | None = None, shown: bool = True, **options: A
 
 def with_progress(items: Iterable, what: str, shown: bool = True, unit: str = 'batch') -> Iterable:
     """`items`, with a bar that appears once going through them takes long and is gone at their end: for work beside a
-    run's steps, such as an evaluation.
-
-    Args:
-        items: To go through.
-        what: Is done with them, before the bar.
-        shown: False on all processes but one.
-        unit: What one item is.
-    """
+    run's steps, such as an evaluation. `what` is done stands before the bar."""
     return progress_bar(items, shown, desc=what, unit=unit, leave=False, delay=2 if sys.stderr.isatty() else 60)
 
 

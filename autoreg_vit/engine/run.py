@@ -1,8 +1,8 @@
 """A run's folder: its settings, log and checkpoints, and whether to begin, go on or leave it as finished."""
 
-import dataclasses
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import torch
 
 from ..artifacts import writing
 from ..errors import ConfigError
-from ..settings.base import free_settings, read_settings, save_config, with_added
+from ..settings.base import free_settings, plain, read_settings, save_config, with_added
 from ..version import __version__
 from .checkpoints import load_checkpoint, previous_of, save_checkpoint
-from .choices import chosen_before
+from .choices import Choices, begun_with
 from .locks import FolderLock
-from .log import Log, _followers, check_tracker, read_log
+from .log import Log, check_tracker, followers_of, read_log
 from .processes import Processes
 from .progress import say
 from .provenance import hardware, source_commit
@@ -30,19 +30,15 @@ class Run:
     Open it on every process once settings, data and model are known to work; only the main process writes.
 
     Args:
-        config: Resolved settings, a dataclass with `output_dir`, `force_resume` and `tracker`; fields declared free may
-            change on resume. `output_dir` is set to the folder.
+        config: Resolved settings, of which those declared free may change on resume. `output_dir` is set to the folder.
         name: Of the folder, where `output_dir` is None.
-        group: The processes of the run.
         facts: What else must be the same for the same weights, such as the number of images; the number of processes,
             and of threads on a CPU, is added.
         steps: After how many the run ends; None for one that saves no checkpoints.
 
     Attributes:
-        folder: Path of the folder.
         state: The checkpoint to go on from, on the CPU of every process, or None at the beginning.
         finished: Whether the run is complete, so that there is nothing to do.
-        log: The run's Log.
 
     Raises:
         ConfigError: for a folder that is in use, holds something else, or a run with other settings or facts, or one
@@ -51,11 +47,7 @@ class Run:
     """
 
     def __init__(
-            self,
-            config: Any,
-            name: str,
-            group: Processes,
-            facts: dict[str, Any] | None = None,
+            self, config: Any, name: str, group: Processes, facts: dict[str, Any] | None = None,
             steps: int | None = None,
     ):
         check_tracker(config.tracker)
@@ -64,9 +56,9 @@ class Run:
         self.facts = {**(facts or {}), 'processes': group.world_size,
                       'threads': torch.get_num_threads() if group.device.type == 'cpu' else None}
         try:
-            folder, self.finished, resumes = group.on_main(lambda: self._open(config, name))
-            self.folder, config.output_dir = Path(folder), folder
-            self.state = self._read(config.force_resume) if resumes and not self.finished else None
+            config.output_dir, self.finished, resumes = group.on_main(lambda: self._open(name))
+            self.folder = Path(config.output_dir)
+            self.state = self._read() if resumes and not self.finished else None
             if not self.finished:
                 group.on_main(self._prepare)
             self.log = Log(self.folder / 'log.jsonl', self.state['log_bytes'] if self.state else 0,
@@ -86,18 +78,14 @@ class Run:
             precision=precision, **about)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Save `state` with the log's position and the run's facts, on the main process alone.
-
-        Raises:
-            CheckpointError: where it cannot be written; the last good one is kept.
-        """
+        """Save `state` with the log's position and the run's facts, on the main process alone. Raises CheckpointError
+        where it cannot be written; the last good one is kept."""
         if self.group.is_main:
             save_config(self._config, self.folder / 'config.yaml')  # by force it may be another one from here on
             state = {**state, 'log_bytes': self.log.sync(), 'facts': self.facts}
             save_checkpoint(state, self.folder / CHECKPOINT)
 
     def finish(self) -> None:
-        """Mark the run as complete."""
         self.log.write(event='finish')
         self.log.sync()
 
@@ -116,8 +104,9 @@ class Run:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _open(self, config: Any, name: str) -> tuple[str, bool, bool]:
+    def _open(self, name: str) -> tuple[str, bool, bool]:
         """The folder, whether the run in it is finished, and whether there is a checkpoint to resume from."""
+        config = self._config
         self._new = config.output_dir is None or not Path(config.output_dir).exists()
         folder = create_folder(config.output_dir, name)
         with writing(folder / '.lock'):
@@ -141,31 +130,30 @@ class Run:
                 f'{folder} already holds a run with other settings ({"; ".join(differences)}). Repeat its command '
                 f'{f"with {kept} " if kept else ""}to resume it, name another --output-dir, or accept a mixed run with '
                 '--force-resume.')
-        self._ended = _is_finished(folder / 'log.jsonl')
+        lines = read_log(folder / 'log.jsonl')
+        self._ended = bool(lines) and lines[-1]['event'] == 'finish'
         return str(folder), self._ended and not differences, resumes
 
-    def _read(self, force: bool) -> dict[str, Any] | None:
+    def _read(self) -> dict[str, Any] | None:
         # The others read once the main process has found the file whole and fitting.
         def check() -> None:
             self.state = load_checkpoint(self.folder / CHECKPOINT, say)
             differences = difference(self.state['facts'], self.facts) if self.state else []
-            if differences and not force:
+            if differences and not self._config.force_resume:
                 raise ConfigError(
                     f'The run in {self.folder} began in other circumstances ({"; ".join(differences)}), which would '
                     'change its result. Restore them (torchrun --nproc-per-node, OMP_NUM_THREADS, the data), name '
                     'another --output-dir, or accept a mixed run with --force-resume.')
             if self.state and self._steps is not None:
-                self._check_steps(self.state['step'], self._steps)
+                # Where no step is left, another length was forced on the run.
+                taken, steps = self.state['step'], self._steps
+                if taken > steps or (taken == steps and self._ended):
+                    raise ConfigError(
+                        f'The run in {self.folder} has taken {taken} steps, and with these settings it ends after '
+                        f'{steps}: nothing is left to train. Ask for a longer run, or name another --output-dir.')
 
         self.group.on_main(check)
         return self.state if self.group.is_main else load_checkpoint(self.folder / CHECKPOINT, lambda message: None)
-
-    def _check_steps(self, taken: int, steps: int) -> None:
-        """Before anything in the folder changes: where no step is left, another length was forced on the run."""
-        if taken > steps or (taken == steps and self._ended):
-            raise ConfigError(
-                f'The run in {self.folder} has taken {taken} steps, and with these settings it ends after {steps}: '
-                'nothing is left to train. Ask for a longer run, or name another --output-dir.')
 
     def _prepare(self) -> None:
         if self.state is None:
@@ -178,7 +166,7 @@ class Run:
 
     def _follow(self) -> None:
         try:
-            self.log.followers = _followers(self._config, self.folder, self.log, resumed=self.state is not None)
+            self.log.followers = followers_of(self._config, self.folder, self.log, resumed=self.state is not None)
         except ConfigError:
             if self._new:  # nothing of a run that did not begin
                 self.close()
@@ -186,23 +174,12 @@ class Run:
             raise
 
 
-def begun_with(config: Any, name: str, group: Processes) -> Any:
-    """A setting of the run that the output folder holds, for what 'auto' chose there to be kept; None without one."""
-    def read() -> Any:
-        path = Path(config.output_dir or '', 'config.yaml')
-        if not (config.output_dir and path.exists()):
-            return None
-        return with_added(read_settings(path), type(config))[name]
-
-    return group.on_main(read)
-
-
 def setting_differences(before: dict[str, Any], config: Any, folder: Path) -> list[str]:
-    """What differs between the saved settings of the run in a folder and `config`, free settings aside."""
-    free = free_settings(type(config))
-    now = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    before = {k: list(v) if isinstance(v, tuple) else v for k, v in with_added(before, type(config)).items()}
-    return difference(chosen_before(before, now, folder), now, [k for k in now if k not in free])
+    """What differs between the saved settings of the run in a folder and `config`: free settings aside, and choices
+    that `config` leaves to be made, which asks for whatever the run began with."""
+    before, now = {**with_added(before, type(config)), **begun_with(folder, type(config))}, plain(config)
+    open_to_change = free_settings(type(config)) | {name for name in Choices._fields if now.get(name) == 'auto'}
+    return difference(before, now, [field.name for field in fields(config) if field.name not in open_to_change])
 
 
 def difference(before: dict[str, Any], now: dict[str, Any], keys: list[str] | None = None) -> list[str]:
@@ -211,17 +188,9 @@ def difference(before: dict[str, Any], now: dict[str, Any], keys: list[str] | No
     return [f'{key}: was {before.get(key)}, is {now.get(key)}' for key in keys if before.get(key) != now.get(key)]
 
 
-def _is_finished(log: Path) -> bool:
-    lines = read_log(log)
-    return bool(lines) and lines[-1].get('event') == 'finish'
-
-
 def create_folder(output_dir: str | None, name: str) -> Path:
     """The folder of a run, which exists and can be written to: `output_dir`, or the first free runs/NAME-1, -2, ...
-
-    Raises:
-        ConfigError: for a path that is a file or cannot be written to.
-    """
+    Raises ConfigError for a path that is a file or cannot be written to."""
     number = 0
     while True:
         number += 1

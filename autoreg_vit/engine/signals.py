@@ -7,12 +7,7 @@ from typing import Any
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and it did, with a checkpoint to go on from.
-
-    Args:
-        message: What was kept and how to go on.
-        signal_number: SIGINT, SIGTERM or SIGHUP.
-    """
+    """A signal (SIGINT, SIGTERM or SIGHUP) asked the run to stop, and it did, with a checkpoint to go on from."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -21,10 +16,8 @@ class Stopped(Exception):
 
 class StopSignals:
     """Turns SIGTERM, SIGINT and SIGHUP (a terminal that was closed) into a wish that the loop reads between steps; a
-    second SIGINT interrupts at once. A SIGHUP that is ignored from the start (nohup) stays ignored.
-
-    A context manager: the handlers that were there before return at its end.
-    """
+    second SIGINT interrupts at once. A SIGHUP that is ignored from the start (nohup) stays ignored. A context manager:
+    the handlers that were there before return at its end."""
 
     def __init__(self) -> None:
         self.received: int | None = None

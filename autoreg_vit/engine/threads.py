@@ -18,14 +18,8 @@ WATCHED = 0.4
 
 def settle_threads(output_dir: str | None, say: Callable[[str], None]) -> None:
     """Set PyTorch's threads to as many as a run in this folder began with, or for a new one to the cores that are free,
-    at least one and at most as many as PyTorch has. Results depend on it, so the run's log and checkpoints record it.
-
-    OMP_NUM_THREADS decides where it is set.
-
-    Args:
-        output_dir: Of the run, or None.
-        say: Takes what was chosen, if it is not what PyTorch has.
-    """
+    at least one and at most as many as PyTorch has; `say` takes what was chosen, if it is not that. Results depend on
+    it, so the run's log and checkpoints record it. OMP_NUM_THREADS decides where it is set."""
     most = torch.get_num_threads()
     if most == 1 or os.environ.get('OMP_NUM_THREADS', '').strip():
         return
@@ -40,11 +34,8 @@ def settle_threads(output_dir: str | None, say: Callable[[str], None]) -> None:
 
 def threads_of(output_dir: str | None) -> int | None:
     """The threads that the log of a run names last, or None where there is no run."""
-    if output_dir is None:
-        return None
-    found = [line.get('threads') for line in read_log(Path(output_dir) / 'log.jsonl')
-             if line['event'] in ('start', 'resume')]
-    return found[-1] if found else None
+    lines = read_log(Path(output_dir) / 'log.jsonl') if output_dir is not None else []
+    return next((line.get('threads') for line in reversed(lines) if line['event'] in ('start', 'resume')), None)
 
 
 def free_cores() -> int | None:

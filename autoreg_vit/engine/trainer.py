@@ -1,11 +1,11 @@
 """The one training step and the loop around it, of every run but `probe --fast`, which has its own arithmetic. What
 differs by what is trained is an `objective.Objective`."""
 
+import copy
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, cast
@@ -19,13 +19,13 @@ from tqdm import tqdm
 from ..errors import ConfigError, UsageError
 from ..settings.parts import Training
 from .checkpoints import load_into
-from .choices import NAMES, Choices, Work, cannot_capture, choose, reason_of
+from .choices import Choices, Work, cannot_capture, choose, reason_of
 from .graph import GraphedStep
-from .losses import Losses
+from .loss_history import LossHistory
 from .machine import autocast, keep_freed_memory, resolve_precision, to_device
 from .objective import Evaluation, M, Objective, Part
-from .optimizers import create_optimizer, create_schedule, present_rate
-from .parallel import WholeModel, get_state, replicate, set_state, shard, synchronised
+from .optimizers import create_optimizer, create_schedule
+from .parallel import gather_weights, get_state, replicate, set_state, shard, synchronised
 from .processes import Flags, Processes
 from .progress import progress_bar, say
 from .run import CHECKPOINT, Run
@@ -34,13 +34,10 @@ from .threads import settle_threads
 
 
 class Supply(Protocol):
-    """Where training batches come from: `data.batches.Batches`, or what stands in for it.
-
-    Attributes:
-        per_epoch: Batches of an epoch, a multiple of those of a step.
-        on_device: Whether all images are kept on the device.
-    """
+    """Where training batches come from: `data.batches.Batches`, or what stands in for it."""
+    #: Batches of an epoch, a multiple of those of a step.
     per_epoch: int
+    #: Whether all images are kept on the device.
     on_device: bool
 
     def start_at(self, batch: int) -> Iterator:
@@ -66,58 +63,13 @@ def prepare(config: Training, group: Processes) -> None:
         say(shortened)
 
 
-class State:
-    """Everything that a step changes, and that a checkpoint keeps.
-
-    Args:
-        model: What is learned, not wrapped.
-        optimizer: Over its parameters.
-        losses: Of the steps so far.
-        average: Moving average of the model, or None.
-        fsdp: Whether model and optimizer are sharded.
-    """
-
-    def __init__(
-            self,
-            model: nn.Module,
-            optimizer: torch.optim.Optimizer,
-            losses: Losses,
-            average: ModelEmaV3 | None,
-            fsdp: bool,
-    ):
-        self.model, self.optimizer, self.losses, self.average, self.fsdp = model, optimizer, losses, average, fsdp
-
-    @property
-    def step(self) -> int:
-        """Steps taken."""
-        return self.losses.step
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; called on every process, complete on the main one."""
-        state = {'step': self.step, 'losses': self.losses.read(), **get_state(self.model, self.optimizer, self.fsdp)}
-        return state if self.average is None else {**state, 'average': self.average.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any], source: str) -> None:
-        """Go on from what `state_dict` gave; called on every process with the whole state.
-
-        Raises:
-            CheckpointError: for the state of another model or optimizer; `source` names it.
-        """
-        set_state(self.model, self.optimizer, state, self.fsdp, source)
-        if self.average is not None:
-            load_into(self.average, state['average'], source)
-        self.losses.load(state['step'], state['losses'])
-
-
 class Trainer(Generic[M]):
     """Trains an objective: accumulation, autocast, clipping, processes and shards, compilation, CUDA graph, moving
     average; log, checkpoints, resume and clean stops.
 
     Args:
         config: Settings of the run, prepared.
-        objective: What is trained; sharded in place where the settings say so.
-        batches: Where training batches come from.
-        group: The processes of the run.
+        objective: What is trained; its model is sharded in place where the settings say so.
 
     Attributes:
         steps: Optimizer steps of the whole run.
@@ -129,8 +81,9 @@ class Trainer(Generic[M]):
 
     def __init__(self, config: Training, objective: Objective[M], batches: Supply, group: Processes):
         self.config, self.objective, self.batches, self.group = config, objective, batches, group
-        self._whole = WholeModel(objective.model, config.fsdp)
+        self._whole = objective.model
         if config.fsdp:
+            self._whole = copy.deepcopy(objective.model)  # before it is sharded
             shard(objective.model, group)
         self.steps_per_epoch = batches.per_epoch // config.accumulate
         self.steps, self.eval_every, self.epochs = config.length(self.steps_per_epoch)
@@ -142,12 +95,15 @@ class Trainer(Generic[M]):
         self.optimizer = create_optimizer(config, optimized, self.choices.cuda_graph, **options)
         self.schedule = create_schedule(config, self.optimizer, self.steps_per_epoch)
         self.average = ModelEmaV3(objective.model, config.ema_decay) if config.ema_decay else None
-        self.losses = Losses(group, self._explain)
-        self.state = State(objective.model, self.optimizer, self.losses, self.average, config.fsdp)
+        self.losses = LossHistory(group, self._explain)
         self._replay: GraphedStep | None = None
         self._has_stepped = False
-        self._checkpoint: Path | None = None
-        self._last_save = time.monotonic()
+        self._run: Run | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.losses.step
 
     # The step.
 
@@ -161,12 +117,11 @@ class Trainer(Generic[M]):
         if not self.choices.compile:
             self._spread(self.objective.network)
         self.network.train()
-        self._supply = self.batches.start_at(self.state.step * self.config.accumulate)
+        self._supply = self.batches.start_at(self.step * self.config.accumulate)
         if self.choices.cuda_graph:
             self._replay = GraphedStep(
-                lambda batches: self._step([partial(self._loss, partial(batches.__getitem__, place),
-                                                    Part(0, place, place)) for place in range(len(batches))]),
-                self.optimizer, self.objective.generators, partial(self._give_up, 'cuda_graph'))
+                lambda batches: self._optimize(self._passes(iter(batches), 0)), self.optimizer,
+                self.objective.generators, partial(self._give_up, 'cuda_graph'))
 
     def _spread(self, network: nn.Module) -> None:
         """Take a network, as it is or compiled, over the processes of the run."""
@@ -174,7 +129,7 @@ class Trainer(Generic[M]):
         if self.network is not self.objective.network:
             # A pass for nothing. Compiling happens in it, and may fail; and DistributedDataParallel sums gradients in
             # another order from its second pass on, and the first step after a resume must round like every other.
-            self._step([partial(self.objective.settle, self.network)], update=False)
+            self._optimize([partial(self.objective.settle, self.network)], update=False)
 
     def _give_up(self, name: str, error: Exception) -> None:
         """Go on without what was chosen and has failed; what was asked for is an error."""
@@ -184,40 +139,42 @@ class Trainer(Generic[M]):
         self.choices = self.choices._replace(**{name: False})
         if self.group.is_main:
             say(f'Going on without --{flag}, which failed ({reason_of(error)}).')
+        if self._run is not None:  # else the line with which the run begins or goes on will say so
+            self._run.log.write(event='choices', choices=self.choices._asdict())
 
     def take_step(self) -> torch.Tensor:
         """The next step: forward, backward and optimizer; its loss, a scalar on the device."""
-        step, count = self.state.step, self.config.accumulate
-        self.objective.seed(step)
-        self.schedule.step_update(step)
-        if self._replay is not None:
-            loss = self._replay([next(self._supply) for _ in range(count)])
-        else:
-            loss = self._take([partial(self._loss, self._next_batch, Part(step, place, step * count + place))
-                               for place in range(count)])
+        self.objective.seed(self.step)
+        self.schedule.step_update(self.step)
+        try:
+            if self._replay is not None:
+                loss = self._replay([next(self._supply) for _ in range(self.config.accumulate)])
+            else:
+                loss = self._optimize(self._passes(self._supply, self.step))
+        except Exception as error:
+            # What Inductor lacks or gets wrong for training alone shows in the first step.
+            if isinstance(error, UsageError) or self._has_stepped or not self.choices.compile:
+                raise
+            raise ConfigError(f'Compiling failed ({reason_of(error)}): use --no-compile.') from error
+        self._has_stepped = True
         self.losses.add(loss)
         return loss
 
-    def _take(self, parts: list[Callable[[], torch.Tensor]]) -> torch.Tensor:
-        """A step; the first one of a network that is compiled for training alone is where compiling may fail."""
-        try:
-            return self._step(parts)
-        except (UsageError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # by what Inductor lacks or gets wrong
-            if self.choices.compile and not self._has_stepped:
-                raise ConfigError(f'Compiling failed ({reason_of(error)}): use --no-compile.') from error
-            raise
-        finally:
-            self._has_stepped = True
+    def _passes(self, batches: Iterator, step: int) -> list[Callable[[], torch.Tensor]]:
+        """The forward passes of a step over the batches that come next, each yet to be done; they give losses."""
+        count = self.config.accumulate
+        return [partial(self._loss, batches, Part(step, place, step * count + place)) for place in range(count)]
 
-    def _step(self, parts: list[Callable[[], torch.Tensor]], update: bool = True) -> torch.Tensor:
-        """Forward and backward of all parts of a step, then the optimizer's step; the mean loss."""
+    def _loss(self, batches: Iterator, part: Part) -> torch.Tensor:
+        return self.objective.loss(self.network, to_device(next(batches), self.group.device), part)
+
+    def _optimize(self, passes: list[Callable[[], torch.Tensor]], update: bool = True) -> torch.Tensor:
+        """Forward passes and their backward passes, then the optimizer's step; the mean loss."""
         loss = torch.zeros((), device=self.group.device)
-        for index, loss_of_part in enumerate(parts):
-            with synchronised(self.network, last=index == len(parts) - 1):
+        for index, forward in enumerate(passes):
+            with synchronised(self.network, last=index == len(passes) - 1):
                 with autocast(self.config.precision, self.group.device):
-                    part_loss = loss_of_part() / len(parts)
+                    part_loss = forward() / len(passes)
                 part_loss.backward()
             loss += part_loss.detach()
         if update:
@@ -230,94 +187,100 @@ class Trainer(Generic[M]):
             self.average.update(self.objective.model)
         return loss
 
-    def _loss(self, batch: Callable[[], Any], part: Part) -> torch.Tensor:
-        return self.objective.loss(self.network, batch(), part)
+    # What a step changes, and a checkpoint keeps.
 
-    def _next_batch(self) -> Any:
-        return to_device(next(self._supply), self.group.device)
+    def _state(self) -> dict[str, Any]:
+        """Tensors and plain values; called on every process, complete on the main one."""
+        state = {'step': self.step, 'losses': self.losses.read(),
+                 **get_state(self.objective.model, self.optimizer, self.config.fsdp)}
+        if self.average is not None:
+            state['average'] = self.average.state_dict()
+        return {**state, 'choices': self.choices._asdict()}
+
+    def _load_state(self, state: dict[str, Any], source: str) -> None:
+        """Go on from what `_state` gave; called on every process with the whole state."""
+        set_state(self.objective.model, self.optimizer, state, self.config.fsdp, source)
+        if self.average is not None:
+            load_into(self.average, state['average'], source)
+        self.losses.load(state['step'], state['losses'])
 
     # The loop.
 
     def run(self, run: Run) -> Evaluation:
-        """Train from where a run stands to its end.
-
-        Args:
-            run: The run's folder, opened with this trainer's `steps`.
-
-        Returns:
-            The evaluation at the end.
+        """Train from where a run, opened with this trainer's `steps`, stands to its end; gives the evaluation there.
 
         Raises:
             CheckpointError: for the checkpoint of another model or optimizer.
             NonFiniteLoss: when training diverges.
             Stopped: when SIGTERM or SIGINT asked any process for it, after a checkpoint.
         """
-        self._take_up(run)
-        speed, flags, self._last_save = Speed(self.state.step), Flags(self.group, 2), time.monotonic()
-        progress = progress_bar(shown=self.group.is_main, total=self.steps, initial=self.state.step, unit='step')
+        self._start(run)
+        flags, self._last_save = Flags(self.group), time.monotonic()
+        # Of the speed that is logged: the step it is counted from, and the time, without that of evaluations.
+        self._counted_from, self._since = self.step, time.perf_counter()
+        progress = progress_bar(shown=self.group.is_main, total=self.steps, initial=self.step, unit='step')
         with StopSignals() as signals, progress:
-            while self.state.step < self.steps:
+            while self.step < self.steps:
                 if self._evaluation_is_due():
-                    with speed.paused():
-                        self._evaluate(run)
+                    before = time.perf_counter()
+                    self._evaluate(run)
+                    self._since += time.perf_counter() - before
                 self.take_step()
                 progress.update()
-                if self.state.step % self.config.log_every == 0 or self.state.step == self.steps:
-                    self._log(run, progress, speed)
+                if self.step % self.config.log_every == 0 or self.step == self.steps:
+                    self._log(run, progress)
                 if self._save_if_due(run, flags, signals):
                     flags.settle()
                     self.group.barrier()
-                    raise Stopped(f'Stopped after step {self.state.step} of {self.steps}. The same command goes on '
-                                  'from there.', signals.received or signal.SIGTERM)
+                    raise Stopped(f'Stopped after step {self.step} of {self.steps}. The same command goes on from '
+                                  'there.', signals.received or signal.SIGTERM)
             flags.settle()
         return self._evaluate(run, again=True)
 
     def export(self, folder: Path) -> M:
-        """Have the objective write its weights to a run's folder as others load them; called on every process.
-
-        Returns:
-            The whole model with the present weights, of use on the main process.
-        """
-        model = self._whole.gather()
+        """Have the objective write its weights to a run's folder as others load them; called on every process. Gives
+        the whole model with the present weights, of use on the main process."""
+        gather_weights(self.objective.model, self._whole)
         if self.group.is_main:
-            self.objective.export(model, folder)
-        return model
+            self.objective.export(self._whole, folder)
+        return self._whole
 
-    def _take_up(self, run: Run) -> None:
-        """Load the checkpoint that the run goes on from, and say where it begins."""
-        self._checkpoint, begun, before = run.folder / CHECKPOINT, run.state is not None, None
+    def _start(self, run: Run) -> None:
+        """Load the checkpoint that a run goes on from, if there is one, and say where it begins."""
+        before, place = None, f'writing to {run.folder}'
         if run.state:
-            self.state.load_state_dict(run.state, str(self._checkpoint))
-            before = run.state.get('choices')
+            self._load_state(run.state, str(run.folder / CHECKPOINT))
+            before, place = run.state.get('choices'), f'going on from step {self.step} of {self.steps} in {run.folder}'
         if self.choices.compile:
             run.say('Compiling the network, which takes a minute or two.')
         self.begin()
         self.choices = self.choices._replace(cache_on_device=self.batches.on_device)
         run.start(self.config.precision, choices=self.choices._asdict(), **self.objective.about)
         run.state = None  # as large as the model and its optimizer
-        place = f'going on from step {self.state.step} of {self.steps} in' if begun else 'writing to'
+        self._run = run
         run.say(f'{self.objective.title}; {self.group.world_size} x {self.group.device}, {self.config.precision}; '
-                f'{place} {run.folder}')
+                f'{place}')
         if before is not None and before != self.choices._asdict():
             run.say(f'Up to the checkpoint {Choices(**before).describe()}; from here on {self.choices.describe()}, so '
                     'that steps may round otherwise.')
-        elif any(getattr(self.config, name, None) == 'auto' for name in NAMES) and any(self.choices):
+        elif any(getattr(self.config, name, None) == 'auto' for name in Choices._fields) and any(self.choices):
             run.say(f'Chosen for this run: {self.choices.describe()}.')
 
     def _evaluation_is_due(self) -> bool:
-        if self.state.step == 0:
+        if self.step == 0:
             return self.objective.evaluated_untrained
-        return self.eval_every > 0 and self.state.step % self.eval_every == 0
+        return self.eval_every > 0 and self.step % self.eval_every == 0
 
     def _evaluate(self, run: Run, again: bool = False) -> Evaluation:
         """Evaluate the model and log the scores, once for each number of images; `again` for the result alone."""
         self.losses.read()
-        images = self.state.step * self.config.images_per_step
+        images = self.step * self.config.images_per_step
         known = self.group.on_main(lambda: any(
             line['event'] == 'evaluation' and line['images'] == images for line in run.log.lines))
         if known and not again:
             return Evaluation({})
-        evaluation = self.objective.evaluate(self._whole.gather(everywhere=True))
+        gather_weights(self.objective.model, self._whole, everywhere=True)
+        evaluation = self.objective.evaluate(self._whole)
         self.network.train()
         if evaluation.scores:
             if not known:
@@ -325,26 +288,25 @@ class Trainer(Generic[M]):
             run.say(f'{images:>11,} images seen: {evaluation.text}')
         return evaluation
 
-    def _log(self, run: Run, progress: tqdm, speed: 'Speed') -> None:
-        step, values = self.state.step, self.losses.take()
-        loss, rate = sum(values) / len(values), speed.steps_per_second(step) * self.config.images_per_step
+    def _log(self, run: Run, progress: tqdm) -> None:
+        step, losses = self.step, self.losses.take()
+        steps_per_second = (step - self._counted_from) / (time.perf_counter() - self._since)
+        loss, rate = sum(losses) / len(losses), steps_per_second * self.config.images_per_step
         run.log.write(event='step', step=step, epoch=round(step / self.steps_per_epoch, 3),
-                      images=step * self.config.images_per_step, loss=loss, lr=present_rate(self.optimizer),
+                      images=step * self.config.images_per_step, loss=loss,
+                      lr=max(float(group['lr']) for group in self.optimizer.param_groups),  # of groups, the highest
                       images_per_second=round(rate, 1))
         progress.set_postfix_str(f'epoch {(step - 1) // self.steps_per_epoch + 1}/{self.epochs}, loss {loss:.4f}, '
                                  f'{rate:.0f} images/s', refresh=False)
-        speed.restart(step)
+        self._counted_from, self._since = step, time.perf_counter()
 
     def _save_if_due(self, run: Run, flags: Flags, signals: StopSignals) -> bool:
         """Save a checkpoint when it is time, at the end, and when a signal asks for a stop; whether to stop."""
-        config, step = self.config, self.state.step
-        minutes = (time.monotonic() - self._last_save) / 60
+        step, minutes, every = self.step, self.config.checkpoint_every_minutes, self.config.checkpoint_every_steps
         stop, time_to_save = flags.exchange(
-            signals.received is not None, 0 < config.checkpoint_every_minutes <= minutes)
-        on_step = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
-        if stop or time_to_save or on_step or step == self.steps:
-            # Reads the losses: nothing that follows a bad one is saved.
-            run.save({**self.state.state_dict(), 'choices': self.choices._asdict()})
+            signals.received is not None, 0 < minutes <= (time.monotonic() - self._last_save) / 60)
+        if stop or time_to_save or (every and step % every == 0) or step == self.steps:
+            run.save(self._state())  # which reads the losses: nothing that follows a bad one is saved
             if step < self.steps:
                 self.export(run.folder)
             self._last_save = time.monotonic()
@@ -354,34 +316,8 @@ class Trainer(Generic[M]):
         """Where a loss that is not finite came from, and what to do about it."""
         images = self.batches.describe(step * self.config.accumulate, self.config.accumulate)
         kept = 'No checkpoint was written yet.'
-        if self._checkpoint is not None and self._checkpoint.exists():
-            kept = f'The last checkpoint before it is {self._checkpoint}, and what lies beside it is from then.'
+        if self._run is not None and (checkpoint := self._run.folder / CHECKPOINT).exists():
+            kept = f'The last checkpoint before it is {checkpoint}, and what lies beside it is from then.'
         warmup = self.config.warmup_setting.replace('_', '-')
         return (f'(epoch {step // self.steps_per_epoch}, {images} of {self.config.data_name}): lower --lr '
                 f'({self.config.lr:g}) or lengthen --{warmup} in a new run. {kept}')
-
-
-class Speed:
-    """Steps per second since the last line of the log, evaluations left out.
-
-    Args:
-        step: Steps taken so far.
-    """
-
-    def __init__(self, step: int):
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Count from here on."""
-        self._since, self._step = time.perf_counter(), step
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time inside."""
-        paused = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - paused
-
-    def steps_per_second(self, step: int) -> float:
-        """Since the last `restart`, at step `step`."""
-        return (step - self._step) / (time.perf_counter() - self._since)

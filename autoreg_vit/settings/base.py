@@ -27,12 +27,8 @@ GROUPS = ('model', 'data', 'optimisation', 'machine', 'logging')
 
 
 def option(
-        default: Any,
-        help: str,
-        group: str = '',
-        free: bool = False,
-        model: bool = False,
-        before: Any = MISSING,
+        default: Any, help: str, group: str = '', free: bool = False, model: bool = False, before: Any = MISSING,
+        least: float = -math.inf, most: float = math.inf,
 ) -> Any:
     """A setting with a default, spelt --name on the command line.
 
@@ -43,9 +39,11 @@ def option(
         free: Whether it may change when a run is resumed, since the weights do not depend on it.
         model: Whether `timm.create_model` takes it.
         before: What runs had that began before there was the setting; by default its default.
+        least, most: Between which numbers it makes sense.
     """
     added = {} if before is MISSING else {'before': before}
-    return field(default=default, metadata={'help': help, 'group': group, 'free': free, 'model': model, **added})
+    return field(default=default, metadata={
+        'help': help, 'group': group, 'free': free, 'model': model, 'least': least, 'most': most, **added})
 
 
 def argument(help: str, default: Any = MISSING) -> Any:
@@ -73,36 +71,25 @@ def adapted(help: dict[str, str] | None = None, **defaults: Any) -> Callable[[ty
 
 @dataclass
 class Settings:
-    """Base of every command's settings: converts values to the declared types, then checks them.
-
-    Raises:
-        ConfigError: for a value of another type, a number that is not finite, or a value that makes no sense.
-    """
+    """Base of every command's settings: converts values to the declared types and checks them; raises ConfigError for
+    one of another type, a number that is not finite, or one that makes no sense."""
     #: The group of --help that settings declared in a class belong to, if they name no other.
     help_group: ClassVar[str] = 'model'
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in fields(self):
-            setattr(self, item.name, _convert(item.name, getattr(self, item.name), hints[item.name]))
+            value = _convert(item.name, getattr(self, item.name), hints[item.name])
+            least, most = item.metadata.get('least', -math.inf), item.metadata.get('most', math.inf)
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                allowed = f'is between {least} and {most}' if most < math.inf else f'must be at least {least}'
+                raise ConfigError(f'{item.name} {allowed}, got {value}.')
+            setattr(self, item.name, value)
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError for values that make no sense; each part checks its own and calls those it extends."""
-
-    def at_least(self, least: int, *names: str) -> None:
-        """Raise ConfigError for a setting of these names that is below `least`; None passes."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f'{name} must be at least {least}, got {value}.')
-
-    def between_0_and_1(self, *names: str) -> None:
-        """Raise ConfigError for a setting of these names outside of 0 to 1; None passes."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f'{name} is between 0 and 1, got {value}.')
+        """Raise ConfigError for values that make no sense; each part checks its own and calls those it extends. That a
+        number is not below its `least` or above its `most` is checked before."""
 
     def model_options(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`: the settings of the model that were given."""
@@ -117,7 +104,7 @@ def free_settings(config_class: type) -> set[str]:
 
 def with_added(settings: dict[str, Any], config_class: type) -> dict[str, Any]:
     """Settings of a run's config.yaml, and what the run had of those that a later version added."""
-    return {**{f.name: f.metadata.get('before', f.default) for f in fields(config_class)}, **settings}
+    return {**{f.name: _as_yaml(f.metadata.get('before', f.default)) for f in fields(config_class)}, **settings}
 
 
 def pair(values: tuple) -> tuple:
@@ -127,16 +114,15 @@ def pair(values: tuple) -> tuple:
 
 def plain(config: Settings) -> dict[str, Any]:
     """Settings as YAML holds them: tuples as lists, in the order of --help."""
-    values = {item.name: getattr(config, item.name) for _, item in in_order(type(config))}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {item.name: _as_yaml(getattr(config, item.name)) for _, item in in_order(type(config))}
+
+
+def _as_yaml(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file, a recipe or a run's config.yaml.
-
-    Raises:
-        ConfigError: for a file that is not a mapping of settings.
-    """
+    """Settings of a YAML file, a recipe or a run's config.yaml; raises ConfigError for one that is no mapping."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -157,28 +143,19 @@ def to_yaml(config: Settings) -> str:
 
 
 def make_config(config_class: type[S], recipe: dict[str, Any], flags: dict[str, Any]) -> S:
-    """A config from a recipe with flags over it.
-
-    Raises:
-        ConfigError: for an unknown key or a value of the wrong type.
-    """
+    """A config from a recipe with flags over it; raises ConfigError for an unknown key or a value of the wrong type."""
     known = [f.name for f in fields(config_class)]
-    for key in recipe:
-        if key not in known:
-            raise ConfigError(f'Unknown recipe key {key!r}. {suggest(str(key), known)}')
+    if unknown := [key for key in recipe if key not in known]:
+        raise ConfigError(f'Unknown recipe key {unknown[0]!r}. {suggest(str(unknown[0]), known)}')
     return config_class(**{**recipe, **flags})
 
 
-def group_of(config_class: type[Settings], name: str) -> str:
-    """The group of --help that a setting stands in: its own, else that of the class that declares it."""
-    owner = next(c for c in reversed(config_class.__mro__)
-                 if issubclass(c, Settings) and name in inspect.get_annotations(c))
-    return owner.help_group
-
-
 def in_order(config_class: type[Settings]) -> list[tuple[str, dataclasses.Field]]:
-    """Settings in the order of --help, each with its group. The order of the fields is that of the parts."""
-    named = [(f.metadata.get('group') or group_of(config_class, f.name), f) for f in fields(config_class)]
+    """Settings in the order of --help, each with its group: its own, else that of the class that declares it. The order
+    of the fields is that of the parts."""
+    of_class = {name: part.help_group for part in config_class.__mro__ if issubclass(part, Settings)
+                for name in inspect.get_annotations(part)}
+    named = [(f.metadata.get('group') or of_class[f.name], f) for f in fields(config_class)]
     return sorted(named, key=lambda pair: GROUPS.index(pair[0]) if pair[0] in GROUPS else len(GROUPS) - 1.5)
 
 
@@ -190,20 +167,17 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Settings]) -> 
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(name for name, _ in ordered)}
     for name, item in ordered:
         kind, several = _element(hints[item.name])
-        text = item.metadata['help'].replace('%', '%%')
+        options: dict[str, Any] = {'default': argparse.SUPPRESS, 'help': item.metadata['help'].replace('%', '%%')}
         if item.metadata.get('positional'):
             required = item.default is MISSING
             nargs = ('+' if required else '*') if several else (None if required else '?')
-            parser.add_argument(item.name, type=kind, metavar=item.name.upper(), nargs=nargs,
-                                default=argparse.SUPPRESS, help=text)
+            parser.add_argument(item.name, type=kind, metavar=item.name.upper(), nargs=nargs, **options)
             continue
-        options: dict[str, Any] = {'default': argparse.SUPPRESS, 'help': text + _shown_default(item)}
+        options['help'] += _shown_default(item)
         if kind is bool:
             options['action'] = argparse.BooleanOptionalAction
         else:
-            options.update(type=kind, metavar=item.name.split('_')[-1].upper())
-            if several:
-                options['nargs'] = '+'
+            options.update(type=kind, metavar=item.name.split('_')[-1].upper(), nargs='+' if several else None)
         groups[name].add_argument('--' + item.name.replace('_', '-'), **options)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from ..errors import ConfigError
 from .base import adapted, option, pair
-from .classification import check_weights
 from .parts import Compiled, EndToEnd, ImageData, InputChannels, InputSize, InSteps, StartingWeights, TrainedEncoder
 
 
@@ -14,17 +13,7 @@ from .parts import Compiled, EndToEnd, ImageData, InputChannels, InputSize, InSt
 class Dense(StartingWeights, InputChannels, TrainedEncoder, ImageData, InSteps, EndToEnd):
     """What dense prediction takes: a network on an encoder's maps, trained end to end, with a schedule in steps."""
     test_images: int | None = option(
-        None, 'images to report on at most, drawn by the seed; all of them by default', group='data')
-
-    def check(self) -> None:
-        check_weights(self.weights)
-        super().check()
-        self.at_least(1, 'test_images')
-        self.check_data()
-
-    def check_data(self) -> None:
-        """Raise ConfigError where no data are named."""
-        raise NotImplementedError
+        None, 'images to report on at most, drawn by the seed; all of them by default', group='data', least=1)
 
 
 @dataclass
@@ -33,29 +22,32 @@ class SegmentConfig(Dense, Compiled):
     """Settings of `autoreg-vit segment`; the defaults are RandSAC's and SAIM's, which is BEiT's, for ViT-Base."""
     help_group = 'data'
 
-    num_classes: int | None = option(None, 'number of classes; by default those that the data\'s info.json names')
+    num_classes: int | None = option(
+        None, 'number of classes; by default those that the data\'s info.json names', least=1)
     ignore_index: int | None = option(
         None, 'value of mask pixels without a class; by default what info.json says, else 255')
     reduce_zero_label: bool = option(False, 'masks number the classes from 1, and 0 is ignored (ADE20K)')
     crop_size: tuple[int, ...] = option(
         (512,), 'size of training crops and evaluation windows: height and width, or one number')
-    stride: int | None = option(None, 'pixels from one evaluation window to the next; by default two thirds of a crop')
+    stride: int | None = option(
+        None, 'pixels from one evaluation window to the next; by default two thirds of a crop', least=1)
     short_side: int | None = option(
-        None, 'shorter side that images are first resized to, the longer up to four times it; by default their own')
+        None, 'shorter side that images are first resized to, the longer up to four times it; by default their own',
+        least=1)
     scale: tuple[float, float] = option((0.5, 2.0), 'factors between which training images are enlarged')
-    crop_share: float = option(0.75, 'largest part of a crop for one class, where ten tries find such a crop')
+    crop_share: float = option(
+        0.75, 'largest part of a crop for one class, where ten tries find such a crop', least=0, most=1)
     photometric: bool = option(True, 'distort brightness, contrast, saturation and hue of training images')
     decoder_channels: int | None = option(
-        None, 'width of UPerNet\'s head; by default the encoder\'s', group='model')
-    auxiliary: float = option(0.4, 'weight of the second head\'s loss; 0 leaves it out', group='model')
-    dropout: float = option(0.1, 'dropout before the last layer of each head', group='model')
-    pictures: int = option(4, 'test images in figures/predictions.png; 0 leaves it out', group='logging')
+        None, 'width of UPerNet\'s head; by default the encoder\'s', group='model', least=1)
+    auxiliary: float = option(0.4, 'weight of the second head\'s loss; 0 leaves it out', group='model', least=0)
+    dropout: float = option(0.1, 'dropout before the last layer of each head', group='model', least=0, most=1)
+    pictures: int = option(4, 'test images in figures/predictions.png; 0 leaves it out', group='logging', least=0)
 
     def check(self) -> None:
         super().check()
-        self.at_least(1, 'num_classes', 'stride', 'short_side', 'decoder_channels')
-        self.at_least(0, 'auxiliary', 'pictures')
-        self.between_0_and_1('crop_share', 'dropout')
+        if self.data_dir is None:
+            raise ConfigError('Nothing to segment: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
         if len(self.crop_size) not in (1, 2) or min(self.crop_size) < 1:
             raise ConfigError(f'crop_size is one number or height and width, got {self.crop_size}.')
         if self.stride is not None and self.stride > min(self.crop):
@@ -63,10 +55,6 @@ class SegmentConfig(Dense, Compiled):
                               f'{self.crop[1]} unseen: use {min(self.crop)} or less.')
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise ConfigError(f'scale is two factors above 0, the smaller first; got {self.scale}.')
-
-    def check_data(self) -> None:
-        if self.data_dir is None:
-            raise ConfigError('Nothing to segment: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
 
     @property
     def crop(self) -> tuple[int, int]:
@@ -97,27 +85,24 @@ class DetectConfig(Dense, InputSize):
     jitter: tuple[float, float] = option(
         (0.1, 2.0), 'least and greatest size of a training image, in canvases; 1 1 fits it in', group='data')
     attention: str = option('windowed', 'windowed, global in four blocks alone; or global in all')
-    window: int = option(14, 'rows and columns of a window, in tokens')
+    window: int = option(14, 'rows and columns of a window, in tokens', least=1)
     norm: str = option('batch', 'norm after convolutions: batch, synchronised over GPUs, or layer')
-    width: int = option(256, 'channels of the feature pyramid and of the heads')
+    width: int = option(256, 'channels of the feature pyramid and of the heads', least=1)
     anchor_sizes: tuple[int, ...] = option(
         (32, 64, 128, 256, 512), 'anchors of the five levels, in pixels of the canvas')
-    rois: int = option(512, 'regions of a training image that the box head sees')
+    rois: int = option(512, 'regions of a training image that the box head sees', least=1)
     save_detections: bool = option(
         False, 'write detections.json, in COCO\'s format of results', group='logging', free=True)
 
     def check(self) -> None:
         super().check()
-        self.at_least(1, 'window', 'width', 'rois')
+        if self.data_dir is None:
+            raise ConfigError('Nothing to detect on: --data-dir names a folder in COCO\'s layout, with folders of '
+                              f'images such as {self.train_split}/ and with annotations/.')
         if self.img_size is None:
             raise ConfigError('img_size needs the height and width of the canvas, or one number, got nothing.')
         if not (len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]):
             raise ConfigError(f'jitter is two sizes above 0, the smaller first; got {self.jitter}.')
-
-    def check_data(self) -> None:
-        if self.data_dir is None:
-            raise ConfigError('Nothing to detect on: --data-dir names a folder in COCO\'s layout, with folders of '
-                              f'images such as {self.train_split}/ and with annotations/.')
 
     @property
     def canvas(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@ the run. A command's own settings are a class that joins its parts, in the modul
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 from ..errors import ConfigError
 from .base import Auto, Settings, adapted, option, pair
@@ -27,8 +27,18 @@ class SeedAndFolder(Settings):
 @dataclass
 class StartingWeights(Settings):
     """What trained weights a command begins with."""
+    #: What to say where none are named.
+    without_weights: ClassVar[str] = (
+        'Nothing to evaluate: --weights names an encoder, the folder that pretraining wrote (runs/NAME/encoder) or a '
+        'timm name such as vit_base_patch16_224.')
+
     weights: str = option('', 'encoder to load: a folder that pretraining wrote, a run\'s folder, or a timm name')
     pretrained: bool = option(True, 'load the weights; --no-pretrained starts from initialisation, to compare with')
+
+    def check(self) -> None:
+        if not self.weights:
+            raise ConfigError(self.without_weights)
+        super().check()
 
 
 @dataclass
@@ -58,12 +68,8 @@ class InputChannels(Settings):
 @dataclass
 class TrainedEncoder(Settings):
     """How an encoder is trained as a whole."""
-    drop_path_rate: float | None = option(None, 'stochastic depth of the encoder', model=True)
+    drop_path_rate: float | None = option(None, 'stochastic depth of the encoder', model=True, least=0, most=1)
     grad_checkpointing: bool = option(False, 'recompute blocks in the backward pass to save memory', group='machine')
-
-    def check(self) -> None:
-        super().check()
-        self.between_0_and_1('drop_path_rate')
 
 
 @dataclass
@@ -74,20 +80,15 @@ class ImageData(Settings):
     data_dir: str | None = option(
         None, 'folder of images, flat or one folder a class, with or without splits', free=True)
     train_split: str = option('train', 'split to train on')
-    eval_split: str | None = option(
-        None, 'split to report on; without one, a fifth of the labelled training images')
-    train_images: int | None = option(None, 'training images to use at most, drawn by the seed; all of them by default')
+    eval_split: str | None = option(None, 'split to report on; without one, a fifth of the labelled training images')
+    train_images: int | None = option(
+        None, 'training images to use at most, drawn by the seed; all of them by default', least=1)
     max_corrupt: float = option(
-        0.0, 'part of the training images that may be unreadable; others stand in for them', free=True)
+        0.0, 'part of the training images that may be unreadable; others stand in for them', free=True, least=0, most=1)
     check_images: int = option(
-        10000, 'images of a folder decoded before training, to find unreadable ones; 0, only file names', free=True)
-    hflip: float = option(0.5, 'probability of a horizontal flip')
-
-    def check(self) -> None:
-        super().check()
-        self.at_least(1, 'train_images')
-        self.at_least(0, 'check_images')
-        self.between_0_and_1('hflip', 'max_corrupt')
+        10000, 'images of a folder decoded before training, to find unreadable ones; 0, only file names', free=True,
+        least=0)
+    hflip: float = option(0.5, 'probability of a horizontal flip', least=0, most=1)
 
     @property
     def data_name(self) -> str:
@@ -118,13 +119,8 @@ class NamedData(ImageData):
 
 
 class Length(NamedTuple):
-    """How long a run is, in optimizer steps.
-
-    Args:
-        steps: In all.
-        eval_every: Between evaluations; 0, only at the end.
-        epochs: Passes over the training images, begun ones counted as whole.
-    """
+    """How long a run is: in optimizer steps, and in passes over its images, begun ones counted as whole. Between
+    evaluations are `eval_every` steps; 0, it evaluates only at the end."""
     steps: int
     eval_every: int
     epochs: int
@@ -132,42 +128,44 @@ class Length(NamedTuple):
 
 @dataclass
 class Training(SeedAndFolder):
-    """What everything that trains takes. How long it trains is a matter of `InEpochs` and `InSteps`."""
+    """What everything that trains takes. How long is a matter of `InEpochs` and `InSteps`."""
     help_group = 'optimisation'
     #: Images that the learning rate is given for.
     images_of_rate: ClassVar[int] = 256
     #: What the length of the warm-up is called.
     warmup_setting: ClassVar[str]
 
-    batch_size: int = option(256, 'images a forward pass, over all processes together')
-    accumulate: int = option(1, 'forward passes an optimizer step; the batch of a step is their product')
+    batch_size: int = option(256, 'images a forward pass, over all processes together', least=1)
+    accumulate: int = option(1, 'forward passes an optimizer step; the batch of a step is their product', least=1)
     opt: str = option('adamw', 'optimizer, a timm name')
-    lr: float = option(1e-3, 'learning rate for 256 images a step, scaled linearly')
-    weight_decay: float = option(0.05, 'weight decay')
-    min_lr: float = option(0.0, 'learning rate at the end of the schedule, scaled as the rate is')
-    clip_grad: float | None = option(None, 'largest norm of the gradient')
+    lr: float = option(1e-3, 'learning rate for 256 images a step, scaled linearly', least=0)
+    weight_decay: float = option(0.05, 'weight decay', least=0)
+    min_lr: float = option(0.0, 'learning rate at the end of the schedule, scaled as the rate is', least=0)
+    clip_grad: float | None = option(None, 'largest norm of the gradient', least=0)
 
     precision: str = option('auto', 'auto, float32 or bfloat16 autocast', group='machine')
     device: str = option('auto', 'auto, cpu, cuda, cuda:1, ...', group='machine')
     workers: int | None = option(
-        None, 'processes that load images; by default none on a CPU, else up to 8', group='machine', free=True)
+        None, 'processes that load images; by default none on a CPU, else up to 8', group='machine', free=True, least=0)
 
-    log_every: int = option(20, 'steps a line of log.jsonl averages over', group='logging', free=True)
-    checkpoint_every_steps: int = option(0, 'steps between checkpoints; 0, by time alone', group='logging', free=True)
+    log_every: int = option(20, 'steps a line of log.jsonl averages over', group='logging', free=True, least=1)
+    checkpoint_every_steps: int = option(
+        0, 'steps between checkpoints; 0, by time alone', group='logging', free=True, least=0)
     checkpoint_every_minutes: float = option(
-        10.0, 'minutes between checkpoints; 0, by steps alone', group='logging', free=True)
+        10.0, 'minutes between checkpoints; 0, by steps alone', group='logging', free=True, least=0)
     force_resume: bool = option(
         False, 'resume with other settings, processes or threads than the run began with', group='logging', free=True)
-    tracker: str | None = option(
-        None, 'wandb sends the lines of log.jsonl there too', group='logging', free=True)
+    tracker: str | None = option(None, 'wandb sends the lines of log.jsonl there too', group='logging', free=True)
 
     def check(self) -> None:
         super().check()
-        self.at_least(1, 'batch_size', 'accumulate', 'log_every')
-        self.at_least(0, 'lr', 'weight_decay', 'min_lr', 'clip_grad', 'workers', 'checkpoint_every_steps',
-                      'checkpoint_every_minutes')
         if self.precision not in ('auto', 'float32', 'bfloat16'):
             raise ConfigError(f"precision is 'auto', 'float32' or 'bfloat16', got {self.precision!r}.")
+
+    @property
+    def data_name(self) -> str:
+        """What errors call the data."""
+        return 'the data'
 
     @property
     def loaders(self) -> int:
@@ -195,42 +193,14 @@ class Training(SeedAndFolder):
         """Arguments of timm's `create_scheduler_v2` that say how the rate rises and falls."""
         raise NotImplementedError
 
-    # What the trainer says or can do where a part makes it a setting.
-
-    @property
-    def data_name(self) -> str:
-        """What errors call the data."""
-        return 'the data'
-
-    @property
-    def betas(self) -> tuple[float, float] | None:
-        """Adam's betas; None for an optimizer that takes none."""
-        return None
-
-    @property
-    def layer_decay(self) -> float | None:
-        """Factor of the learning rate from a block to the one below; None for one rate."""
-        return None
-
-    @property
-    def compile(self) -> Auto:
-        """Whether the network is compiled."""
-        return False
-
-    @property
-    def fsdp(self) -> bool:
-        """Whether model and optimizer are sharded over the processes."""
-        return False
-
-    @property
-    def cuda_graph(self) -> Auto:
-        """Whether each step is replayed as one CUDA graph."""
-        return False
-
-    @property
-    def ema_decay(self) -> float:
-        """Decay of a moving average of the model; 0 keeps none."""
-        return 0.0
+    # What the trainer asks of every run; where a run may have it otherwise, a part makes it a setting.
+    # Without annotations, which would make settings of them.
+    betas = cast('tuple[float, float] | None', None)
+    layer_decay = cast('float | None', None)
+    compile = cast(Auto, False)
+    fsdp = False
+    cuda_graph = cast(Auto, False)
+    ema_decay = 0.0
 
 
 @dataclass
@@ -238,15 +208,10 @@ class InEpochs(Training):
     """A run whose length is counted in passes over its images."""
     warmup_setting = 'warmup_epochs'
 
-    epochs: int = option(100, 'passes over the training images')
-    warmup_epochs: float = option(5, 'epochs of linear warm-up from 0, at most half of the run')
+    epochs: int = option(100, 'passes over the training images', least=1)
+    warmup_epochs: float = option(5, 'epochs of linear warm-up from 0, at most half of the run', least=0)
     eval_every: int = option(
-        0, 'report accuracies every so many epochs; 0, only at the end', group='logging', free=True)
-
-    def check(self) -> None:
-        super().check()
-        self.at_least(1, 'epochs')
-        self.at_least(0, 'warmup_epochs', 'eval_every')
+        0, 'report accuracies every so many epochs; 0, only at the end', group='logging', free=True, least=0)
 
     def shorten_warmup(self) -> str:
         if self.warmup_epochs <= self.epochs / 2:
@@ -269,15 +234,13 @@ class InSteps(Training):
     images_of_rate = 16
     warmup_setting = 'warmup_steps'
 
-    steps: int = option(160000, 'optimizer steps')
-    warmup_steps: int = option(1500, 'steps of linear warm-up from 0, at most half of the run')
+    steps: int = option(160000, 'optimizer steps', least=1)
+    warmup_steps: int = option(1500, 'steps of linear warm-up from 0, at most half of the run', least=0)
     schedule: str = option('linear', 'how the learning rate falls after the warm-up: linear or cosine')
-    eval_every: int = option(0, 'report every so many steps; 0, only at the end', group='logging', free=True)
+    eval_every: int = option(0, 'report every so many steps; 0, only at the end', group='logging', free=True, least=0)
 
     def check(self) -> None:
         super().check()
-        self.at_least(1, 'steps')
-        self.at_least(0, 'warmup_steps', 'eval_every')
         if self.schedule not in ('linear', 'cosine'):
             raise ConfigError(f"schedule is 'linear' or 'cosine', got {self.schedule!r}.")
 
@@ -310,11 +273,7 @@ class Adam(Training):
 @dataclass
 class EndToEnd(Adam):
     """A pretrained encoder trained with what is put on it."""
-    layer_decay: float = option(0.65, 'factor of the learning rate from a block to the one below')
-
-    def check(self) -> None:
-        super().check()
-        self.between_0_and_1('layer_decay')
+    layer_decay: float = option(0.65, 'factor of the learning rate from a block to the one below', least=0, most=1)
 
 
 @dataclass

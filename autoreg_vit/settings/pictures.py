@@ -28,20 +28,17 @@ MOST_IMAGES = 8
 class ShowConfig(StartingWeights, SeedAndFolder):
     """Settings of `autoreg-vit show`."""
     help_group = 'pictures'
+    without_weights = ('Nothing to show: --weights names a run\'s folder (runs/NAME), the pretrain/ or encoder/ in it, '
+                       'or a timm name such as vit_base_patch16_224.')
 
     images: tuple[str, ...] = argument('image files, or folders of them; by default bundled ones', default=())
     figures: tuple[str, ...] | None = option(
         None, f'what to draw: {", ".join(FIGURES)}; by default all that the weights allow')
-    count: int = option(4, 'images of a folder to show, spread evenly over it')
+    count: int = option(4, 'images of a folder to show, spread evenly over it', least=1, most=MOST_IMAGES)
 
     def check(self) -> None:
         super().check()
-        if not self.weights:
-            raise ConfigError('Nothing to show: --weights names a run\'s folder (runs/NAME), the pretrain/ or encoder/ '
-                              'in it, or a timm name such as vit_base_patch16_224.')
         for name in self.figures or ():
             if name not in FIGURES:
                 files = ' Name images before the options.' if Path(name).exists() else ''
                 raise ConfigError(f'Unknown figure {name!r}.{files} {suggest(name, list(FIGURES))}')
-        if not 1 <= self.count <= MOST_IMAGES:
-            raise ConfigError(f'count is between 1 and {MOST_IMAGES} images, got {self.count}.')

@@ -61,7 +61,7 @@ class Design(InputChannels, InputSize):
 class PretrainConfig(TrainedEncoder, Design, NamedData, InEpochs, Adam, Compiled, Sharded):
     """Settings of `autoreg-vit pretrain`. What is None is left to the model's or the paper's own default."""
     eval_images: int = option(
-        10000, 'images used for accuracies at most, of either split', group='data', free=True)
+        10000, 'images used for accuracies at most, of either split', group='data', free=True, least=1)
     impl: str = option('auto', f'segment attention: auto, {", ".join(IMPLEMENTATIONS)}', group='machine')
     reader: str = option(
         'auto', 'what decodes and crops images: torchvision (JPEG files; others as pil), pil, or auto', group='data',
@@ -75,7 +75,6 @@ class PretrainConfig(TrainedEncoder, Design, NamedData, InEpochs, Adam, Compiled
 
     def check(self) -> None:
         super().check()
-        self.at_least(1, 'eval_images')
         if self.reader not in (readers := ['auto', 'torchvision', 'pil']):
             raise ConfigError(f"reader is 'auto', 'torchvision' or 'pil', got {self.reader!r}. "
                               f'{suggest(self.reader, readers)}')

@@ -15,8 +15,7 @@ class ExportConfig(Settings):
     tag: str | None = option(None, 'name of data and schedule, cifar10_280ep; by default that of the run\'s folder')
     default_tag: bool = option(False, 'declare it the tag that the model\'s bare name means, among several in weights/')
     pretrain: bool = option(True, 'write the whole model, encoder and decoder, besides the encoder')
-    half: bool | None = option(
-        None, 'store float16; by default where it changes outputs by less than 0.5 %')
+    half: bool | None = option(None, 'store float16; by default where it changes outputs by less than 0.5 %')
     results: tuple[str, ...] = option((), 'results.json of probing and fine-tuning runs, for the card')
     data: str | None = option(None, 'what the images are, for the card: "CIFAR-10 as JPEG of quality 75"')
     data_id: tuple[str, ...] = option((), 'their names on the Hugging Face Hub: uoft-cs/cifar10')

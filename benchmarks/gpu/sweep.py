@@ -275,9 +275,9 @@ class Sweeper:
         trainer, losses = self.trainer(config), []
         trainer.begin()
         start = time.monotonic()
-        while trainer.state.step < trainer.steps:
+        while trainer.step < trainer.steps:
             trainer.take_step()
-            if trainer.state.step % config.log_every == 0 or trainer.state.step == trainer.steps:
+            if trainer.step % config.log_every == 0 or trainer.step == trainer.steps:
                 losses += trainer.losses.take()  # which waits for the device
                 if time.monotonic() + self.costs.judged > self.deadline:
                     raise OutOfTime

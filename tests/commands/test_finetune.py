@@ -20,7 +20,7 @@ from autoreg_vit.commands.cli import main
 from autoreg_vit.commands.finetuning import Finetuning, add_classifier, check_pairs, export_classifier, finetune
 from autoreg_vit.data import labelled
 from autoreg_vit.data.transforms import ImageSpec, evaluation_transform
-from autoreg_vit.engine.losses import NonFiniteLoss
+from autoreg_vit.engine.loss_history import NonFiniteLoss
 from autoreg_vit.engine.objective import Part
 from autoreg_vit.engine.optimizers import create_optimizer, create_schedule
 from autoreg_vit.engine.processes import Processes

@@ -21,7 +21,7 @@ from autoreg_vit.commands.pretraining import pretrain
 from autoreg_vit.commands.recipes import load_recipe
 from autoreg_vit.data import sources as data
 from autoreg_vit.data.labelled import hold_out
-from autoreg_vit.engine.losses import NonFiniteLoss
+from autoreg_vit.engine.loss_history import NonFiniteLoss
 from autoreg_vit.errors import ConfigError, DataError, UsageError
 from autoreg_vit.settings.base import make_config, read_settings
 from autoreg_vit.settings.pretraining import PretrainConfig

@@ -18,7 +18,7 @@ from autoreg_vit.data import on_device, pretraining
 from autoreg_vit.data.on_device import suits_device
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine import trainer
-from autoreg_vit.engine.choices import Choices, Work, choices_of, choose
+from autoreg_vit.engine.choices import Choices, Work, begun_with, choose
 from autoreg_vit.engine.graph import GraphedStep
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.run import setting_differences
@@ -79,7 +79,7 @@ class TestWhatPays:
         """Found while they are loaded: a run that was not asked to keep them reads files instead."""
         for number, size in enumerate([(8, 8)] * 8 + [(8, 6)]):
             Image.new('L', size).save(tmp_path / f'{number}.png')
-        monkeypatch.setattr(pretraining, 'choices_of', lambda folder: {})
+        monkeypatch.setattr(pretraining, 'begun_with', lambda folder, config_class: {})
         monkeypatch.setattr(pretraining, 'suits_device', lambda *arguments: True)
         monkeypatch.setattr(on_device, '_check_memory', lambda *arguments: None)
         config = PretrainConfig(dataset='folder', data_dir=str(tmp_path), batch_size=2, crop_scale=(0.2, 1.0),
@@ -104,9 +104,14 @@ class TestWhatItBeganWith:
         (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
         return str(folder)
 
+    def choices_of(self, folder: Path | str) -> dict[str, bool]:
+        begun = begun_with(folder, PretrainConfig)
+        return {name: begun[name] for name in Choices._fields if name in begun}
+
     def test_wins(self, card: Processes, tmp_path: Path):
         folder = self.write(tmp_path / 'run', NOTHING._asdict())
-        assert choices_of(folder) == NOTHING._asdict() and choices_of(None) == choices_of(str(tmp_path)) == {}
+        assert self.choices_of(folder) == NOTHING._asdict()
+        assert begun_with(None, PretrainConfig) == begun_with(str(tmp_path), PretrainConfig) == {}
         assert chosen(card, output_dir=folder) == NOTHING
         folder = self.write(tmp_path / 'other', BOTH._asdict())
         assert chosen(card, SHORT, output_dir=folder) == BOTH
@@ -162,7 +167,7 @@ class TestWhatFails:
         assert 'Going on without --compile, which failed (RuntimeError: no compiler).' in capsys.readouterr().out
         assert log_of(folder)[0]['choices'] == NOTHING._asdict() and weights_of(folder) == weights_of(plain)
 
-    def test_capturing(self, tmp_path: Path, monkeypatch, capsys):
+    def test_capturing(self, card: Processes, tmp_path: Path, monkeypatch, capsys):
         """On a CPU, with CUDA's streams stood in for: the steps around the capture are the real ones, of two forward
         passes each, with AdamW as a graph wants it."""
         for name in ('Stream', 'current_stream'):
@@ -178,5 +183,10 @@ class TestWhatFails:
         assert weights_of(folder) == weights_of(warm)
         losses = [[line['loss'] for line in log_of(run) if line['event'] == 'step'] for run in (warm, folder)]
         assert losses[0] == losses[1] and len(losses[0]) > 3
+        assert log_of(folder)[0]['choices'] == Choices(cuda_graph=True)._asdict()
+        assert [line['choices'] for line in log_of(folder) if line['event'] == 'choices'] == [NOTHING._asdict()]
+        # A resume on a GPU does not try again.
+        assert torch.load(folder / 'last.pt')['choices'] == NOTHING._asdict()
+        assert not chosen(card, output_dir=str(folder)).cuda_graph
         with pytest.raises(ConfigError, match=r'--cuda-graph failed \(RuntimeError: not permitted\): leave it out'):
             self.run(tmp_path / 'asked', cuda_graph=True)

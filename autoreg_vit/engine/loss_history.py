@@ -1,4 +1,4 @@
-"""Losses of a run, which must stay finite."""
+"""Losses of a run's steps, which must stay finite."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ class NonFiniteLoss(UsageError):
     """The loss became NaN or infinite; the last checkpoint before it is kept."""
 
 
-class Losses:
+class LossHistory:
     """Losses of the steps since the last line of the log, and the guard against those that are not finite.
 
     On a CPU each is checked before the optimizer's step. On a GPU they stay there, since reading one would make the
@@ -23,25 +23,17 @@ class Losses:
     Args:
         group: The processes, whose mean counts, so that all of them see the same.
         explain: From a step to what to say about it.
-
-    Attributes:
-        values: Losses that were read since the last line.
     """
 
     def __init__(self, group: Processes, explain: Callable[[int], str]):
         self.group, self.explain = group, explain
         self.step = 0
-        self.values: list[float] = []
+        self._read: list[float] = []
         self._unread: list[torch.Tensor] = []
 
-    def load(self, step: int, values: list[float]) -> None:
+    def load(self, step: int, losses: list[float]) -> None:
         """Go on from a checkpoint: after `step` steps, with the losses since the last line."""
-        self.step, self.values = step, values
-
-    def take(self) -> list[float]:
-        """All losses since the last line, for the next one; raises as `read`."""
-        values, self.values = self.read(), []
-        return values
+        self.step, self._read = step, losses
 
     def check(self, loss: torch.Tensor) -> None:
         """Before the optimizer's step, on a CPU: raise NonFiniteLoss, on all processes, for one that is not finite."""
@@ -59,8 +51,13 @@ class Losses:
             losses = self.group.mean(torch.stack(self._unread)).tolist()
             for step, loss in enumerate(losses, start=self.step - len(losses)):
                 self._refuse(step, loss)
-            self.values, self._unread = [*self.values, *losses], []
-        return self.values
+            self._read, self._unread = [*self._read, *losses], []
+        return self._read
+
+    def take(self) -> list[float]:
+        """What `read` gives, for the next line: from here on the losses are those after it."""
+        losses, self._read = self.read(), []
+        return losses
 
     def _refuse(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
