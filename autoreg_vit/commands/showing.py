@@ -96,8 +96,7 @@ def load_images(paths: tuple[str, ...], spec: ImageSpec, patch_size: tuple[int, 
             folder = FlatFolder(path, transform)
             if text := folder.left_out.describe(path):
                 print(text)
-            found = folder.samples
-            files += [found[i] for i in _spread(len(found), count)]
+            files += [Path(folder.samples[i][0]) for i in _spread(len(folder), count)]
         elif path.is_file():
             files.append(path)
         else:

@@ -48,46 +48,52 @@ class LeftOut:
         return f'Left out of {root}: {", ".join(parts)}.' if parts else None
 
 
-class FlatFolder(VisionDataset):
-    """Images of a folder and its subfolders, without labels (-1).
+class ImageFiles(VisionDataset):
+    """Images of a folder.
 
     Attributes:
-        samples: Their files.
+        samples: Files and their labels.
         loader: From a file to its picture.
         left_out: What of the folder is not taken.
     """
+    samples: list[tuple[str, int]]
 
     def __init__(self, root: Path, transform: Callable, left_out: LeftOut | None = None):
         super().__init__(root, transform=transform)
         self.loader, self.left_out = open_image, left_out or LeftOut()
-        self.samples = sorted(map(Path, walk(root, left_out=self.left_out)))
-        if not self.samples:
-            raise no_files('images', root, '.jpg, .png, .webp, .tif or what else Pillow reads', self.left_out)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.loader(self.samples[index])), -1
+        path, label = self.samples[index]
+        return self.transform(self.loader(path)), label
 
 
-class ClassFolders(VisionDataset):
+class FlatFolder(ImageFiles):
+    """Images of a folder and its subfolders, without labels (-1)."""
+
+    def __init__(self, root: Path, transform: Callable, left_out: LeftOut | None = None):
+        super().__init__(root, transform, left_out)
+        self.samples = [(str(file), -1) for file in sorted(map(Path, walk(root, left_out=self.left_out)))]
+        if not self.samples:
+            raise no_files('images', root, '.jpg, .png, .webp, .tif or what else Pillow reads', self.left_out)
+
+
+class ClassFolders(ImageFiles):
     """Images of one folder a class, in any depth of it, in the order of torchvision's ImageFolder.
 
     Attributes:
         classes: Names of the folders, sorted; their number is the label.
-        samples: Files and their labels.
         targets: The labels.
-        loader: From a file to its picture.
-        left_out: What of the folder is not taken.
 
     Raises:
         DataError: for class folders without images.
     """
 
     def __init__(self, root: Path, classes: list[str], transform: Callable, left_out: LeftOut | None = None):
-        super().__init__(root, transform=transform)
-        self.loader, self.classes, self.left_out = open_image, sorted(classes), left_out or LeftOut()
+        super().__init__(root, transform, left_out)
+        self.classes = sorted(classes)
         files = [sorted(walk(root / name, left_out=self.left_out, chain=(os.path.realpath(root),)), key=os.path.split)
                  for name in self.classes]
         empty = [name for name, found in zip(self.classes, files) if not found]
@@ -97,13 +103,6 @@ class ClassFolders(VisionDataset):
                             f'Fill or remove them. {self.left_out.describe(root) or ""}')
         self.samples = [(file, label) for label, found in enumerate(files) for file in found]
         self.targets = [label for _, label in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        path, label = self.samples[index]
-        return self.transform(self.loader(path)), label
 
 
 def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFolder | ClassFolders:
@@ -131,8 +130,7 @@ def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFo
     elif split != 'train' or any(map(kind_of_split, listing.folders)):
         raise DataError(f'{root} has no split {split!r}: it holds {", ".join(listing.folders[:10]) or "no folders"}. '
                         'Name one with --train-split or --eval-split; folders of classes must not be called so.')
-    if len(listing.folders) < 2 or (
-            listing.files and not any(has_images(root / name) for name in listing.folders)):
+    if len(listing.folders) < 2 or (listing.files and not any(has_images(root / name) for name in listing.folders)):
         return FlatFolder(root, transform, left_out)
     for file in listing.files:
         left_out.add(('image beside the class folders', 'images beside the class folders'), file)
@@ -172,14 +170,11 @@ class Listing(NamedTuple):
 
 
 def list_folder(
-        folder: str | Path,
-        extensions: Collection[str] | None = None,
-        chain: tuple[str, ...] | None = None,
+        folder: str | Path, extensions: Collection[str] | None = None, chain: tuple[str, ...] | None = None,
 ) -> Listing:
     """What a folder holds, links followed.
 
     Args:
-        folder: The folder.
         extensions: Of the files wanted, in lower case with their dots; by default those of images.
         chain: Real paths of the folders that led here, the folder itself the last; a link to one of them, or to what
             holds one, leads back.
@@ -222,15 +217,12 @@ def list_folder(
 
 
 def walk(
-        root: str | Path,
-        extensions: Collection[str] | None = None,
-        left_out: LeftOut | None = None,
+        root: str | Path, extensions: Collection[str] | None = None, left_out: LeftOut | None = None,
         chain: tuple[str, ...] = (),
 ) -> Iterator[str]:
     """Files of a folder and its subfolders, in no order.
 
     Args:
-        root: The folder.
         extensions: As `list_folder` takes them.
         left_out: Is told what is left out.
         chain: Real paths of folders that it lies in, which links are not to lead back to.

@@ -10,7 +10,7 @@ import torch
 from torchvision.datasets import VisionDataset
 
 from ..errors import DataError, suggest
-from .images import open_image
+from .images import one_line, open_image
 
 #: Columns that are taken for labels where no column is of ClassLabel's type; such a one needs no name.
 LABEL_NAMES = ('label', 'labels', 'target', 'class')
@@ -22,10 +22,7 @@ class HubImages(VisionDataset):
     Args:
         name: On the Hub, or a folder.
         data_dir: Where downloads are kept; by default the package's own cache.
-        split: Name of the split.
         transform: From PIL images to tensors.
-        image_column: Column of the images; by default the one there is.
-        label_column: Column of the labels; by default the one there is.
 
     Attributes:
         targets: Classes as whole numbers, or None without labels.
@@ -37,19 +34,13 @@ class HubImages(VisionDataset):
     """
 
     def __init__(
-            self,
-            name: str,
-            data_dir: str | None,
-            split: str,
-            transform: Callable,
-            image_column: str | None = None,
+            self, name: str, data_dir: str | None, split: str, transform: Callable, image_column: str | None = None,
             label_column: str | None = None,
     ):
         super().__init__(transform=transform)
         rows = load(name, data_dir, split)
         column = find_image_column(rows.features, image_column)
-        self.name = name
-        self.images = undecoded(rows.select_columns([column]), column)
+        self.name, self.images = name, undecoded(rows.select_columns([column]), column)
         label, self.unlabelled = find_label_column(rows.features, label_column)
         self.targets: list[int] | None = None
         self.classes: list[str] | None = None
@@ -97,7 +88,7 @@ def load(name: str, data_dir: str | None, split: str, streaming: bool = False) -
             rows = rows._resolve_features()
     except Exception as error:  # OSError, ValueError, RuntimeError, those of pyarrow and of the Hub: by the cause
         raise DataError(f'Cannot open the data set {name!r} of Hugging Face, split {split!r} '
-                        f'({type(error).__name__}: {" ".join(str(error).split())[:400]}).') from error
+                        f'({type(error).__name__}: {one_line(error)[:400]}).') from error
     return rows
 
 

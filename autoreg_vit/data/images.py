@@ -14,6 +14,17 @@ from ..errors import DataError
 DAMAGE = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, struct.error, zlib.error,
           Image.DecompressionBombError)
 
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return ' '.join(str(error).split())
+
+
+def damaged(name: str | Path, error: Exception) -> DataError:
+    """The error of use of an image that cannot be read."""
+    return DataError(f'Cannot read {name}: it is damaged or no image ({one_line(error)}). Replace or remove it.')
+
+
 # Formats that Pillow recognises without decoding them, or decodes by another program.
 _NOT_DECODED = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
 
