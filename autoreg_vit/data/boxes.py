@@ -21,9 +21,8 @@ from ..engine.progress import say
 from ..errors import DataError
 from ..settings.dense import DetectConfig
 from .checks import check_images
-from .images import DAMAGE, ToMode, open_image, prepared, stored_size
-from .labelled import hold_out, some_of
-from .samples import named
+from .images import DAMAGE, ToMode, damaged, one_line, open_image, prepared, stored_size
+from .labelled import divide, some_of
 
 Target = dict[str, torch.Tensor]
 
@@ -68,8 +67,7 @@ class CocoImages(Dataset):
         self.ids = list(images)
         self.samples = [Path(folder, image['file_name']) for image in images.values()]
         check_files(self.samples, file)
-        self.has_objects = np.array([any(not annotation.get('iscrowd') for annotation in found)
-                                     for found in objects.values()])
+        self.has_objects = np.array([any(not a.get('iscrowd') for a in found) for found in objects.values()])
         self.records = Records(_record(image, objects[identity], labels) for identity, image in images.items())
 
     def __len__(self) -> int:
@@ -78,14 +76,9 @@ class CocoImages(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
         image, record = self.open(index), self.records[index]
         masks = [decode_mask(segmentation, *record['size']) for segmentation in record['segmentations']]
-        target = {
-            'image_id': torch.tensor(index),
-            'boxes': torch.from_numpy(record['boxes']),
-            'labels': torch.from_numpy(record['labels']),
-            'masks': torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *record['size']), np.uint8)),
-            'iscrowd': torch.from_numpy(record['iscrowd']),
-            'area': torch.from_numpy(record['area']),
-        }
+        target = {name: torch.from_numpy(record[name]) for name in ('boxes', 'labels', 'iscrowd', 'area')}
+        target['masks'] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *record['size']), np.uint8))
+        target['image_id'] = torch.tensor(index)
         return transforms.pil_to_tensor(self.mode(image)), target
 
     def open(self, index: int) -> Image.Image:
@@ -98,8 +91,7 @@ class CocoImages(Dataset):
         try:
             image = prepared(open_image(path))
         except DAMAGE as error:
-            raise DataError(f'Cannot read {path}: it is damaged or no image ({" ".join(str(error).split())}). Replace '
-                            'or remove it.') from error
+            raise damaged(path, error) from error
         if image.size != (width, height):
             reason = 'the image or the file of annotations is another one.'
             if stored_size(path) == (width, height):
@@ -110,11 +102,7 @@ class CocoImages(Dataset):
 
 
 class Part(Dataset):
-    """Some images of a set, under a transform of image and target where there is one.
-
-    Attributes:
-        samples: Paths of the images.
-    """
+    """Some images of a set, under a transform of image and target where there is one."""
 
     def __init__(self, dataset: CocoImages, indices: np.ndarray, transform: Callable[..., Any] | None = None):
         self.dataset, self.indices, self.transform = dataset, indices, transform
@@ -187,26 +175,24 @@ def open_data(config: DetectConfig, channels: int, group: Processes) -> tuple[Pa
     Raises:
         DataError: for data that is not there, is damaged, or has no objects, and for splits with other categories.
     """
+    assert config.data_dir is not None  # which the settings refuse
+    root = Path(config.data_dir)
+
     def open_split(split: str, file: str | None) -> CocoImages:
-        root = Path(named(config.data_dir))
         folder = root / split
         if not folder.is_dir():
             raise DataError(f'No folder {folder}: --data-dir names a folder in COCO\'s layout, with the images of each '
                             'split in a folder, and --train-split and --eval-split name the splits.')
-        return CocoImages(folder, Path(file) if file else root / 'annotations' / f'instances_{split}.json',
-                          channels)
+        return CocoImages(folder, Path(file or root / 'annotations' / f'instances_{split}.json'), channels)
 
-    train_set = open_split(config.train_split, config.train_annotations)
+    train_set = test_set = open_split(config.train_split, config.train_annotations)
     if config.eval_split:
         test_set = open_split(config.eval_split, config.eval_annotations)
         if test_set.categories != train_set.categories:
             odd = sorted(map(str, set(train_set.categories.items()) ^ set(test_set.categories.items())))
             raise DataError(f'The annotations of the splits {config.train_split!r} and {config.eval_split!r} have '
                             f'other categories: {", ".join(odd[:4])} {"is" if len(odd) == 1 else "are"} in one alone.')
-        train_indices, test_indices = np.arange(len(train_set)), np.arange(len(test_set))
-    else:
-        test_set = train_set
-        train_indices, test_indices = hold_out(len(train_set), 0.2, config.seed)
+    train_indices, test_indices = divide(config, len(train_set), len(test_set))
     train_indices = train_indices[train_set.has_objects[train_indices]]
     if not len(train_indices):
         raise DataError(f'No image of the split {config.train_split!r} has an object to train on: expected annotations '
@@ -253,7 +239,7 @@ def read_instances(file: Path) -> dict[str, list[dict]]:
     except FileNotFoundError as error:
         raise DataError(f'No annotations {file}: expected a JSON file in COCO\'s format.') from error
     except (OSError, ValueError) as error:
-        raise DataError(f'{file} is no JSON file, or damaged ({" ".join(str(error).split())}).') from error
+        raise DataError(f'{file} is no JSON file, or damaged ({one_line(error)}).') from error
     for part in ('images', 'annotations', 'categories'):
         if not isinstance(content, dict) or not isinstance(content.get(part), list) \
                 or not all(isinstance(entry, dict) for entry in content[part]):
@@ -330,7 +316,7 @@ def check_annotation(annotation: dict, images: dict[int | str, dict], labels: di
         try:
             decode_mask(segmentation, *size)
         except (ValueError, RuntimeError, TypeError) as error:
-            refuse(f'has a mask that cannot be read ({" ".join(str(error).split())})')
+            refuse(f'has a mask that cannot be read ({one_line(error)})')
     else:
         refuse('has no mask: expected "segmentation", polygons or run lengths')
 

@@ -17,7 +17,7 @@ from ..engine.progress import say
 from ..errors import ConfigError, DataError
 from ..settings.classification import Classification
 from .checks import check_images, image_name, some_names
-from .images import DAMAGE, ToMode, prepared
+from .images import DAMAGE, ToMode, damaged, prepared
 from .samples import Samples
 from .sources import check_labels, labels_of, open_split
 from .transforms import CROP_RATIO, NO_JITTER, ImageSpec, evaluation_transform, training_transform
@@ -37,13 +37,8 @@ class Images(Dataset):
         try:
             image, label = self.dataset[index]
         except DAMAGE as error:
-            raise DataError(f'Cannot read {image_name(self.dataset, index)}: it is damaged or no image '
-                            f'({" ".join(str(error).split())}). Replace or remove it.') from error
+            raise damaged(image_name(self.dataset, index), error) from error
         return self.transform(image), int(label)
-
-    def filename(self, position: int) -> str:
-        """File of an image where its data set knows it."""
-        return image_name(self.dataset, int(self.indices[position]))
 
 
 @dataclass(frozen=True)
@@ -65,10 +60,7 @@ class LabelledImages:
 
 
 def labelled_images(
-        config: Classification,
-        spec: ImageSpec,
-        group: Processes,
-        **augmentation: Any,
+        config: Classification, spec: ImageSpec, group: Processes, **augmentation: Any,
 ) -> LabelledImages:
     """Open the data of a run and check its labels.
 
@@ -116,10 +108,7 @@ class NoLabels(DataError):
 
 
 def open_splits(
-        config: Any,
-        train_images: int | None,
-        test_images: int | None,
-        num_classes: int | None = None,
+        config: Any, train_images: int | None, test_images: int | None, num_classes: int | None = None,
 ) -> Splits:
     """Open the labelled images of a command and check that their labels agree. Without an eval split a fifth of the
     training split is held out: the same one for the same seed, whatever the command.
@@ -137,13 +126,11 @@ def open_splits(
     """
     train, train_labels = _open(config, config.train_split)
     names = class_names(train)
+    test, test_labels = train, train_labels
     if config.eval_split:
         test, test_labels = _open(config, config.eval_split)
         check_same_classes(config, names, class_names(test))
-        train_indices, test_indices = np.arange(len(train)), np.arange(len(test))
-    else:
-        test, test_labels = train, train_labels
-        train_indices, test_indices = hold_out(len(train), 0.2, config.seed)
+    train_indices, test_indices = divide(config, len(train), len(test))
     train_indices = some_of(train_indices, train_images, config.seed)
     test_indices = some_of(test_indices, test_images, config.seed)
 
@@ -152,8 +139,7 @@ def open_splits(
         raise ConfigError(f'num_classes={num_classes} does not fit the data, which has {count} classes: leave it out, '
                           'or name the right data.')
     count = num_classes or count
-    for labels in (train_labels, test_labels):
-        check_labels(labels, count)
+    check_labels(test_labels, count)  # those to train on are within, as they are opened and counted
     return Splits(Part(train, train_indices, train_labels[train_indices]),
                   Part(test, test_indices, test_labels[test_indices]),
                   [printable(name) for name in names or map(str, range(count))])
@@ -214,10 +200,7 @@ def hold_out(count: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray
 
 
 def augmenting_transform(
-        spec: ImageSpec,
-        crop_scale: tuple[float, float],
-        hflip: float,
-        auto_augment: str | None = None,
+        spec: ImageSpec, crop_scale: tuple[float, float], hflip: float, auto_augment: str | None = None,
         erase: float = 0.0,
 ) -> Callable:
     """Random resized crop and flip, with timm's augmentation policy and random erasing where asked for.
@@ -255,6 +238,11 @@ def augmenting_transform(
             if op.name.startswith('Posterize'):
                 op.aug_fn = posterize
     return Compose([ToMode(3), crop, policy, ToMode(spec.channels), parts(spec.channels)[2]])
+
+
+def divide(config: Any, train: int, test: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images of both splits, or without an eval split those kept and those held out of one."""
+    return (np.arange(train), np.arange(test)) if config.eval_split else hold_out(train, 0.2, config.seed)
 
 
 def some_of(indices: np.ndarray, most: int | None, seed: int) -> np.ndarray:

@@ -15,21 +15,10 @@ REMEDY = 'In Docker raise it with --shm-size (or --ipc=host); --workers sets how
 
 
 class InOrder:
-    """Batches of a map-style data set in its order, as loader processes make them.
-
-    Args:
-        dataset: Map-style.
-        batch_size: Samples a batch.
-        workers: Loader processes.
-        collate: Makes a batch of a list of samples; by default tensors are stacked.
-    """
+    """Batches of a data set in its order, as so many loader processes make them; by default tensors are stacked."""
 
     def __init__(
-            self,
-            dataset: Samples,
-            batch_size: int,
-            workers: int,
-            collate: Callable[[list], Any] | None = None,
+            self, dataset: Samples, batch_size: int, workers: int, collate: Callable[[list], Any] | None = None,
     ):
         self.dataset, self.batch_size, self.workers, self.collate = dataset, batch_size, workers, collate
 
@@ -46,11 +35,8 @@ class InOrder:
 
 def fitting(load: Callable[[int, int], Iterable], workers: int) -> Iterator:
     """Batches by as many loader processes as shared memory holds: where it is too small for them, half as many go on
-    from the batch that failed, and in the end this process alone.
-
-    Args:
-        load: From the number of a batch and of loader processes to the batches from there on.
-        workers: Loader processes to begin with.
+    from the batch that failed, and in the end this process alone. `load` gives the batches from a number on, by so many
+    loader processes.
     """
     given = 0
     while True:
@@ -100,22 +86,11 @@ def lacks_shared_memory(error: Exception) -> bool:
 
 
 def own_part(
-        dataset: Samples,
-        batch_size: int,
-        *,
-        workers: int,
-        collate: Callable[[list], Any] | None = None,
+        dataset: Samples, batch_size: int, *, workers: int, collate: Callable[[list], Any] | None = None,
         group: Processes,
 ) -> Iterator:
-    """Batches of this process's part of a data set, in its order; the processes together see each image once.
-
-    Args:
-        dataset: Map-style.
-        batch_size: Images a batch of one process.
-        workers: Loader processes.
-        collate: Makes a batch of a list of samples; by default tensors are stacked.
-        group: The processes.
-    """
+    """Batches, of `batch_size` images on each process, of this process's part of a data set, in its order; the
+    processes together see each image once."""
     part = some(dataset, range(group.rank, len(dataset), group.world_size))
     if not len(part):
         return iter(())

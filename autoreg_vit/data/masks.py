@@ -21,9 +21,8 @@ from ..models.dense.segmenter import IGNORED
 from ..settings.dense import SegmentConfig
 from .checks import check_images, some_names
 from .folders import LeftOut, find_split, list_folder, no_files, walk
-from .images import DAMAGE, ToMode, open_image, stored_size
-from .labelled import distinct, hold_out, some_of
-from .samples import named
+from .images import DAMAGE, ToMode, one_line, open_image, stored_size
+from .labelled import distinct, divide, some_of
 from .transforms import ImageSpec
 
 #: Files of masks: of formats that keep every value.
@@ -56,7 +55,7 @@ class MaskFormat:
         try:
             image = open_image(path)
         except DAMAGE as error:
-            raise DataError(f'the mask {path} cannot be read: {" ".join(str(error).split())}') from error
+            raise DataError(f'the mask {path} cannot be read: {one_line(error)}') from error
         bands = len(image.getbands())
         if bands > 1:
             kind = 'grey with transparency' if image.mode in ('LA', 'La', 'PA') else 'a colour picture'
@@ -92,18 +91,10 @@ class MaskFormat:
 
 
 class MaskedImages(Dataset):
-    """Images and their masks, under a transform.
-
-    Args:
-        samples: Files of images and of their masks.
-        masks: What their values mean.
-        channels: Of images, 1 or 3.
-        transform: Makes of each what the data set gives.
-    """
+    """Images, of 1 or 3 channels, and their masks, both from the files `samples`, under a transform."""
 
     def __init__(self, samples: list[tuple[Path, Path]], masks: MaskFormat, channels: int, transform: Transform):
-        self.samples, self.masks, self.transform = samples, masks, transform
-        self.mode = ToMode(channels)
+        self.samples, self.masks, self.mode, self.transform = samples, masks, ToMode(channels), transform
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -121,25 +112,23 @@ class MaskedImages(Dataset):
         try:
             image = transforms.pil_to_tensor(self.mode(open_image(path)))
         except DAMAGE as error:
-            raise DataError(f'the image {path} cannot be read: {" ".join(str(error).split())}') from error
+            raise DataError(f'the image {path} cannot be read: {one_line(error)}') from error
         mask = self.masks.read(mask_path)
         if image.shape[1:] != mask.shape:
             sizes = ' and '.join(f'{w} x {h}' for h, w in (mask.shape, image.shape[1:]))
-            turned = ''
-            if stored_size(path) == tuple(mask.shape[::-1]):
-                turned = '. The EXIF orientation of the image turns it: draw masks on the upright picture'
-            raise DataError(f'the mask {mask_path} and its image {path} differ in size: {sizes} pixels{turned}')
+            turned = stored_size(path) == tuple(mask.shape[::-1])
+            hint = '. The EXIF orientation of the image turns it: draw masks on the upright picture' if turned else ''
+            raise DataError(f'the mask {mask_path} and its image {path} differ in size: {sizes} pixels{hint}')
         return image, mask
 
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """Images of a run.
+    """Images of a run, and names of the classes.
 
     Attributes:
         train: Training images, augmented: float32 [C, h, w] and int64 [h, w] of a crop.
         test: Images to report on: float32 [C, h, w] resized, and int64 [H, W] as they are.
-        classes: Names of the classes.
     """
     train: MaskedImages
     test: MaskedImages
@@ -147,30 +136,24 @@ class SegmentationData:
 
 
 def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> SegmentationData:
-    """Open the data of a run and check it: every image has a mask of its size with no other values than classes.
-
-    Args:
-        config: Settings.
-        spec: What images the model takes; its size is that of crops.
-        group: The processes, of which the main one looks at the files.
+    """Open the data of a run and check it: every image has a mask of its size with no other values than classes. The
+    size of `spec` is that of crops. The main process looks at the files.
 
     Raises:
         DataError: for a folder that is not there, files without a counterpart, and images or masks that do not do.
         ConfigError: where the number of classes is not known or not the data's.
     """
-    root = Path(named(config.data_dir))
+    assert config.data_dir is not None  # which the settings refuse
+    root = Path(config.data_dir)
     if not root.is_dir():
         raise DataError(f'No folder {root}: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
     masks = _mask_format(config, root)
     tell = say if group.is_main else _ignore
     train = find_pairs(root, config.train_split, tell)
-    if config.eval_split:
-        test = find_pairs(root, config.eval_split, tell)
-    else:
-        kept, held = hold_out(len(train), 0.2, config.seed)
-        train, test = [train[i] for i in kept], [train[i] for i in held]
-    train = [train[i] for i in some_of(np.arange(len(train)), config.train_images, config.seed)]
-    test = [test[i] for i in some_of(np.arange(len(test)), config.test_images, config.seed)]
+    test = find_pairs(root, config.eval_split, tell) if config.eval_split else train
+    train_indices, test_indices = divide(config, len(train), len(test))
+    train = [train[i] for i in some_of(train_indices, config.train_images, config.seed)]
+    test = [test[i] for i in some_of(test_indices, config.test_images, config.seed)]
     data = SegmentationData(MaskedImages(train, masks, spec.channels, Augment(config, spec)),
                             MaskedImages(test, masks, spec.channels, Plain(config, spec)), masks.classes)
     group.on_main(lambda: check_masks(config, data.train, config.max_corrupt, 'train on'))
@@ -179,16 +162,11 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
 
 
 def check_masks(config: SegmentConfig, images: MaskedImages, max_corrupt: float, purpose: str) -> None:
-    """Look at images and masks, up to `check_images` of them, and say what may be wrong with the classes.
-
-    Args:
-        config: Settings.
-        images: What to look at.
-        max_corrupt: Part of the images that may be unreadable.
-        purpose: What the images are for, in words.
+    """Look at images and masks, up to `check_images` of them, and say what may be wrong with the classes. `purpose` is
+    what they are for, in words.
 
     Raises:
-        DataError: for more unreadable images, and for masks of a single class to train on.
+        DataError: for more unreadable images than the part `max_corrupt`, and for masks of a single class to train on.
     """
     counts = PixelCounts(images.masks)
     check_images(images, config.check_images, max_corrupt, try_sample=lambda i: counts.add(images.read(i)[1]))
@@ -256,7 +234,7 @@ def _mask_format(config: SegmentConfig, root: Path) -> MaskFormat:
                 raise ValueError(f'ignore_index is {ignored!r}, no whole number')
         except (ValueError, AttributeError) as error:
             raise DataError(f'{path} is damaged: expected {{"classes": [NAME, ...], "ignore_index": 255}} '
-                            f'({" ".join(str(error).split())}).') from error
+                            f'({one_line(error)}).') from error
     else:
         classes, ignored = [], 255
     if config.num_classes is None and not classes:
@@ -301,10 +279,7 @@ def find_pairs(root: Path, split: str, tell: Callable[[str], None] = _ignore) ->
 
 
 def _files_by_name(
-        parent: Path,
-        split: str,
-        extensions: tuple[str, ...] | None,
-        tell: Callable[[str], None],
+        parent: Path, split: str, extensions: tuple[str, ...] | None, tell: Callable[[str], None],
 ) -> dict[str, Path]:
     """Files of a split by their names without the ending, from the folder of all splits."""
     splits = list_folder(parent).folders if parent.is_dir() else []
@@ -330,20 +305,14 @@ def _files_by_name(
     return found
 
 
-class Resize:
-    """Bring an image's shorter side to `short_side`, as long as the longer one is at most four times it (2048 x 512 in
-    BEiT's setting), and then by a factor."""
-
-    def __init__(self, short_side: int | None):
-        self.short_side = short_side
-
-    def __call__(self, image: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        """An image [C, H, W], uint8, in its new size."""
-        sides = image.shape[1:]
-        if self.short_side is not None:
-            factor *= min(self.short_side / min(sides), 4 * self.short_side / max(sides))
-        size = [max(round(side * factor), 1) for side in sides]
-        return transforms.resize(image, size, antialias=True) if size != list(sides) else image
+def resize(image: torch.Tensor, short_side: int | None, factor: float = 1.0) -> torch.Tensor:
+    """Bring the shorter side of an image, uint8 [C, H, W], to `short_side`, as long as the longer one is at most four
+    times it (2048 x 512 in BEiT's setting), and then by a factor."""
+    sides = image.shape[1:]
+    if short_side is not None:
+        factor *= min(short_side / min(sides), 4 * short_side / max(sides))
+    size = [max(round(side * factor), 1) for side in sides]
+    return transforms.resize(image, size, antialias=True) if size != list(sides) else image
 
 
 def normalise(image: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
@@ -353,11 +322,12 @@ def normalise(image: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
 
 class Plain:
     """What evaluation sees: an image resized and normalised, and its mask as it is."""
+
     def __init__(self, config: SegmentConfig, spec: ImageSpec):
-        self.resize, self.spec = Resize(config.short_side), spec
+        self.config, self.spec = config, spec
 
     def __call__(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return normalise(self.resize(image), self.spec), mask
+        return normalise(resize(image, self.config.short_side), self.spec), mask
 
 
 class Augment:
@@ -369,13 +339,13 @@ class Augment:
     """
 
     def __init__(self, config: SegmentConfig, spec: ImageSpec):
-        self.config, self.spec, self.resize = config, spec, Resize(config.short_side)
+        self.config, self.spec = config, spec
         self.distort = v2.Compose([v2.RandomApply([v2.ColorJitter(**{name: amount})], 0.5) for name, amount in (
             ('brightness', 0.125), ('contrast', 0.5), ('saturation', 0.5), ('hue', 0.05))])
 
     def __call__(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config, (height, width) = self.config, self.spec.size
-        image = self.resize(image, torch.empty(()).uniform_(*config.scale).item())
+        image = resize(image, config.short_side, torch.empty(()).uniform_(*config.scale).item())
         mask = interpolate(mask[None, None].float(), size=image.shape[1:], mode='nearest-exact')[0, 0].long()
         top, left = self._corner_of_crop(mask)
         image, mask = image[:, top:top + height, left:left + width], mask[top:top + height, left:left + width]

@@ -10,14 +10,13 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ..engine.processes import Processes
-from ..engine.progress import say
 from ..engine.seeding import mix_seed
 from ..errors import ConfigError, DataError
-from .checks import image_name, refuse_corrupt, some_names
-from .images import DAMAGE, ToMode
-from .order import EpochSampler
+from .checks import image_name, tolerate
+from .images import DAMAGE, ToMode, one_line
+from .order import EpochSampler, batches_per_epoch
 from .samples import Samples
-from .transforms import ImageSpec
+from .transforms import CROP_RATIO, ImageSpec
 
 #: Images that are loaded to be kept on a device where nobody asked for it.
 MOST_UNASKED = 200_000
@@ -45,17 +44,13 @@ class DeviceImages:
     """
 
     def __init__(
-            self,
-            dataset: Samples | IterableDataset,
-            spec: ImageSpec,
-            device: torch.device,
-            max_corrupt: float = 0.001,
+            self, dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device, max_corrupt: float = 0.001,
     ):
         if isinstance(dataset, IterableDataset):
             raise ConfigError('cache_on_device needs a data set that fits on the device, not a stream: leave '
                               '--cache-on-device out.')
         self.spec, self.device = spec, device
-        to_mode, size = ToMode(spec.channels), (0, 0)
+        to_mode = ToMode(spec.channels)
         images: np.ndarray | None = None
         readable: list[int] = []
         damages: list[str] = []
@@ -63,12 +58,11 @@ class DeviceImages:
             try:
                 image = to_mode(dataset[index][0])
             except DAMAGE as error:
-                damages.append(f'{image_name(dataset, index)} ({" ".join(str(error).split())})')
+                damages.append(f'{image_name(dataset, index)} ({one_line(error)})')
                 continue
             readable.append(index)
             if images is None:
-                size = image.size
-                shape = (len(dataset), image.height, image.width, spec.channels)
+                size, shape = image.size, (len(dataset), image.height, image.width, spec.channels)
                 _check_memory(math.prod(shape), device)
                 images = np.empty(shape, dtype=np.uint8)
             if image.size != size:
@@ -77,8 +71,7 @@ class DeviceImages:
                                    '--cache-on-device out, or resize them beforehand.')
             images[index] = np.asarray(image).reshape(images.shape[1:])
         if damages:
-            refuse_corrupt(len(damages), len(dataset), max_corrupt if readable else 0, damages)
-            say(f'{len(damages)} images cannot be read, and others stand in for them: {some_names(damages)}')
+            tolerate(damages, len(dataset), max_corrupt if readable else 0)
         if images is None:
             raise DataError('cache_on_device: the data set has no images.')
         for index in set(range(len(dataset))) - set(readable):
@@ -94,7 +87,7 @@ class DeviceImages:
 
         Args:
             indices: Of the images, int64 [B] on the device.
-            crops: Of each, as `draw_crops` gives them.
+            crops: Of each.
 
         Returns:
             Float32 [B, C, height, width] of the model's size.
@@ -111,12 +104,8 @@ class DeviceImages:
 
 def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device) -> bool:
     """Whether images look small and few enough to be kept on a GPU unasked, by the first that can be read: of at most
-    twice the model's pixels, in a quarter of the free memory, and no more than are loaded in some minutes.
-
-    Args:
-        dataset: Of PIL images, opened without a transform.
-        spec: What the model takes.
-        device: A GPU.
+    twice the model's pixels, in a quarter of the free memory, and no more than are loaded in some minutes. The data set
+    is one of PIL images, opened without a transform.
     """
     if isinstance(dataset, IterableDataset) or len(dataset) > MOST_UNASKED:
         return False
@@ -140,22 +129,9 @@ class Crops(NamedTuple):
     boxes: torch.Tensor
     flips: torch.Tensor
 
-    def split(self, size: int) -> Iterator['Crops']:
-        """Those of consecutive batches of `size` images."""
-        return map(Crops, self.boxes.split(size), self.flips.split(size))
-
-    def part(self, share: slice) -> 'Crops':
-        """Those of some of the images."""
-        return Crops(self.boxes[share], self.flips[share])
-
 
 def draw_crops(
-        batch: int,
-        size: tuple[int, int],
-        scale: tuple[float, float],
-        hflip: float,
-        generator: torch.Generator,
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        batch: int, size: tuple[int, int], scale: tuple[float, float], hflip: float, generator: torch.Generator,
 ) -> Crops:
     """Random resized crops as torchvision and timm draw them: of ten draws of area and ratio the first that fits, in
     whole pixels, at a place that is as likely as any; the middle of the image where none fits.
@@ -166,9 +142,8 @@ def draw_crops(
         scale: Least and greatest area of a crop, of the image's.
         hflip: Probability of a flip.
         generator: Draws come from it, on its device.
-        ratio: Least and greatest width over height of a crop.
     """
-    height, width = size
+    (height, width), ratio = size, CROP_RATIO
     draws = torch.rand(41, batch, generator=generator, device=generator.device)
     area, shape, down, right = draws[:40].view(4, 10, batch)
     area = (scale[0] + area * (scale[1] - scale[0])) * height * width
@@ -221,30 +196,17 @@ class DeviceBatches:
         batch_size: Images a forward pass, over all processes together.
         accumulate: Forward passes a step.
         seed: Of the run.
-        group: The processes of the run.
+        group: The processes.
         crop_scale: Least and greatest area of a crop.
         hflip: Probability of a flip.
     """
-
     on_device = True
 
     def __init__(
-            self,
-            images: DeviceImages,
-            batch_size: int,
-            accumulate: int,
-            seed: int,
-            group: Processes,
-            crop_scale: tuple[float, float],
-            hflip: float,
+            self, images: DeviceImages, batch_size: int, accumulate: int, seed: int, group: Processes,
+            crop_scale: tuple[float, float], hflip: float,
     ):
-        if len(images) < batch_size:
-            raise DataError(f'{len(images)} training images are fewer than a batch of {batch_size}: use --batch-size '
-                            f'{len(images)} or less.')
-        self.per_epoch = len(images) // batch_size // accumulate * accumulate
-        if self.per_epoch == 0:
-            raise ConfigError(f'accumulate={accumulate} asks for more batches than the {len(images) // batch_size} of '
-                              'an epoch.')
+        self.per_epoch = batches_per_epoch(len(images), batch_size, accumulate, group)
         self.images, self.accumulate, self.seed, self.group = images, accumulate, seed, group
         self.crop_scale, self.hflip = crop_scale, hflip
         self.sampler = EpochSampler(len(images), batch_size, seed, group, self.per_epoch)
@@ -257,19 +219,18 @@ class DeviceBatches:
         """Batches from number `batch` of the whole run on, which must begin a step: (images,) on the device."""
         generator = torch.Generator(self.images.device)
         size, share = self.sampler.batch_size, self.group.share(self.sampler.batch_size)
-        epoch, number = divmod(batch, self.per_epoch)
+        count, steps = size * self.accumulate, self.per_epoch // self.accumulate  # images of a step, steps of an epoch
         height, width = self.images.images.shape[2:]
+        epoch, first = divmod(batch // self.accumulate, steps)
         while True:
             order = self.sampler.order(epoch).to(self.images.device)
-            for step in range(number // self.accumulate, self.per_epoch // self.accumulate):
-                whole_step = epoch * (self.per_epoch // self.accumulate) + step
-                generator.manual_seed(mix_seed(self.seed, 'crops', whole_step))
-                images = size * self.accumulate
-                crops = draw_crops(images, (height, width), self.crop_scale, self.hflip, generator)
-                indices = order[step * images:(step + 1) * images]
-                for part, crops_of_part in zip(indices.split(size), crops.split(size)):
-                    yield (self.images.augment(part[share], crops_of_part.part(share)),)
-            epoch, number = epoch + 1, 0
+            for step in range(first, steps):
+                generator.manual_seed(mix_seed(self.seed, 'crops', epoch * steps + step))
+                crops = draw_crops(count, (height, width), self.crop_scale, self.hflip, generator)
+                indices = order[step * count:(step + 1) * count]
+                for part, boxes, flips in zip(*(of_step.split(size) for of_step in (indices, *crops))):
+                    yield (self.images.augment(part[share], Crops(boxes[share], flips[share])),)
+            epoch, first = epoch + 1, 0
 
 
 def _check_memory(size: int, device: torch.device) -> None:

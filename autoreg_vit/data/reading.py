@@ -57,10 +57,7 @@ def decodes_jpeg() -> bool:
 
 
 def read_by_torchvision(
-        dataset: Samples | IterableDataset,
-        spec: ImageSpec,
-        crop_scale: tuple[float, float],
-        hflip: float,
+        dataset: Samples | IterableDataset, spec: ImageSpec, crop_scale: tuple[float, float], hflip: float,
 ) -> None:
     """Let a data set of files give crops as `ByteCrops` makes them: for `NormalisedBatches`."""
     files = cast(Any, dataset)
@@ -121,13 +118,8 @@ class ByteCrops:
 
 
 class NormalisedBatches:
-    """Training batches of `ByteCrops`, normalised on the device; stands in for `Batches`, whose attributes it has.
-
-    Args:
-        batches: Of a data set that `read_by_torchvision` has prepared.
-        spec: What the model takes.
-        device: Where images are needed.
-    """
+    """Training batches of a data set that `read_by_torchvision` has prepared, normalised on the device; stands in for
+    `Batches`, whose attributes it has."""
     on_device = False
 
     def __init__(self, batches: Batches, spec: ImageSpec, device: torch.device):
