@@ -1,7 +1,6 @@
 """Images with masks of classes, checked before anything is trained on them."""
 
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +33,8 @@ Transform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Ten
 
 @dataclass(frozen=True)
 class MaskFormat:
-    """What the values of masks mean.
-
-    Args:
-        classes: Their names.
-        ignore_index: Value of pixels without a class.
-        reduce_zero_label: Classes are numbered from 1, and 0 is ignored too.
-    """
+    """What the values of masks mean: names of the classes, the value of pixels without a class, and whether classes are
+    numbered from 1 and 0 is ignored too."""
     classes: tuple[str, ...]
     ignore_index: int
     reduce_zero_label: bool
@@ -49,8 +43,7 @@ class MaskFormat:
         """Classes of a mask's pixels, int64 [H, W], `IGNORED` where there is none.
 
         Raises:
-            DataError: for a mask that is damaged, a colour picture, or has values that are no classes, or no class at
-                all.
+            DataError: for a mask that is damaged, a colour picture, or has values that are no classes, or no class.
         """
         try:
             image = open_image(path)
@@ -148,7 +141,7 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
     if not root.is_dir():
         raise DataError(f'No folder {root}: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
     masks = _mask_format(config, root)
-    tell = say if group.is_main else _ignore
+    tell = say if group.is_main else lambda text: None
     train = find_pairs(root, config.train_split, tell)
     test = find_pairs(root, config.eval_split, tell) if config.eval_split else train
     train_indices, test_indices = divide(config, len(train), len(test))
@@ -168,75 +161,41 @@ def check_masks(config: SegmentConfig, images: MaskedImages, max_corrupt: float,
     Raises:
         DataError: for more unreadable images than the part `max_corrupt`, and for masks of a single class to train on.
     """
-    counts = PixelCounts(images.masks)
-    check_images(images, config.check_images, max_corrupt, try_sample=lambda i: counts.add(images.read(i)[1]))
-    for text in counts.doubts(purpose):
-        say(text)
-    present = np.flatnonzero(counts.pixels)
-    if purpose == 'train on' and counts.masks == len(images) and len(present) == 1 < len(images.masks.classes):
+    masks, classes = images.masks, images.masks.classes
+    counts: list[np.ndarray] = []  # of each mask, pixels that are ignored and those of each class
+
+    def count_pixels(index: int) -> None:
+        mask = images.read(index)[1]
+        counts.append(torch.bincount(mask.flatten() - IGNORED, minlength=1 + len(classes)).numpy())
+
+    check_images(images, config.check_images, max_corrupt, try_sample=count_pixels)
+    ignored, *pixels = np.sum(counts, axis=0).tolist() if counts else [0] * (1 + len(classes))
+    part = ignored / max(ignored + sum(pixels), 1)
+    absent = [name for name, count in zip(classes, pixels) if not count]
+    present = [name for name, count in zip(classes, pixels) if count]
+    if counts and absent:
+        say(f'No mask of the {len(counts)} to {purpose} that were looked at has a pixel of the class'
+            f'{"es" if len(absent) > 1 else ""} {some_names(absent)}. {masks.explain()}')
+    if part > 0.5:
+        say(f'{part:.0%} of the pixels of the masks to {purpose} are ignored. {masks.explain()}')
+    if purpose == 'train on' and len(counts) == len(images) and len(present) == 1 < len(classes):
         raise DataError(
-            f'The {counts.masks} masks to train on hold the class {images.masks.classes[present[0]]!r} alone, and '
-            f'{counts.ignored_part:.0%} of their pixels are ignored: nothing is to be learned from them. '
-            f'{images.masks.explain()} Where {images.masks.ignore_index} stands for a class, number the classes '
-            'without gaps in the masks, or name another --ignore-index.')
-
-
-class PixelCounts:
-    """How many pixels of masks each class has; may be told from several threads.
-
-    Attributes:
-        pixels: Of each class, int64 [classes].
-        ignored: Pixels without a class.
-        masks: How many were counted.
-    """
-
-    def __init__(self, form: MaskFormat):
-        self.form, self.lock = form, threading.Lock()
-        self.pixels, self.ignored, self.masks = np.zeros(len(form.classes), np.int64), 0, 0
-
-    def add(self, mask: torch.Tensor) -> None:
-        """Count a mask as `MaskFormat.read` gives it."""
-        counts = torch.bincount(mask[mask != IGNORED], minlength=len(self.pixels)).numpy()
-        with self.lock:
-            self.pixels += counts
-            self.ignored += mask.numel() - int(counts.sum())
-            self.masks += 1
-
-    @property
-    def ignored_part(self) -> float:
-        return self.ignored / max(self.ignored + int(self.pixels.sum()), 1)
-
-    def doubts(self, purpose: str) -> list[str]:
-        """What may be wrong, in words: classes that no mask has, and a value to ignore that covers most of the
-        masks."""
-        texts, absent = [], [name for name, count in zip(self.form.classes, self.pixels) if not count]
-        if self.masks and absent:
-            texts.append(f'No mask of the {self.masks} to {purpose} that were looked at has a pixel of the class'
-                         f'{"es" if len(absent) > 1 else ""} {some_names(absent)}. {self.form.explain()}')
-        if self.ignored_part > 0.5:
-            texts.append(f'{self.ignored_part:.0%} of the pixels of the masks to {purpose} are ignored. '
-                         f'{self.form.explain()}')
-        return texts
-
-
-def _ignore(text: str) -> None:
-    pass
+            f'The {len(counts)} masks to train on hold the class {present[0]!r} alone, and {part:.0%} of their pixels '
+            f'are ignored: nothing is to be learned from them. {masks.explain()} Where {masks.ignore_index} stands for '
+            'a class, number the classes without gaps in the masks, or name another --ignore-index.')
 
 
 def _mask_format(config: SegmentConfig, root: Path) -> MaskFormat:
     """From the settings and the data's info.json, with the keys classes, a list of names, and ignore_index."""
-    path, info = root / 'info.json', {}
-    if path.is_file():
-        try:
-            info = json.loads(path.read_text(encoding='utf-8'))
-            classes, ignored = _names(info.get('classes', [])), info.get('ignore_index', 255)
-            if type(ignored) is not int:
-                raise ValueError(f'ignore_index is {ignored!r}, no whole number')
-        except (ValueError, AttributeError) as error:
-            raise DataError(f'{path} is damaged: expected {{"classes": [NAME, ...], "ignore_index": 255}} '
-                            f'({one_line(error)}).') from error
-    else:
-        classes, ignored = [], 255
+    path = root / 'info.json'
+    try:
+        info = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+        classes, ignored = _names(info.get('classes', [])), info.get('ignore_index', 255)
+        if type(ignored) is not int:
+            raise ValueError(f'ignore_index is {ignored!r}, no whole number')
+    except (ValueError, AttributeError) as error:
+        raise DataError(f'{path} is damaged: expected {{"classes": [NAME, ...], "ignore_index": 255}} '
+                        f'({one_line(error)}).') from error
     if config.num_classes is None and not classes:
         raise ConfigError(f'How many classes are there? Say --num-classes, or name them in {path}: '
                           '{"classes": [NAME, ...]}.')
@@ -259,7 +218,7 @@ def _names(classes: Any) -> list[str]:
     return [str(name) for name in classes]
 
 
-def find_pairs(root: Path, split: str, tell: Callable[[str], None] = _ignore) -> list[tuple[Path, Path]]:
+def find_pairs(root: Path, split: str, tell: Callable[[str], None] = say) -> list[tuple[Path, Path]]:
     """Images under images/SPLIT and the masks of the same names, but for the ending, under annotations/SPLIT.
     `tell` takes what is left out, in words.
 
@@ -272,9 +231,8 @@ def find_pairs(root: Path, split: str, tell: Callable[[str], None] = _ignore) ->
     for some, others, text in ((images, masks, 'images without a mask'), (masks, images, 'masks without an image')):
         alone = sorted(some.keys() - others.keys())
         if alone:
-            names = ', '.join(str(some[name]) for name in alone[:3])
-            raise DataError(f'{len(alone)} {text} of the same name in the split {split!r}: {names}'
-                            f'{", ..." if len(alone) > 3 else ""}.')
+            names = some_names([str(some[name]) for name in alone], 3)
+            raise DataError(f'{len(alone)} {text} of the same name in the split {split!r}: {names}.')
     return [(images[name], masks[name]) for name in sorted(images)]
 
 
