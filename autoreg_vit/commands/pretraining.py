@@ -273,8 +273,7 @@ def labelled_sets(
         group.on_main(lambda: check_images(splits.test.dataset, config.check_images, config.max_corrupt))
     group.on_main(lambda: say_untrained(splits))
     transform = evaluation_transform(spec)
-    fitted, tested = splits.train, splits.test
-    return Images(fitted.dataset, fitted.indices, transform), Images(tested.dataset, tested.indices, transform)
+    return splits.train.under(transform), splits.test.under(transform)
 
 
 def attention_of(model: AutoregressiveViT, config: PretrainConfig, device: torch.device) -> str:

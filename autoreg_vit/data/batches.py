@@ -3,6 +3,7 @@ run can go on from any place."""
 
 from collections.abc import Callable, Iterator, Sized
 from functools import partial
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -86,17 +87,15 @@ class SeededStream(IterableDataset):
         damages = getattr(self.dataset, 'damages', {})
         if isinstance(self.dataset, Stream):
             self.dataset.shuffle_seed = worker.seed if worker else mix_seed(self.seed, 'shuffle', *place)
-        samples, position = iter(self.dataset), 0
-        while True:
+        samples = iter(self.dataset)
+        for position in count():
             with kept_random_state():
                 seed_cpu(mix_seed(self.seed, 'image', *place, position))
-                try:
-                    sample = next(samples)
-                except StopIteration:
-                    return
+                sample = next(samples, None)
+            if sample is None:
+                return
             yield sample, dict(damages)
             damages.clear()
-            position += 1
 
 
 def collate_stream(
@@ -114,8 +113,6 @@ class Batches:
     Args:
         dataset: Map-style, or a stream.
         batch_size: Images a batch, over all processes together.
-        seed: Of the run.
-        group: The processes.
         workers: Processes that load images.
         multiple_of: Makes the batches of an epoch a multiple of this, for accumulation.
         max_corrupt: Part of the images that may be unreadable. A process counts those that it has come upon itself.
@@ -130,7 +127,6 @@ class Batches:
         DataError: for fewer images than a batch, and while batches are taken for too many unreadable images.
         ConfigError: for a batch that processes cannot share out, or accumulation over more batches than an epoch has.
     """
-
     on_device = False
 
     def __init__(
@@ -158,13 +154,13 @@ class Batches:
 
     def start_at(self, batch: int) -> Iterator:
         """Batches from number `batch` of the whole run on, as `collate` makes them."""
-        epoch, offset = divmod(batch, self.per_epoch)
-        while True:
+        first, offset = divmod(batch, self.per_epoch)
+        for epoch in count(first):
             if isinstance(self.dataset, SeededStream):
                 yield from self._from_stream(self.dataset, epoch, offset)
             else:
                 yield from self._from_samples(self.dataset, epoch, offset)
-            epoch, offset = epoch + 1, 0
+            offset = 0
 
     def describe(self, batch: int, count: int) -> str:
         """What a person can find `count` batches by, from number `batch` of the whole run on."""
@@ -187,15 +183,15 @@ class Batches:
             return self.loader
 
         for batch in fitting(load, self.loader.num_workers):
-            if self._counted != (count := int(samples.count)):
-                self._counted = count
+            if self._counted != int(samples.count):
+                self._counted = int(samples.count)
                 tolerate(samples.damaged(), len(samples), self.max_corrupt)
             yield batch
 
     def _from_stream(self, stream: SeededStream, epoch: int, offset: int) -> Iterator:
         """The batches of an epoch after the first `offset`; a stream that ends early begins again."""
-        given, again = 0, 0
-        while given < self.per_epoch:
+        given = 0
+        for again in count():
             stream.number = (epoch, again)
             # Loader processes shuffle by the seeds that they take from here.
             self.loader.generator.manual_seed(mix_seed(stream.seed, 'processes', epoch, again))
@@ -215,7 +211,6 @@ class Batches:
             if given == before:
                 raise DataError('The stream gave no whole batch: its shards are empty or damaged, or there are fewer '
                                 'of them than processes and loader processes (--workers).')
-            again += 1
 
 
 def length_of(dataset: Samples | IterableDataset, workers: int, group: Processes) -> int:

@@ -20,7 +20,7 @@ from ..engine.processes import Processes
 from ..engine.progress import say
 from ..errors import DataError
 from ..settings.dense import DetectConfig
-from .checks import check_images
+from .checks import check_images, some_names
 from .images import DAMAGE, ToMode, damaged, one_line, open_image, prepared, stored_size
 from .labelled import divide, some_of
 
@@ -279,9 +279,9 @@ def check_files(paths: list[Path], file: Path) -> None:
     """Raise DataError for images that are listed and not there."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        some = ', '.join(map(str, missing[:3])) + (' ...' if len(missing) > 3 else '')
-        raise DataError(f'{len(missing)} of the {len(paths)} images that {file} lists are missing: {some}. Name the '
-                        'folder that holds them, or take them out of the file.')
+        raise DataError(f'{len(missing)} of the {len(paths)} images that {file} lists are missing: '
+                        f'{some_names([*map(str, missing)], 3)}. Name the folder that holds them, or take them out of '
+                        'the file.')
 
 
 def check_annotation(annotation: dict, images: dict[int | str, dict], labels: dict[int, int], file: Path) -> None:

@@ -8,7 +8,7 @@ import bisect
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torchvision.datasets import VisionDataset
 
 from ..errors import DataError
+from .checks import some_names
 from .images import image_extensions, open_image
 
 _SYSTEM_FOLDERS = {'__MACOSX', '__pycache__', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'}
@@ -33,10 +34,11 @@ class LeftOut:
         self.counts: Counter[Reason] = Counter()
         self.first: dict[Reason, list[str]] = defaultdict(list)
 
-    def add(self, reason: Reason, path: str) -> None:
-        self.counts[reason] += 1
-        bisect.insort(self.first[reason], path)
-        del self.first[reason][3:]
+    def add(self, found: Iterable[tuple[Reason, str]]) -> None:
+        for reason, path in found:
+            self.counts[reason] += 1
+            bisect.insort(self.first[reason], path)
+            del self.first[reason][3:]
 
     def describe(self, root: Path) -> str | None:
         """What is left out of `root`, in words; None where nothing is."""
@@ -98,9 +100,8 @@ class ClassFolders(ImageFiles):
                  for name in self.classes]
         empty = [name for name, found in zip(self.classes, files) if not found]
         if empty:
-            more = ', ...' if len(empty) > 10 else ''
-            raise DataError(f'Class folders without images under {root}: {", ".join(empty[:10])}{more}. '
-                            f'Fill or remove them. {self.left_out.describe(root) or ""}')
+            raise DataError(f'Class folders without images under {root}: {some_names(empty, 10)}. Fill or remove them. '
+                            f'{self.left_out.describe(root) or ""}')
         self.samples = [(file, label) for label, found in enumerate(files) for file in found]
         self.targets = [label for _, label in self.samples]
 
@@ -120,11 +121,10 @@ def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFo
     name = find_split(root, listing.folders, split)
     if name is not None:
         kinds = (None, kind_of_split(name))  # folders of other splits are not left out
-        for other in listing.folders:
-            if other != name and kind_of_split(other) in kinds and has_images(root / other):
-                left_out.add(('folder beside the split', 'folders beside the split'), str(root / other))
-        for file in listing.files:
-            left_out.add(('image beside the split', 'images beside the split'), file)
+        beside = [other for other in listing.folders if other != name and kind_of_split(other) in kinds]
+        left_out.add((('folder beside the split', 'folders beside the split'), str(root / other)) for other in beside
+                     if has_images(root / other))
+        left_out.add((('image beside the split', 'images beside the split'), file) for file in listing.files)
         root = root / name
         listing = list_folder(root)
     elif split != 'train' or any(map(kind_of_split, listing.folders)):
@@ -132,10 +132,8 @@ def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFo
                         'Name one with --train-split or --eval-split; folders of classes must not be called so.')
     if len(listing.folders) < 2 or (listing.files and not any(has_images(root / name) for name in listing.folders)):
         return FlatFolder(root, transform, left_out)
-    for file in listing.files:
-        left_out.add(('image beside the class folders', 'images beside the class folders'), file)
-    for reason, path in listing.others:
-        left_out.add(reason, path)
+    left_out.add((('image beside the class folders', 'images beside the class folders'), f) for f in listing.files)
+    left_out.add(listing.others)
     return ClassFolders(root, listing.folders, transform, left_out)
 
 
@@ -146,11 +144,8 @@ def kind_of_split(name: str) -> str | None:
 
 
 def find_split(root: Path, folders: list[str], split: str) -> str | None:
-    """The folder of a split: of its very name, or the only one that spells it in another way.
-
-    Raises:
-        DataError: for several folders that spell it.
-    """
+    """The folder of a split: of its very name, or the only one that spells it in another way; raises DataError for
+    several that do."""
     if split in folders:
         return split
     kind = kind_of_split(split)
@@ -172,15 +167,12 @@ class Listing(NamedTuple):
 def list_folder(
         folder: str | Path, extensions: Collection[str] | None = None, chain: tuple[str, ...] | None = None,
 ) -> Listing:
-    """What a folder holds, links followed.
+    """What a folder holds, links followed; raises DataError for one that cannot be listed.
 
     Args:
         extensions: Of the files wanted, in lower case with their dots; by default those of images.
         chain: Real paths of the folders that led here, the folder itself the last; a link to one of them, or to what
             holds one, leads back.
-
-    Raises:
-        DataError: for a folder that cannot be listed.
     """
     extensions, chain = extensions or image_extensions(), chain or (os.path.realpath(folder),)
     found = Listing([], [], [])
@@ -220,16 +212,8 @@ def walk(
         root: str | Path, extensions: Collection[str] | None = None, left_out: LeftOut | None = None,
         chain: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """Files of a folder and its subfolders, in no order.
-
-    Args:
-        extensions: As `list_folder` takes them.
-        left_out: Is told what is left out.
-        chain: Real paths of folders that it lies in, which links are not to lead back to.
-
-    Raises:
-        DataError: for a folder that cannot be listed.
-    """
+    """Files of a folder and its subfolders, in no order; `extensions` are as `list_folder` takes them, `left_out` is
+    told what is left out, and `chain` has real paths of folders around it, which links are not to lead back to."""
     extensions, stack = extensions or image_extensions(), [(os.fspath(root), (*chain, os.path.realpath(root)))]
     while stack:
         folder, chain = stack.pop()
@@ -239,8 +223,7 @@ def walk(
             path = os.path.join(folder, name)
             stack.append((path, (*chain, os.path.realpath(path))))
         if left_out is not None:
-            for reason, path in found.others:
-                left_out.add(reason, path)
+            left_out.add(found.others)
 
 
 def has_images(root: str | Path) -> bool:

@@ -72,11 +72,7 @@ class HubImages(VisionDataset):
 
 
 def load(name: str, data_dir: str | None, split: str, streaming: bool = False) -> Any:
-    """`datasets.load_dataset` of one split.
-
-    Raises:
-        DataError: for whatever keeps it from being opened.
-    """
+    """`datasets.load_dataset` of one split; raises DataError for whatever keeps it from being opened."""
     try:
         import datasets
     except ImportError as error:
@@ -100,11 +96,7 @@ def undecoded(rows: Any, column: str) -> Any:
 
 
 def content_of(value: dict[str, Any] | None) -> str | io.BytesIO:
-    """The file of an image that was left undecoded, or its path.
-
-    Raises:
-        ValueError: where the row has none.
-    """
+    """The file of an image that was left undecoded, or its path; raises ValueError where the row has none."""
     if value and value.get('bytes'):
         return io.BytesIO(value['bytes'])
     path = value and value.get('path')
@@ -126,11 +118,8 @@ def row_name(row: dict[str, Any], column: str) -> str:
 
 
 def find_image_column(features: dict[str, Any], given: str | None = None) -> str:
-    """The column of the images: the given one, 'image', or the only one that can be.
-
-    Raises:
-        DataError: where it is not there, or several can be.
-    """
+    """The column of the images: the given one, 'image', or the only one that can be; raises DataError where it is not
+    there, or several can be."""
     import datasets
 
     def holds_files(kind: Any) -> bool:
@@ -142,23 +131,17 @@ def find_image_column(features: dict[str, Any], given: str | None = None) -> str
         return given
     found = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     found = found or [name for name, kind in features.items() if holds_files(kind)]
-    if 'image' in found:
-        return 'image'
-    if len(found) != 1:
-        what = f'No column holds images: there are {", ".join(features)}'
-        if found:
-            what = f'The columns {", ".join(found)} all hold images'
-        raise DataError(f'{what}. Name the column of the images with --image-column.')
-    return found[0]
+    if 'image' in found or len(found) == 1:
+        return 'image' if 'image' in found else found[0]
+    what = (f'The columns {", ".join(found)} all hold images' if found else
+            f'No column holds images: there are {", ".join(features)}')
+    raise DataError(f'{what}. Name the column of the images with --image-column.')
 
 
 def find_label_column(features: dict[str, Any], given: str | None = None) -> tuple[str | None, str | None]:
     """The column of the labels: the given one, 'label', the only one of ClassLabel's type, or the only one called as
-    LABEL_NAMES are; or None and the reason why there is none.
-
-    Raises:
-        DataError: where the given one is not there or holds no labels.
-    """
+    LABEL_NAMES are; or None and the reason why there is none. Raises DataError where the given one is not there or
+    holds no labels."""
     import datasets
 
     def holds_labels(kind: Any) -> bool:
@@ -176,9 +159,8 @@ def find_label_column(features: dict[str, Any], given: str | None = None) -> tup
     found = found or [name for name in able if name.lower() in LABEL_NAMES]
     if len(found) == 1:
         return found[0], None
-    which = f'no column is known to hold labels, of {", ".join(features)}'
-    if found:
-        which = f'the columns {", ".join(found)} could all be labels'
+    which = (f'the columns {", ".join(found)} could all be labels' if found else
+             f'no column is known to hold labels, of {", ".join(features)}')
     return None, f'{which}: name one with --label-column'
 
 

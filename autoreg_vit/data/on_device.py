@@ -34,8 +34,6 @@ class DeviceImages:
 
     Args:
         dataset: Map-style, of PIL images that are all of one size: opened without a transform.
-        spec: What the model takes.
-        device: Where images live.
         max_corrupt: Part of the images that may be unreadable; the next readable image stands in for each.
 
     Raises:
@@ -83,15 +81,8 @@ class DeviceImages:
         return len(self.images)
 
     def augment(self, indices: torch.Tensor, crops: 'Crops') -> torch.Tensor:
-        """Crops of images, resized, flipped and normalised.
-
-        Args:
-            indices: Of the images, int64 [B] on the device.
-            crops: Of each.
-
-        Returns:
-            Float32 [B, C, height, width] of the model's size.
-        """
+        """Crops of the images of these numbers, int64 [B], resized to the model's size, flipped and normalised: float32
+        [B, C, height, width]."""
         images, (height, width) = self.images[indices].float(), self.spec.size
         top, left, rows, columns = crops.boxes.unbind(1)
         # As Pillow resizes: along one axis and then the other, whole levels between the two.
@@ -104,9 +95,8 @@ class DeviceImages:
 
 def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device) -> bool:
     """Whether images look small and few enough to be kept on a GPU unasked, by the first that can be read: of at most
-    twice the model's pixels, in a quarter of the free memory, and no more than are loaded in some minutes. The data set
-    is one of PIL images, opened without a transform.
-    """
+    twice the model's pixels, in a quarter of the free memory, and no more than are loaded in some minutes. They are PIL
+    images, opened without a transform."""
     if isinstance(dataset, IterableDataset) or len(dataset) > MOST_UNASKED:
         return False
     for index in range(min(len(dataset), 16)):
@@ -120,12 +110,7 @@ def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: to
 
 
 class Crops(NamedTuple):
-    """Random resized crops and flips.
-
-    Args:
-        boxes: int64 [B, 4], in pixels: top, left, height, width.
-        flips: bool [B].
-    """
+    """Random resized crops, int64 [B, 4] in pixels: top, left, height, width; and flips, bool [B]."""
     boxes: torch.Tensor
     flips: torch.Tensor
 
@@ -137,7 +122,6 @@ def draw_crops(
     whole pixels, at a place that is as likely as any; the middle of the image where none fits.
 
     Args:
-        batch: How many.
         size: Height and width of the images in pixels.
         scale: Least and greatest area of a crop, of the image's.
         hflip: Probability of a flip.
@@ -162,18 +146,9 @@ def draw_crops(
 
 
 def resampling(start: torch.Tensor, count: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """The weights by which each new pixel is a mean of old ones: bicubic (a = -0.5), and wider by as much as it shrinks
-    them, as Pillow resizes. Pixels outside of a crop have none.
-
-    Args:
-        start: First pixel of each crop along an axis, int64 [B].
-        count: Pixels of each crop along it, int64 [B].
-        length: Old pixels along it.
-        size: New ones.
-
-    Returns:
-        Float32 [B, size, length]; rows sum to 1.
-    """
+    """The weights by which each of `size` new pixels is a mean of `length` old ones: bicubic (a = -0.5), and wider by
+    as much as it shrinks them, as Pillow resizes; float32 [B, size, length], rows sum to 1. A crop has `count` pixels
+    from `start` on, int64 [B] each, and pixels outside of it have no weight."""
     step = (count / size)[:, None, None]  # old pixels of a new one
     centre = (torch.arange(size, device=start.device)[None, :, None] + 0.5) * step
     pixel = torch.arange(length, device=start.device) - start[:, None, None]
@@ -192,12 +167,9 @@ class DeviceBatches:
     processes nor accumulation change them.
 
     Args:
-        images: On the device.
         batch_size: Images a forward pass, over all processes together.
         accumulate: Forward passes a step.
-        seed: Of the run.
-        group: The processes.
-        crop_scale: Least and greatest area of a crop.
+        crop_scale: Least and greatest area of a crop, of the image's.
         hflip: Probability of a flip.
     """
     on_device = True
@@ -210,10 +182,7 @@ class DeviceBatches:
         self.images, self.accumulate, self.seed, self.group = images, accumulate, seed, group
         self.crop_scale, self.hflip = crop_scale, hflip
         self.sampler = EpochSampler(len(images), batch_size, seed, group, self.per_epoch)
-
-    def describe(self, batch: int, count: int) -> str:
-        """The images of `count` batches from number `batch` of the whole run on."""
-        return self.sampler.describe(batch, count)
+        self.describe = self.sampler.describe
 
     def start_at(self, batch: int) -> Iterator[tuple[torch.Tensor]]:
         """Batches from number `batch` of the whole run on, which must begin a step: (images,) on the device."""

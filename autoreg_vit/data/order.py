@@ -20,8 +20,6 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     Args:
         length: Images of the data set.
         batch_size: Images a batch, over all processes together, which can share it out evenly.
-        seed: Of the run.
-        group: The processes, of which this one draws its share.
         batches: Batches an epoch, all whole ones by default.
     """
 

@@ -125,11 +125,8 @@ class NormalisedBatches:
     def __init__(self, batches: Batches, spec: ImageSpec, device: torch.device):
         self.batches, self.device = batches, device
         self.dataset, self.sampler, self.per_epoch = batches.dataset, batches.sampler, batches.per_epoch
+        self.describe = batches.describe
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (spec.mean, spec.std))
-
-    def describe(self, batch: int, count: int) -> str:
-        """As `Batches.describe`."""
-        return self.batches.describe(batch, count)
 
     def start_at(self, batch: int) -> Iterator[tuple[torch.Tensor, Any]]:
         """Batches from number `batch` of the whole run on: (images, labels) on the device."""

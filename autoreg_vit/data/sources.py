@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import create_dataset, dataset_factory
 from torch.utils.data import IterableDataset
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import Compose
@@ -60,7 +60,7 @@ def open_dataset(
     if kind == 'hfds':
         return huggingface.HubImages(rest, data_dir, split, transform, image_column, label_column)
     if kind in ('hfids', 'wds'):
-        source: streams.Source = (
+        source: streams.Shards | streams.HubStream = (
             streams.Shards(name, data_dir, split, image_column) if kind == 'wds' else
             streams.HubStream(rest, data_dir, split, image_column, download))
         return streams.Stream(source, transform, images, training, batch_size, seed)
@@ -73,7 +73,8 @@ def _open_with_timm(name: str, transform: Callable, **options: Any) -> Samples |
     try:
         dataset = create_dataset(name, transform=transform, **options)
     except (AssertionError, ImportError, RuntimeError, OSError, TypeError, ValueError) as error:
-        known = _timm_names(name.split('/')[0])
+        tables = (getattr(dataset_factory, table, {}) for table in ('_TORCH_BASIC_DS', '_EMNIST'))
+        known = [f'torch/{key}' for table in tables for key in table if name.startswith('torch/')]
         hint = f' {suggest(name, known)}' if known and name.lower() not in known else ''
         raise DataError(f'Cannot open data set {name!r}, split {options["split"]!r}, under {options["root"]!r}: '
                         f'{one_line(error) or type(error).__name__}.{hint}') from error
@@ -89,14 +90,6 @@ def open_split(config: Any, split: str, transform: Callable, **more: Any) -> Sam
     """`open_dataset` of a split of the data that the settings of a command name."""
     return open_dataset(config.dataset, config.data_dir, split, transform, config.download,
                         image_column=config.image_column, label_column=config.label_column, **more)
-
-
-def _timm_names(prefix: str) -> list[str]:
-    """Names of the torchvision data sets that timm opens."""
-    from timm.data import dataset_factory
-
-    known = {**getattr(dataset_factory, '_TORCH_BASIC_DS', {}), **getattr(dataset_factory, '_EMNIST', {})}
-    return [f'torch/{name}' for name in known] if prefix == 'torch' else []
 
 
 class Digits(VisionDataset):

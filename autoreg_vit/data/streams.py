@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from timm.data import create_dataset
@@ -54,19 +54,6 @@ class Entry(NamedTuple):
     content: Callable[[], str | io.BytesIO]
 
 
-class Source(Protocol):
-    """Where a stream comes from.
-
-    Attributes:
-        images: How many images a pass has, or None where nothing says so.
-    """
-    images: int | None
-
-    def read(self, share: Share, order: Order | None) -> Iterator[Entry]:
-        """The images of a share in one pass, shuffled where there is an order; a part that cannot be read to its end is
-        a DataError."""
-
-
 class Stream(IterableDataset):
     """Images of a source as (image, -1). Labels are not read: pretraining needs none, and streams are not evaluated.
 
@@ -90,7 +77,7 @@ class Stream(IterableDataset):
     unlabelled = 'streams are not evaluated, since their labels are not read'
 
     def __init__(
-            self, source: Source, transform: Callable, images: int | None = None, training: bool = False,
+            self, source: 'Shards | HubStream', transform: Callable, images: int | None = None, training: bool = False,
             batch_size: int = 1, seed: int = 0,
     ):
         self.source, self.transform, self.training, self.batch_size = source, transform, training, batch_size
@@ -151,6 +138,9 @@ class Shards:
     """WebDataset shards, which timm finds: by a split of _info.json, or a split that is a pattern of names such as
     'train-{000..099}.tar|100000', with the number of images.
 
+    Attributes:
+        images: How many a pass has, None where nothing says so.
+
     Raises:
         DataError: for shards that are not described, missing or cut short.
     """
@@ -175,6 +165,8 @@ class Shards:
             _check_shard(url)
 
     def read(self, share: Share, order: Order | None) -> Iterator[Entry]:
+        """The images of a share in one pass, shuffled where there is an order; raises DataError for a part that cannot
+        be read to its end."""
         from timm.data.readers.reader_wds import SAMPLE_INITIAL_SIZE, SAMPLE_SHUFFLE_SIZE
         from webdataset import shuffle
 
@@ -218,7 +210,8 @@ class Shards:
 
 
 class HubStream:
-    """A Hugging Face data set, streamed, or with `download` fetched whole and then streamed from the disk.
+    """A Hugging Face data set, streamed, or with `download` fetched whole and then streamed from the disk; read as
+    `Shards` are.
 
     Raises:
         DataError: for data that cannot be opened, or an image column that is not there or could be several.
