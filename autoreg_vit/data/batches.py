@@ -49,10 +49,6 @@ class SeededSamples(Dataset):
         with kept_random_state():
             return [self._sample(*key) for key in keys]
 
-    def damaged(self) -> list[str]:
-        """Names of the images that could not be read so far."""
-        return [image_name(self.dataset, index) for index in self.corrupt.nonzero().flatten().tolist()]
-
     def _sample(self, epoch: int, index: int) -> Any:
         for another in range(min(16, len(self))):
             place = (index + another) % len(self)
@@ -185,7 +181,8 @@ class Batches:
         for batch in fitting(load, self.loader.num_workers):
             if self._counted != int(samples.count):
                 self._counted = int(samples.count)
-                tolerate(samples.damaged(), len(samples), self.max_corrupt)
+                corrupt = samples.corrupt.nonzero().flatten().tolist()
+                tolerate([image_name(samples.dataset, index) for index in corrupt], len(samples), self.max_corrupt)
             yield batch
 
     def _from_stream(self, stream: SeededStream, epoch: int, offset: int) -> Iterator:

@@ -48,8 +48,7 @@ class CocoImages(Dataset):
         samples: Paths of the images.
         ids: Their ids in the file.
         has_objects: Whether an image has any object that is no crowd, bool [images].
-        categories: Names of the classes by their ids in the file, in the order of the ids, which need not be
-            contiguous.
+        categories: Names of the classes by their ids in the file, in the order of the ids, which may have gaps.
 
     Raises:
         DataError: for a file or an annotation that is damaged or refers to nothing, and for missing images.
@@ -66,7 +65,10 @@ class CocoImages(Dataset):
             objects[annotation['image_id']].append(annotation)
         self.ids = list(images)
         self.samples = [Path(folder, image['file_name']) for image in images.values()]
-        check_files(self.samples, file)
+        missing = [str(path) for path in self.samples if not path.is_file()]
+        if missing:
+            raise DataError(f'{len(missing)} of the {len(images)} images that {file} lists are missing: '
+                            f'{some_names(missing, 3)}. Name the folder that holds them, or take them out of the file.')
         self.has_objects = np.array([any(not a.get('iscrowd') for a in found) for found in objects.values()])
         self.records = Records(_record(image, objects[identity], labels) for identity, image in images.items())
 
@@ -82,11 +84,8 @@ class CocoImages(Dataset):
         return transforms.pil_to_tensor(self.mode(image)), target
 
     def open(self, index: int) -> Image.Image:
-        """An image, upright and in 8 bits a channel.
-
-        Raises:
-            DataError: for one that cannot be read, or of another size than annotated.
-        """
+        """An image, upright and in 8 bits a channel; one that cannot be read, or has another size than annotated, is a
+        DataError."""
         path, (height, width) = self.samples[index], self.records[index]['size']
         try:
             image = prepared(open_image(path))
@@ -273,15 +272,6 @@ def images_of(content: dict[str, list[dict]], file: Path) -> dict[int | str, dic
     if not images:
         raise DataError(f'{file} lists no images.')
     return images
-
-
-def check_files(paths: list[Path], file: Path) -> None:
-    """Raise DataError for images that are listed and not there."""
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(f'{len(missing)} of the {len(paths)} images that {file} lists are missing: '
-                        f'{some_names([*map(str, missing)], 3)}. Name the folder that holds them, or take them out of '
-                        'the file.')
 
 
 def check_annotation(annotation: dict, images: dict[int | str, dict], labels: dict[int, int], file: Path) -> None:

@@ -32,17 +32,13 @@ def check_images(
         dataset: Samples | IterableDataset, most: int, max_corrupt: float, say: Callable[[str], None] = print,
         try_sample: Callable[[int], Any] | None = None,
 ) -> list[str]:
-    """Decode up to `most` images of a folder, spread evenly, and look at the sizes of all its files; the names of those
-    that are unreadable.
+    """Decode up to `most` images of a folder, spread evenly, and look at the sizes of all its files; the names of the
+    unreadable ones. More than the part `max_corrupt` of unreadable images are a DataError that names them.
 
     Args:
         dataset: Of the folder kind; others are left unchecked.
-        max_corrupt: Part of the images that may be unreadable.
         say: Takes messages that name what of the folder is left out, and the unreadable images where they are few.
         try_sample: Decodes the sample of an index, raising one of DAMAGE where it cannot be used; by default its image.
-
-    Raises:
-        DataError: for more unreadable images, naming them.
     """
     left_out, root = getattr(dataset, 'left_out', None), getattr(dataset, 'root', None)
     text = left_out.describe(Path(root)) if left_out and root else None

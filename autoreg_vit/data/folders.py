@@ -83,14 +83,8 @@ class FlatFolder(ImageFiles):
 
 
 class ClassFolders(ImageFiles):
-    """Images of one folder a class, in any depth of it, in the order of torchvision's ImageFolder.
-
-    Attributes:
-        classes: Names of the folders, sorted; their number is the label.
-        targets: The labels.
-
-    Raises:
-        DataError: for class folders without images.
+    """Images of one folder a class, in any depth of it, in the order of torchvision's ImageFolder. The label, of which
+    `targets` has a list, is the number of the folder in `classes`, which are sorted. One without images is a DataError.
     """
 
     def __init__(self, root: Path, classes: list[str], transform: Callable, left_out: LeftOut | None = None):
@@ -107,11 +101,8 @@ class ClassFolders(ImageFiles):
 
 
 def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFolder | ClassFolders:
-    """Images of a folder, or of the folder of a split in it: of class folders where there are two or more, else flat.
-
-    Raises:
-        DataError: for a folder that is not there, cannot be listed or has no images, no such split or several.
-    """
+    """Images of a folder, or of the folder of a split in it: of class folders where there are two or more, else flat. A
+    folder that is not there, cannot be listed or has no images, no such split or several is a DataError."""
     if data_dir is None:
         raise DataError("dataset='folder' needs --data-dir, the folder of the images.")
     root, left_out = Path(data_dir).expanduser(), LeftOut()
@@ -167,13 +158,9 @@ class Listing(NamedTuple):
 def list_folder(
         folder: str | Path, extensions: Collection[str] | None = None, chain: tuple[str, ...] | None = None,
 ) -> Listing:
-    """What a folder holds, links followed; raises DataError for one that cannot be listed.
-
-    Args:
-        extensions: Of the files wanted, in lower case with their dots; by default those of images.
-        chain: Real paths of the folders that led here, the folder itself the last; a link to one of them, or to what
-            holds one, leads back.
-    """
+    """What a folder holds, links followed; one that cannot be listed is a DataError. Files are wanted by `extensions`,
+    in lower case with their dots, by default those of images. `chain` has the real paths of the folders that led here,
+    the folder itself the last: a link to one of them, or to what holds one, leads back."""
     extensions, chain = extensions or image_extensions(), chain or (os.path.realpath(folder),)
     found = Listing([], [], [])
     try:

@@ -22,7 +22,6 @@ class HubImages(VisionDataset):
     Args:
         name: On the Hub, or a folder.
         data_dir: Where downloads are kept; by default the package's own cache.
-        transform: From PIL images to tensors.
 
     Attributes:
         targets: Classes as whole numbers, or None without labels.

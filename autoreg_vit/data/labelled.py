@@ -47,14 +47,8 @@ class Images(Dataset):
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Training and test images of a run.
-
-    Attributes:
-        train: Training images under the training transform.
-        plain: The same images as evaluation sees them.
-        test: Images to report on, as evaluation sees them.
-        classes: Names of the classes.
-    """
+    """Images of a run: those to train on, under the training transform, the same as evaluation sees them (`plain`), and
+    those to report on, as evaluation sees them; and names of the classes."""
     train: Samples
     plain: Samples
     test: Samples
@@ -164,11 +158,8 @@ def distinct(names: list[str]) -> list[str]:
 
 
 def hold_out(count: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of `count` images, those kept and those held out, both sorted; the same ones for the same seed.
-
-    Raises:
-        DataError: for a single image, which cannot be both.
-    """
+    """Indices of `count` images, those kept and those held out, both sorted; the same ones for the same seed. A single
+    image, which cannot be both, is a DataError."""
     if count < 2:
         raise DataError(f'Of {count} training image{"" if count == 1 else "s"} none can be held out to report on: name '
                         '--eval-split, or add images.')
@@ -181,12 +172,8 @@ def augmenting_transform(
         spec: ImageSpec, crop_scale: tuple[float, float], hflip: float, auto_augment: str | None = None,
         erase: float = 0.0,
 ) -> Callable:
-    """Random resized crop and flip, with timm's augmentation policy and random erasing where asked for.
-
-    Args:
-        spec: What images the model takes; grey images are augmented in RGB.
-        auto_augment: timm's name of a policy, such as 'rand-m9-mstd0.5-inc1' (RandSAC Table 15).
-        erase: Probability of erasing a rectangle.
+    """Random resized crop and flip, with a policy of timm's, such as 'rand-m9-mstd0.5-inc1' (RandSAC Table 15), and the
+    erasing of a rectangle, of probability `erase`, where asked for; grey images are augmented in RGB.
 
     Raises:
         ConfigError: for an unknown policy.

@@ -40,11 +40,8 @@ class MaskFormat:
     reduce_zero_label: bool
 
     def read(self, path: Path) -> torch.Tensor:
-        """Classes of a mask's pixels, int64 [H, W], `IGNORED` where there is none.
-
-        Raises:
-            DataError: for a mask that is damaged, a colour picture, or has values that are no classes, or no class.
-        """
+        """Classes of a mask's pixels, int64 [H, W], `IGNORED` where there is none. A mask that is damaged, a colour
+        picture, or has values that are no classes, or no class, is a DataError."""
         try:
             image = open_image(path)
         except DAMAGE as error:
@@ -96,11 +93,8 @@ class MaskedImages(Dataset):
         return self.transform(*self.read(index))
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """An image, uint8 [C, H, W], and its classes, int64 [H, W].
-
-        Raises:
-            DataError: for a file that is damaged, or a mask that does not fit its image or the classes.
-        """
+        """An image, uint8 [C, H, W], and its classes, int64 [H, W]. A file that is damaged, or a mask that does not fit
+        its image or the classes, is a DataError."""
         path, mask_path = self.samples[index]
         try:
             image = transforms.pil_to_tensor(self.mode(open_image(path)))
@@ -117,12 +111,8 @@ class MaskedImages(Dataset):
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """Images of a run, and names of the classes.
-
-    Attributes:
-        train: Training images, augmented: float32 [C, h, w] and int64 [h, w] of a crop.
-        test: Images to report on: float32 [C, h, w] resized, and int64 [H, W] as they are.
-    """
+    """Images of a run, and names of the classes. Those to train on are crops, float32 [C, h, w] and int64 [h, w]; those
+    to report on are resized, float32 [C, h, w], and their masks as they are, int64 [H, W]."""
     train: MaskedImages
     test: MaskedImages
     classes: tuple[str, ...]
@@ -155,12 +145,8 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
 
 
 def check_masks(config: SegmentConfig, images: MaskedImages, max_corrupt: float, purpose: str) -> None:
-    """Look at images and masks, up to `check_images` of them, and say what may be wrong with the classes. `purpose` is
-    what they are for, in words.
-
-    Raises:
-        DataError: for more unreadable images than the part `max_corrupt`, and for masks of a single class to train on.
-    """
+    """Look at images and masks, up to `check_images` of them, and say what may be wrong with the classes. More that are
+    unreadable than the part `max_corrupt`, and masks of a single class to train on, are a DataError."""
     masks, classes = images.masks, images.masks.classes
     counts: list[np.ndarray] = []  # of each mask, pixels that are ignored and those of each class
 
@@ -219,12 +205,11 @@ def _names(classes: Any) -> list[str]:
 
 
 def find_pairs(root: Path, split: str, tell: Callable[[str], None] = say) -> list[tuple[Path, Path]]:
-    """Images under images/SPLIT and the masks of the same names, but for the ending, under annotations/SPLIT.
-    `tell` takes what is left out, in words.
+    """Images under images/SPLIT and the masks of the same names, but for the ending, under annotations/SPLIT. `tell`
+    takes what is left out, in words.
 
     Raises:
-        DataError: for a folder that is not there or is empty, for files without a counterpart, and for two of the same
-            name but for the ending, naming them.
+        DataError: for a folder that is not there or is empty, files without a counterpart, and two of one name.
     """
     images = _files_by_name(root / 'images', split, None, tell)
     masks = _files_by_name(root / 'annotations', split, MASK_EXTENSIONS, tell)

@@ -203,9 +203,7 @@ class DeviceBatches:
 
 
 def _check_memory(size: int, device: torch.device) -> None:
-    if device.type != 'cuda':
-        return
-    free = torch.cuda.mem_get_info(device)[0]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else math.inf
     if size > free / 2:
         raise ConfigError(f'cache_on_device: the images take {size / 2 ** 30:.1f} GiB of the {free / 2 ** 30:.1f} GiB '
                           'free on the device, more than half. Leave --cache-on-device out.')

@@ -18,7 +18,6 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     are left out. Keys are (epoch, index), as `SeededSamples` takes them.
 
     Args:
-        length: Images of the data set.
         batch_size: Images a batch, over all processes together, which can share it out evenly.
         batches: Batches an epoch, all whole ones by default.
     """
@@ -57,8 +56,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 def check_divisible(batch_size: int, group: Processes) -> None:
     """Raise ConfigError unless the processes can share out a batch evenly."""
     if batch_size % group.world_size:
-        near = [n for n in (batch_size // group.world_size * group.world_size,
-                            (batch_size // group.world_size + 1) * group.world_size) if n]
+        below = batch_size // group.world_size * group.world_size
+        near = [n for n in (below, below + group.world_size) if n]
         raise ConfigError(f'A batch of {batch_size} images cannot be shared out evenly to {group.world_size} '
                           f'processes: use --batch-size {" or ".join(map(str, near))}.')
 

@@ -25,20 +25,12 @@ ENDINGS = list(dict.fromkeys(['jpg', 'jpeg', 'png', 'webp', *sorted(e.lstrip('.'
 
 
 class Share(NamedTuple):
-    """Which part of a stream a process reads: as which of the run's processes, and as which of that one's loader
-    processes; a process that loads by itself is the only one."""
+    """Which part of a stream is read here: in which of the run's processes, and as which of all their loader processes;
+    a process that loads by itself counts as one."""
     rank: int
     world_size: int
-    worker: int
-    workers: int
-
-    @property
-    def number(self) -> int:
-        return self.rank * self.workers + self.worker
-
-    @property
-    def readers(self) -> int:
-        return self.world_size * self.workers
+    number: int
+    readers: int
 
 
 class Order(NamedTuple):
@@ -106,8 +98,9 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         worker = get_worker_info()
-        share = Share(self.rank, self.world_size, *((worker.id, worker.num_workers) if worker else (0, 1)))
-        quota, given = self._quota(share.workers) if self.training else math.inf, 0
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        share = Share(self.rank, self.world_size, self.rank * workers + number, self.world_size * workers)
+        quota, given = self._quota(workers) if self.training else math.inf, 0
         order = Order(self.seed + self.epoch, random.Random(self.shuffle_seed)) if self.training else None
         while given < quota:
             before, read = given, 0
