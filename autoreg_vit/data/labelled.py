@@ -1,7 +1,6 @@
 """Images with labels, checked before anything is trained on them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -45,8 +44,7 @@ class Images(Dataset):
         return Images(self.dataset, self.indices, self.labels, transform)
 
 
-@dataclass(frozen=True)
-class LabelledImages:
+class LabelledImages(NamedTuple):
     """Images of a run: those to train on, under the training transform, the same as evaluation sees them (`plain`), and
     those to report on, as evaluation sees them; and names of the classes."""
     train: Samples

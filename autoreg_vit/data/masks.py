@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +30,7 @@ MASK_EXTENSIONS = ('.png', '.tif', '.tiff', '.bmp')
 Transform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class MaskFormat:
+class MaskFormat(NamedTuple):
     """What the values of masks mean: names of the classes, the value of pixels without a class, and whether classes are
     numbered from 1 and 0 is ignored too."""
     classes: tuple[str, ...]
@@ -109,8 +107,7 @@ class MaskedImages(Dataset):
         return image, mask
 
 
-@dataclass(frozen=True)
-class SegmentationData:
+class SegmentationData(NamedTuple):
     """Images of a run, and names of the classes. Those to train on are crops, float32 [C, h, w] and int64 [h, w]; those
     to report on are resized, float32 [C, h, w], and their masks as they are, int64 [H, W]."""
     train: MaskedImages
