@@ -92,7 +92,7 @@ def load_images(paths: tuple[str, ...], spec: ImageSpec, patch_size: tuple[int, 
             folder = FlatFolder(path, transform)
             if text := folder.left_out.describe(path):
                 print(text)
-            files += [folder.samples[i] for i in _spread(len(folder.samples), count)]
+            files += [Path(folder.samples[i][0]) for i in _spread(len(folder.samples), count)]
         elif path.is_file():
             files.append(path)
         else:

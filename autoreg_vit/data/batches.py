@@ -1,8 +1,9 @@
 """Batches of images for training: which come when, and with which augmentation, are functions of the seed, so that a
 run can go on from any place."""
 
-import functools
 from collections.abc import Callable, Iterator, Sized
+from functools import partial
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -10,13 +11,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from .._compat import counted_readers
 from ..engine.processes import Processes
-from ..engine.progress import say
 from ..engine.seeding import kept_random_state, mix_seed, seed_cpu
-from ..errors import ConfigError, DataError
-from .checks import image_name, refuse_corrupt, some_names
-from .images import DAMAGE
+from ..errors import DataError
+from .checks import image_name, tolerate
+from .images import DAMAGE, one_line
 from .loaders import all_or_none, fitting
-from .order import EpochSampler, check_divisible
+from .order import EpochSampler, batches_per_epoch
 from .samples import Samples
 from .streams import Stream
 
@@ -28,19 +28,16 @@ class SeededSamples(Dataset):
     it gives the next that can, and counts it.
 
     Attributes:
-        corrupt: A mark for every image that could not be read, uint8 [images]; `share` lets loader processes see it.
+        corrupt: A mark for every image that could not be read, uint8 [images]; with `share` loader processes see it.
         count: How many there may be, a lower bound, int64 [1], shared likewise.
     """
 
-    def __init__(self, dataset: Samples, seed: int):
+    def __init__(self, dataset: Samples, seed: int, share: bool = False):
         self.dataset, self.seed = dataset, seed
-        self.corrupt = torch.zeros(len(dataset), dtype=torch.uint8)
-        self.count = torch.zeros(1, dtype=torch.int64)
-
-    def share(self) -> None:
-        """Let loader processes that start from here on mark images too."""
-        self.corrupt.share_memory_()
-        self.count.share_memory_()
+        self.corrupt, self.count = torch.zeros(len(dataset), dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+        if share:
+            self.corrupt.share_memory_()
+            self.count.share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -51,10 +48,6 @@ class SeededSamples(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list:
         with kept_random_state():
             return [self._sample(*key) for key in keys]
-
-    def damaged(self) -> list[str]:
-        """Names of the images that could not be read so far."""
-        return [image_name(self.dataset, index) for index in self.corrupt.nonzero().flatten().tolist()]
 
     def _sample(self, epoch: int, index: int) -> Any:
         for another in range(min(16, len(self))):
@@ -68,7 +61,7 @@ class SeededSamples(Dataset):
                     self.corrupt[place] = 1
                     self.count += 1
         raise DataError(f'{min(16, len(self))} images in a row cannot be read, the first being '
-                        f'{image_name(self.dataset, index)}: {" ".join(str(last).split())}')
+                        f'{image_name(self.dataset, index)}: {one_line(last)}')
 
 
 class SeededStream(IterableDataset):
@@ -90,29 +83,23 @@ class SeededStream(IterableDataset):
         damages = getattr(self.dataset, 'damages', {})
         if isinstance(self.dataset, Stream):
             self.dataset.shuffle_seed = worker.seed if worker else mix_seed(self.seed, 'shuffle', *place)
-        samples, position = iter(self.dataset), 0
-        while True:
+        samples = iter(self.dataset)
+        for position in count():
             with kept_random_state():
                 seed_cpu(mix_seed(self.seed, 'image', *place, position))
-                try:
-                    sample = next(samples)
-                except StopIteration:
-                    return
+                sample = next(samples, None)
+            if sample is None:
+                return
             yield sample, dict(damages)
             damages.clear()
-            position += 1
 
 
-class CollateStream:
-    """Makes a batch of the samples that `SeededStream` gives, and one dictionary of the images that could not be read;
-    a named class so that loader processes can receive it."""
-
-    def __init__(self, collate: Callable[[list], Any] | None):
-        self.collate = collate or default_collate
-
-    def __call__(self, samples: list[tuple[Any, dict[str, str]]]) -> tuple[Any, dict[str, str]]:
-        batch, damages = zip(*samples)
-        return self.collate(list(batch)), {name: reason for some in damages for name, reason in some.items()}
+def collate_stream(
+        collate: Callable[[list], Any], samples: list[tuple[Any, dict[str, str]]],
+) -> tuple[Any, dict[str, str]]:
+    """A batch of the samples that `SeededStream` gives, and one dictionary of the images that could not be read."""
+    batch, damages = zip(*samples)
+    return collate(list(batch)), {name: reason for some in damages for name, reason in some.items()}
 
 
 class Batches:
@@ -122,8 +109,6 @@ class Batches:
     Args:
         dataset: Map-style, or a stream.
         batch_size: Images a batch, over all processes together.
-        seed: Of the run.
-        group: The processes of the run.
         workers: Processes that load images.
         multiple_of: Makes the batches of an epoch a multiple of this, for accumulation.
         max_corrupt: Part of the images that may be unreadable. A process counts those that it has come upon itself.
@@ -138,35 +123,16 @@ class Batches:
         DataError: for fewer images than a batch, and while batches are taken for too many unreadable images.
         ConfigError: for a batch that processes cannot share out, or accumulation over more batches than an epoch has.
     """
-
     on_device = False
 
     def __init__(
-            self,
-            dataset: Samples | IterableDataset,
-            batch_size: int,
-            seed: int,
-            group: Processes,
-            workers: int = 0,
-            multiple_of: int = 1,
-            max_corrupt: float = 0.001,
-            collate: Callable[[list], Any] | None = None,
+            self, dataset: Samples | IterableDataset, batch_size: int, seed: int, group: Processes, workers: int = 0,
+            multiple_of: int = 1, max_corrupt: float = 0.001, collate: Callable[[list], Any] | None = None,
     ):
-        check_divisible(batch_size, group)
+        self._images = length_of(dataset, workers, group)
+        self.per_epoch = batches_per_epoch(self._images, batch_size, multiple_of, group)
         self.max_corrupt, self._counted = max_corrupt, 0
         self._damages: dict[str, str] = {}
-        if isinstance(dataset, IterableDataset):
-            images = stream_length(dataset, workers) * group.world_size
-        else:
-            images = len(dataset)
-        if images < batch_size:
-            raise DataError(f'{images} training images are fewer than a batch of {batch_size}: use --batch-size '
-                            f'{images} or less.')
-        self._images = images
-        self.per_epoch = images // batch_size // multiple_of * multiple_of
-        if self.per_epoch == 0:
-            raise ConfigError(
-                f'accumulate={multiple_of} asks for more batches than the {images // batch_size} of an epoch.')
         self.sampler: EpochSampler | None = None
         self.dataset: SeededSamples | SeededStream
         self._collate, self._pin_memory = collate, group.device.type == 'cuda'
@@ -175,23 +141,22 @@ class Batches:
             # New processes for every pass, since they learn its number when they start.
             self.loader = DataLoader(
                 self.dataset, batch_size // group.world_size, drop_last=True, generator=torch.Generator(),
-                collate_fn=CollateStream(collate), num_workers=workers, pin_memory=self._pin_memory)
+                collate_fn=partial(collate_stream, collate or default_collate), num_workers=workers,
+                pin_memory=self._pin_memory)
         else:
-            self.dataset = SeededSamples(dataset, seed)
-            if workers:
-                self.dataset.share()
-            self.sampler = EpochSampler(images, batch_size, seed, group, self.per_epoch)
+            self.dataset = SeededSamples(dataset, seed, share=workers > 0)
+            self.sampler = EpochSampler(self._images, batch_size, seed, group, self.per_epoch)
             self.loader = self._loader_of(self.dataset, workers)
 
     def start_at(self, batch: int) -> Iterator:
         """Batches from number `batch` of the whole run on, as `collate` makes them."""
-        epoch, offset = divmod(batch, self.per_epoch)
-        while True:
+        first, offset = divmod(batch, self.per_epoch)
+        for epoch in count(first):
             if isinstance(self.dataset, SeededStream):
                 yield from self._from_stream(self.dataset, epoch, offset)
             else:
                 yield from self._from_samples(self.dataset, epoch, offset)
-            epoch, offset = epoch + 1, 0
+            offset = 0
 
     def describe(self, batch: int, count: int) -> str:
         """What a person can find `count` batches by, from number `batch` of the whole run on."""
@@ -206,33 +171,24 @@ class Batches:
 
     def _from_samples(self, samples: SeededSamples, epoch: int, offset: int) -> Iterator:
         """The batches of an epoch of a map-style data set after the first `offset`."""
-        for batch in fitting(functools.partial(self._load, samples, epoch, offset), self.loader.num_workers):
-            self._check_corrupt(samples)
+        def load(first: int, workers: int) -> DataLoader:
+            if workers != self.loader.num_workers:
+                self.loader = self._loader_of(samples, workers)
+            assert self.sampler is not None
+            self.sampler.start_at(epoch, offset + first)
+            return self.loader
+
+        for batch in fitting(load, self.loader.num_workers):
+            if self._counted != int(samples.count):
+                self._counted = int(samples.count)
+                corrupt = samples.corrupt.nonzero().flatten().tolist()
+                tolerate([image_name(samples.dataset, index) for index in corrupt], len(samples), self.max_corrupt)
             yield batch
-
-    def _load(self, samples: SeededSamples, epoch: int, offset: int, first: int, workers: int) -> DataLoader:
-        """The loader of a map-style data set, about to give an epoch's batches from `offset` + `first` on."""
-        if workers != self.loader.num_workers:
-            self.loader = self._loader_of(samples, workers)
-        assert self.sampler is not None
-        self.sampler.start_at(epoch, offset + first)
-        return self.loader
-
-    def _check_corrupt(self, samples: SeededSamples) -> None:
-        """Name images that turned out to be unreadable since the last batch; too many are a DataError."""
-        count = int(samples.count)
-        if self._counted != count:
-            self._counted = count
-            self._tolerate(samples.damaged(), len(samples))
-
-    def _tolerate(self, names: list[str], images: int) -> None:
-        refuse_corrupt(len(names), images, self.max_corrupt, names)
-        say(f'{len(names)} images cannot be read, and others stand in for them: {some_names(names)}')
 
     def _from_stream(self, stream: SeededStream, epoch: int, offset: int) -> Iterator:
         """The batches of an epoch after the first `offset`; a stream that ends early begins again."""
-        given, again = 0, 0
-        while given < self.per_epoch:
+        given = 0
+        for again in count():
             stream.number = (epoch, again)
             # Loader processes shuffle by the seeds that they take from here.
             self.loader.generator.manual_seed(mix_seed(stream.seed, 'processes', epoch, again))
@@ -242,8 +198,8 @@ class Batches:
                     self._damages.update(damages)
                     described = getattr(getattr(stream.dataset, 'source', None), 'images', None)
                     # Where nothing says how many images there are, each epoch may have had other ones.
-                    self._tolerate([f'{name} ({reason})' for name, reason in self._damages.items()],
-                                   described or self._images * (epoch + 1))
+                    tolerate([f'{name} ({reason})' for name, reason in self._damages.items()],
+                             described or self._images * (epoch + 1), self.max_corrupt)
                 given += 1
                 if given > offset:
                     yield batch
@@ -252,7 +208,6 @@ class Batches:
             if given == before:
                 raise DataError('The stream gave no whole batch: its shards are empty or damaged, or there are fewer '
                                 'of them than processes and loader processes (--workers).')
-            again += 1
 
 
 def batches_of(
@@ -263,11 +218,13 @@ def batches_of(
                    config.max_corrupt, collate)
 
 
-def stream_length(dataset: IterableDataset, workers: int) -> int:
-    """Images of a stream for each process, as its description counts them; 0 where it does not."""
+def length_of(dataset: Samples | IterableDataset, workers: int, group: Processes) -> int:
+    """Images of an epoch for all processes; of a stream as its description counts them, 0 where it does not."""
+    if not isinstance(dataset, IterableDataset):
+        return len(dataset)
     if hasattr(dataset, 'set_loader_cfg'):
         dataset.set_loader_cfg(num_workers=counted_readers(workers))
     try:
-        return len(cast(Sized, dataset))
+        return len(cast(Sized, dataset)) * group.world_size
     except TypeError:
         return 0

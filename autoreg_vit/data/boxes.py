@@ -20,10 +20,9 @@ from ..engine.processes import Processes
 from ..engine.progress import say
 from ..errors import DataError
 from ..settings.dense import DetectConfig
-from .checks import check_images
-from .images import DAMAGE, ToMode, open_image, prepared, stored_size
-from .labelled import hold_out, some_of
-from .samples import named
+from .checks import check_images, some_names
+from .images import DAMAGE, ToMode, damaged, one_line, open_image, prepared, stored_size
+from .labelled import divide, some_of
 
 Target = dict[str, torch.Tensor]
 
@@ -49,8 +48,7 @@ class CocoImages(Dataset):
         samples: Paths of the images.
         ids: Their ids in the file.
         has_objects: Whether an image has any object that is no crowd, bool [images].
-        categories: Names of the classes by their ids in the file, in the order of the ids, which need not be
-            contiguous.
+        categories: Names of the classes by their ids in the file, in the order of the ids, which may have gaps.
 
     Raises:
         DataError: for a file or an annotation that is damaged or refers to nothing, and for missing images.
@@ -67,9 +65,11 @@ class CocoImages(Dataset):
             objects[annotation['image_id']].append(annotation)
         self.ids = list(images)
         self.samples = [Path(folder, image['file_name']) for image in images.values()]
-        check_files(self.samples, file)
-        self.has_objects = np.array([any(not annotation.get('iscrowd') for annotation in found)
-                                     for found in objects.values()])
+        missing = [str(path) for path in self.samples if not path.is_file()]
+        if missing:
+            raise DataError(f'{len(missing)} of the {len(images)} images that {file} lists are missing: '
+                            f'{some_names(missing, 3)}. Name the folder that holds them, or take them out of the file.')
+        self.has_objects = np.array([any(not a.get('iscrowd') for a in found) for found in objects.values()])
         self.records = Records(_record(image, objects[identity], labels) for identity, image in images.items())
 
     def __len__(self) -> int:
@@ -78,28 +78,19 @@ class CocoImages(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
         image, record = self.open(index), self.records[index]
         masks = [decode_mask(segmentation, *record['size']) for segmentation in record['segmentations']]
-        target = {
-            'image_id': torch.tensor(index),
-            'boxes': torch.from_numpy(record['boxes']),
-            'labels': torch.from_numpy(record['labels']),
-            'masks': torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *record['size']), np.uint8)),
-            'iscrowd': torch.from_numpy(record['iscrowd']),
-            'area': torch.from_numpy(record['area']),
-        }
+        target = {name: torch.from_numpy(record[name]) for name in ('boxes', 'labels', 'iscrowd', 'area')}
+        target['masks'] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *record['size']), np.uint8))
+        target['image_id'] = torch.tensor(index)
         return transforms.pil_to_tensor(self.mode(image)), target
 
     def open(self, index: int) -> Image.Image:
-        """An image, upright and in 8 bits a channel.
-
-        Raises:
-            DataError: for one that cannot be read, or of another size than annotated.
-        """
+        """An image, upright and in 8 bits a channel; one that cannot be read, or has another size than annotated, is a
+        DataError."""
         path, (height, width) = self.samples[index], self.records[index]['size']
         try:
             image = prepared(open_image(path))
         except DAMAGE as error:
-            raise DataError(f'Cannot read {path}: it is damaged or no image ({" ".join(str(error).split())}). Replace '
-                            'or remove it.') from error
+            raise damaged(path, error) from error
         if image.size != (width, height):
             reason = 'the image or the file of annotations is another one.'
             if stored_size(path) == (width, height):
@@ -110,11 +101,7 @@ class CocoImages(Dataset):
 
 
 class Part(Dataset):
-    """Some images of a set, under a transform of image and target where there is one.
-
-    Attributes:
-        samples: Paths of the images.
-    """
+    """Some images of a set, under a transform of image and target where there is one."""
 
     def __init__(self, dataset: CocoImages, indices: np.ndarray, transform: Callable[..., Any] | None = None):
         self.dataset, self.indices, self.transform = dataset, indices, transform
@@ -187,26 +174,24 @@ def open_data(config: DetectConfig, channels: int, group: Processes) -> tuple[Pa
     Raises:
         DataError: for data that is not there, is damaged, or has no objects, and for splits with other categories.
     """
+    assert config.data_dir is not None  # which the settings refuse
+    root = Path(config.data_dir)
+
     def open_split(split: str, file: str | None) -> CocoImages:
-        root = Path(named(config.data_dir))
         folder = root / split
         if not folder.is_dir():
             raise DataError(f'No folder {folder}: --data-dir names a folder in COCO\'s layout, with the images of each '
                             'split in a folder, and --train-split and --eval-split name the splits.')
-        return CocoImages(folder, Path(file) if file else root / 'annotations' / f'instances_{split}.json',
-                          channels)
+        return CocoImages(folder, Path(file or root / 'annotations' / f'instances_{split}.json'), channels)
 
-    train_set = open_split(config.train_split, config.train_annotations)
+    train_set = test_set = open_split(config.train_split, config.train_annotations)
     if config.eval_split:
         test_set = open_split(config.eval_split, config.eval_annotations)
         if test_set.categories != train_set.categories:
             odd = sorted(map(str, set(train_set.categories.items()) ^ set(test_set.categories.items())))
             raise DataError(f'The annotations of the splits {config.train_split!r} and {config.eval_split!r} have '
                             f'other categories: {", ".join(odd[:4])} {"is" if len(odd) == 1 else "are"} in one alone.')
-        train_indices, test_indices = np.arange(len(train_set)), np.arange(len(test_set))
-    else:
-        test_set = train_set
-        train_indices, test_indices = hold_out(len(train_set), 0.2, config.seed)
+    train_indices, test_indices = divide(config, len(train_set), len(test_set))
     train_indices = train_indices[train_set.has_objects[train_indices]]
     if not len(train_indices):
         raise DataError(f'No image of the split {config.train_split!r} has an object to train on: expected annotations '
@@ -253,7 +238,7 @@ def read_instances(file: Path) -> dict[str, list[dict]]:
     except FileNotFoundError as error:
         raise DataError(f'No annotations {file}: expected a JSON file in COCO\'s format.') from error
     except (OSError, ValueError) as error:
-        raise DataError(f'{file} is no JSON file, or damaged ({" ".join(str(error).split())}).') from error
+        raise DataError(f'{file} is no JSON file, or damaged ({one_line(error)}).') from error
     for part in ('images', 'annotations', 'categories'):
         if not isinstance(content, dict) or not isinstance(content.get(part), list) \
                 or not all(isinstance(entry, dict) for entry in content[part]):
@@ -289,15 +274,6 @@ def images_of(content: dict[str, list[dict]], file: Path) -> dict[int | str, dic
     return images
 
 
-def check_files(paths: list[Path], file: Path) -> None:
-    """Raise DataError for images that are listed and not there."""
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        some = ', '.join(map(str, missing[:3])) + (' ...' if len(missing) > 3 else '')
-        raise DataError(f'{len(missing)} of the {len(paths)} images that {file} lists are missing: {some}. Name the '
-                        'folder that holds them, or take them out of the file.')
-
-
 def check_annotation(annotation: dict, images: dict[int | str, dict], labels: dict[int, int], file: Path) -> None:
     """Raise DataError, naming file and annotation, for one that refers to nothing or whose box or mask is none."""
     def refuse(problem: str) -> NoReturn:
@@ -330,7 +306,7 @@ def check_annotation(annotation: dict, images: dict[int | str, dict], labels: di
         try:
             decode_mask(segmentation, *size)
         except (ValueError, RuntimeError, TypeError) as error:
-            refuse(f'has a mask that cannot be read ({" ".join(str(error).split())})')
+            refuse(f'has a mask that cannot be read ({one_line(error)})')
     else:
         refuse('has no mask: expected "segmentation", polygons or run lengths')
 

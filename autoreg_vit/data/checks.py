@@ -7,50 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import IterableDataset
 
+from ..engine import progress
 from ..errors import DataError
-from .images import DAMAGE, open_image, prepared
+from .images import DAMAGE, one_line, open_image, prepared
 from .samples import Samples
 
 
 def image_name(dataset: Any, index: int) -> str:
     """File of an image where its data set knows it, else its number."""
-    while isinstance(dataset, Subset):
-        index = dataset.indices[index]
-        dataset = dataset.dataset
+    while hasattr(dataset, 'indices'):  # a part of another
+        index, dataset = int(dataset.indices[index]), dataset.dataset
     samples = getattr(dataset, 'samples', None)
     if samples is not None:
         return str(samples[index][0] if isinstance(samples[index], tuple) else samples[index])
-    filename: Any = getattr(dataset, 'filename', None)
     try:
-        return str(filename(index))
+        return str(dataset.filename(index))
     except (AttributeError, AssertionError, KeyError, NotImplementedError, TypeError):
         return f'image {index}'
 
 
 def check_images(
-        dataset: Samples | IterableDataset,
-        most: int,
-        max_corrupt: float,
-        say: Callable[[str], None] = print,
+        dataset: Samples | IterableDataset, most: int, max_corrupt: float, say: Callable[[str], None] = print,
         try_sample: Callable[[int], Any] | None = None,
 ) -> list[str]:
-    """Decode up to `most` images of a folder, spread evenly, and look at the sizes of all its files.
+    """Decode up to `most` images of a folder, spread evenly, and look at the sizes of all its files; the names of the
+    unreadable ones. More than the part `max_corrupt` of unreadable images are a DataError that names them.
 
     Args:
         dataset: Of the folder kind; others are left unchecked.
-        most: Images to decode.
-        max_corrupt: Part of the images that may be unreadable.
-        say: Takes messages that name what of the folder is left out, and the unreadable images, where they are few
-            enough.
+        say: Takes messages that name what of the folder is left out, and the unreadable images where they are few.
         try_sample: Decodes the sample of an index, raising one of DAMAGE where it cannot be used; by default its image.
-
-    Returns:
-        Names of the unreadable images.
-
-    Raises:
-        DataError: for more unreadable images, naming them.
     """
     left_out, root = getattr(dataset, 'left_out', None), getattr(dataset, 'root', None)
     text = left_out.describe(Path(root)) if left_out and root else None
@@ -73,22 +61,28 @@ def check_images(
         try:
             prepared(open_image(paths[index])) if try_sample is None else try_sample(index)
         except DAMAGE as error:
-            damages.setdefault(paths[index], ' '.join(str(error).split()))
+            damages.setdefault(paths[index], one_line(error))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:  # decoding does not hold the interpreter
         list(pool.map(decode, chosen))
     if damages:
         named = [f'{path} ({reason})' for path, reason in sorted(damages.items())]
-        refuse_corrupt(len(named), len(chosen), max_corrupt, named)
+        refuse_corrupt(named, len(chosen), max_corrupt)
         say(f'{len(named)} of {len(chosen)} images cannot be read, and others stand in for them: {some_names(named)}')
     return [str(path) for path in sorted(damages)]
 
 
-def refuse_corrupt(count: int, images: int, max_corrupt: float, names: list[str]) -> None:
-    """Raise DataError where `count` unreadable images of `images` are more than the part `max_corrupt`."""
-    if count > max_corrupt * images:
-        raise DataError(f'{count} of {images} images cannot be read, more than --max-corrupt {max_corrupt:g} allows: '
-                        f'{some_names(names)}. Mend or remove them, or allow more.')
+def refuse_corrupt(names: list[str], images: int, max_corrupt: float) -> None:
+    """Raise DataError where the unreadable images are more than the part `max_corrupt` of `images`."""
+    if len(names) > max_corrupt * images:
+        raise DataError(f'{len(names)} of {images} images cannot be read, more than --max-corrupt {max_corrupt:g} '
+                        f'allows: {some_names(names)}. Mend or remove them, or allow more.')
+
+
+def tolerate(names: list[str], images: int, max_corrupt: float) -> None:
+    """Say which images turned out to be unreadable, or raise DataError as `refuse_corrupt`."""
+    refuse_corrupt(names, images, max_corrupt)
+    progress.say(f'{len(names)} images cannot be read, and others stand in for them: {some_names(names)}')
 
 
 def some_names(names: list[str], most: int = 5) -> str:

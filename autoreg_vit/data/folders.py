@@ -8,7 +8,7 @@ import bisect
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torchvision.datasets import VisionDataset
 
 from ..errors import DataError
+from .checks import some_names
 from .images import image_extensions, open_image
 
 _SYSTEM_FOLDERS = {'__MACOSX', '__pycache__', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'}
@@ -33,10 +34,11 @@ class LeftOut:
         self.counts: Counter[Reason] = Counter()
         self.first: dict[Reason, list[str]] = defaultdict(list)
 
-    def add(self, reason: Reason, path: str) -> None:
-        self.counts[reason] += 1
-        bisect.insort(self.first[reason], path)
-        del self.first[reason][3:]
+    def add(self, found: Iterable[tuple[Reason, str]]) -> None:
+        for reason, path in found:
+            self.counts[reason] += 1
+            bisect.insort(self.first[reason], path)
+            del self.first[reason][3:]
 
     def describe(self, root: Path) -> str | None:
         """What is left out of `root`, in words; None where nothing is."""
@@ -48,55 +50,19 @@ class LeftOut:
         return f'Left out of {root}: {", ".join(parts)}.' if parts else None
 
 
-class FlatFolder(VisionDataset):
-    """Images of a folder and its subfolders, without labels (-1).
+class ImageFiles(VisionDataset):
+    """Images of a folder.
 
     Attributes:
-        samples: Their files.
+        samples: Files and their labels.
         loader: From a file to its picture.
         left_out: What of the folder is not taken.
     """
+    samples: list[tuple[str, int]]
 
     def __init__(self, root: Path, transform: Callable, left_out: LeftOut | None = None):
         super().__init__(root, transform=transform)
         self.loader, self.left_out = open_image, left_out or LeftOut()
-        self.samples = sorted(map(Path, walk(root, left_out=self.left_out)))
-        if not self.samples:
-            raise no_files('images', root, '.jpg, .png, .webp, .tif or what else Pillow reads', self.left_out)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.loader(self.samples[index])), -1
-
-
-class ClassFolders(VisionDataset):
-    """Images of one folder a class, in any depth of it, in the order of torchvision's ImageFolder.
-
-    Attributes:
-        classes: Names of the folders, sorted; their number is the label.
-        samples: Files and their labels.
-        targets: The labels.
-        loader: From a file to its picture.
-        left_out: What of the folder is not taken.
-
-    Raises:
-        DataError: for class folders without images.
-    """
-
-    def __init__(self, root: Path, classes: list[str], transform: Callable, left_out: LeftOut | None = None):
-        super().__init__(root, transform=transform)
-        self.loader, self.classes, self.left_out = open_image, sorted(classes), left_out or LeftOut()
-        files = [sorted(walk(root / name, left_out=self.left_out, chain=(os.path.realpath(root),)), key=os.path.split)
-                 for name in self.classes]
-        empty = [name for name, found in zip(self.classes, files) if not found]
-        if empty:
-            more = ', ...' if len(empty) > 10 else ''
-            raise DataError(f'Class folders without images under {root}: {", ".join(empty[:10])}{more}. '
-                            f'Fill or remove them. {self.left_out.describe(root) or ""}')
-        self.samples = [(file, label) for label, found in enumerate(files) for file in found]
-        self.targets = [label for _, label in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -106,12 +72,37 @@ class ClassFolders(VisionDataset):
         return self.transform(self.loader(path)), label
 
 
-def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFolder | ClassFolders:
-    """Images of a folder, or of the folder of a split in it: of class folders where there are two or more, else flat.
+class FlatFolder(ImageFiles):
+    """Images of a folder and its subfolders, without labels (-1)."""
 
-    Raises:
-        DataError: for a folder that is not there, cannot be listed or has no images, no such split or several.
+    def __init__(self, root: Path, transform: Callable, left_out: LeftOut | None = None):
+        super().__init__(root, transform, left_out)
+        self.samples = [(str(file), -1) for file in sorted(map(Path, walk(root, left_out=self.left_out)))]
+        if not self.samples:
+            raise no_files('images', root, '.jpg, .png, .webp, .tif or what else Pillow reads', self.left_out)
+
+
+class ClassFolders(ImageFiles):
+    """Images of one folder a class, in any depth of it, in the order of torchvision's ImageFolder. The label, of which
+    `targets` has a list, is the number of the folder in `classes`, which are sorted. One without images is a DataError.
     """
+
+    def __init__(self, root: Path, classes: list[str], transform: Callable, left_out: LeftOut | None = None):
+        super().__init__(root, transform, left_out)
+        self.classes = sorted(classes)
+        files = [sorted(walk(root / name, left_out=self.left_out, chain=(os.path.realpath(root),)), key=os.path.split)
+                 for name in self.classes]
+        empty = [name for name, found in zip(self.classes, files) if not found]
+        if empty:
+            raise DataError(f'Class folders without images under {root}: {some_names(empty, 10)}. Fill or remove them. '
+                            f'{self.left_out.describe(root) or ""}')
+        self.samples = [(file, label) for label, found in enumerate(files) for file in found]
+        self.targets = [label for _, label in self.samples]
+
+
+def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFolder | ClassFolders:
+    """Images of a folder, or of the folder of a split in it: of class folders where there are two or more, else flat. A
+    folder that is not there, cannot be listed or has no images, no such split or several is a DataError."""
     if data_dir is None:
         raise DataError("dataset='folder' needs --data-dir, the folder of the images.")
     root, left_out = Path(data_dir).expanduser(), LeftOut()
@@ -121,23 +112,19 @@ def open_folder(data_dir: str | None, split: str, transform: Callable) -> FlatFo
     name = find_split(root, listing.folders, split)
     if name is not None:
         kinds = (None, kind_of_split(name))  # folders of other splits are not left out
-        for other in listing.folders:
-            if other != name and kind_of_split(other) in kinds and has_images(root / other):
-                left_out.add(('folder beside the split', 'folders beside the split'), str(root / other))
-        for file in listing.files:
-            left_out.add(('image beside the split', 'images beside the split'), file)
+        beside = [other for other in listing.folders if other != name and kind_of_split(other) in kinds]
+        left_out.add((('folder beside the split', 'folders beside the split'), str(root / other)) for other in beside
+                     if has_images(root / other))
+        left_out.add((('image beside the split', 'images beside the split'), file) for file in listing.files)
         root = root / name
         listing = list_folder(root)
     elif split != 'train' or any(map(kind_of_split, listing.folders)):
         raise DataError(f'{root} has no split {split!r}: it holds {", ".join(listing.folders[:10]) or "no folders"}. '
                         'Name one with --train-split or --eval-split; folders of classes must not be called so.')
-    if len(listing.folders) < 2 or (
-            listing.files and not any(has_images(root / name) for name in listing.folders)):
+    if len(listing.folders) < 2 or (listing.files and not any(has_images(root / name) for name in listing.folders)):
         return FlatFolder(root, transform, left_out)
-    for file in listing.files:
-        left_out.add(('image beside the class folders', 'images beside the class folders'), file)
-    for reason, path in listing.others:
-        left_out.add(reason, path)
+    left_out.add((('image beside the class folders', 'images beside the class folders'), f) for f in listing.files)
+    left_out.add(listing.others)
     return ClassFolders(root, listing.folders, transform, left_out)
 
 
@@ -148,11 +135,8 @@ def kind_of_split(name: str) -> str | None:
 
 
 def find_split(root: Path, folders: list[str], split: str) -> str | None:
-    """The folder of a split: of its very name, or the only one that spells it in another way.
-
-    Raises:
-        DataError: for several folders that spell it.
-    """
+    """The folder of a split: of its very name, or the only one that spells it in another way; raises DataError for
+    several that do."""
     if split in folders:
         return split
     kind = kind_of_split(split)
@@ -172,21 +156,11 @@ class Listing(NamedTuple):
 
 
 def list_folder(
-        folder: str | Path,
-        extensions: Collection[str] | None = None,
-        chain: tuple[str, ...] | None = None,
+        folder: str | Path, extensions: Collection[str] | None = None, chain: tuple[str, ...] | None = None,
 ) -> Listing:
-    """What a folder holds, links followed.
-
-    Args:
-        folder: The folder.
-        extensions: Of the files wanted, in lower case with their dots; by default those of images.
-        chain: Real paths of the folders that led here, the folder itself the last; a link to one of them, or to what
-            holds one, leads back.
-
-    Raises:
-        DataError: for a folder that cannot be listed.
-    """
+    """What a folder holds, links followed; one that cannot be listed is a DataError. Files are wanted by `extensions`,
+    in lower case with their dots, by default those of images. `chain` has the real paths of the folders that led here,
+    the folder itself the last: a link to one of them, or to what holds one, leads back."""
     extensions, chain = extensions or image_extensions(), chain or (os.path.realpath(folder),)
     found = Listing([], [], [])
     try:
@@ -222,22 +196,11 @@ def list_folder(
 
 
 def walk(
-        root: str | Path,
-        extensions: Collection[str] | None = None,
-        left_out: LeftOut | None = None,
+        root: str | Path, extensions: Collection[str] | None = None, left_out: LeftOut | None = None,
         chain: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """Files of a folder and its subfolders, in no order.
-
-    Args:
-        root: The folder.
-        extensions: As `list_folder` takes them.
-        left_out: Is told what is left out.
-        chain: Real paths of folders that it lies in, which links are not to lead back to.
-
-    Raises:
-        DataError: for a folder that cannot be listed.
-    """
+    """Files of a folder and its subfolders, in no order; `extensions` are as `list_folder` takes them, `left_out` is
+    told what is left out, and `chain` has real paths of folders around it, which links are not to lead back to."""
     extensions, stack = extensions or image_extensions(), [(os.fspath(root), (*chain, os.path.realpath(root)))]
     while stack:
         folder, chain = stack.pop()
@@ -247,8 +210,7 @@ def walk(
             path = os.path.join(folder, name)
             stack.append((path, (*chain, os.path.realpath(path))))
         if left_out is not None:
-            for reason, path in found.others:
-                left_out.add(reason, path)
+            left_out.add(found.others)
 
 
 def has_images(root: str | Path) -> bool:

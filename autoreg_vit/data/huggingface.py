@@ -10,7 +10,7 @@ import torch
 from torchvision.datasets import VisionDataset
 
 from ..errors import DataError, suggest
-from .images import open_image
+from .images import one_line, open_image
 
 #: Columns that are taken for labels where no column is of ClassLabel's type; such a one needs no name.
 LABEL_NAMES = ('label', 'labels', 'target', 'class')
@@ -22,10 +22,6 @@ class HubImages(VisionDataset):
     Args:
         name: On the Hub, or a folder.
         data_dir: Where downloads are kept; by default the package's own cache.
-        split: Name of the split.
-        transform: From PIL images to tensors.
-        image_column: Column of the images; by default the one there is.
-        label_column: Column of the labels; by default the one there is.
 
     Attributes:
         targets: Classes as whole numbers, or None without labels.
@@ -37,19 +33,13 @@ class HubImages(VisionDataset):
     """
 
     def __init__(
-            self,
-            name: str,
-            data_dir: str | None,
-            split: str,
-            transform: Callable,
-            image_column: str | None = None,
+            self, name: str, data_dir: str | None, split: str, transform: Callable, image_column: str | None = None,
             label_column: str | None = None,
     ):
         super().__init__(transform=transform)
         rows = load(name, data_dir, split)
         column = find_image_column(rows.features, image_column)
-        self.name = name
-        self.images = undecoded(rows.select_columns([column]), column)
+        self.name, self.images = name, undecoded(rows.select_columns([column]), column)
         label, self.unlabelled = find_label_column(rows.features, label_column)
         self.targets: list[int] | None = None
         self.classes: list[str] | None = None
@@ -81,11 +71,7 @@ class HubImages(VisionDataset):
 
 
 def load(name: str, data_dir: str | None, split: str, streaming: bool = False) -> Any:
-    """`datasets.load_dataset` of one split.
-
-    Raises:
-        DataError: for whatever keeps it from being opened.
-    """
+    """`datasets.load_dataset` of one split; raises DataError for whatever keeps it from being opened."""
     try:
         import datasets
     except ImportError as error:
@@ -97,7 +83,7 @@ def load(name: str, data_dir: str | None, split: str, streaming: bool = False) -
             rows = rows._resolve_features()
     except Exception as error:  # OSError, ValueError, RuntimeError, those of pyarrow and of the Hub: by the cause
         raise DataError(f'Cannot open the data set {name!r} of Hugging Face, split {split!r} '
-                        f'({type(error).__name__}: {" ".join(str(error).split())[:400]}).') from error
+                        f'({type(error).__name__}: {one_line(error)[:400]}).') from error
     return rows
 
 
@@ -109,11 +95,7 @@ def undecoded(rows: Any, column: str) -> Any:
 
 
 def content_of(value: dict[str, Any] | None) -> str | io.BytesIO:
-    """The file of an image that was left undecoded, or its path.
-
-    Raises:
-        ValueError: where the row has none.
-    """
+    """The file of an image that was left undecoded, or its path; raises ValueError where the row has none."""
     if value and value.get('bytes'):
         return io.BytesIO(value['bytes'])
     path = value and value.get('path')
@@ -135,11 +117,8 @@ def row_name(row: dict[str, Any], column: str) -> str:
 
 
 def find_image_column(features: dict[str, Any], given: str | None = None) -> str:
-    """The column of the images: the given one, 'image', or the only one that can be.
-
-    Raises:
-        DataError: where it is not there, or several can be.
-    """
+    """The column of the images: the given one, 'image', or the only one that can be; raises DataError where it is not
+    there, or several can be."""
     import datasets
 
     def holds_files(kind: Any) -> bool:
@@ -151,23 +130,17 @@ def find_image_column(features: dict[str, Any], given: str | None = None) -> str
         return given
     found = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     found = found or [name for name, kind in features.items() if holds_files(kind)]
-    if 'image' in found:
-        return 'image'
-    if len(found) != 1:
-        what = f'No column holds images: there are {", ".join(features)}'
-        if found:
-            what = f'The columns {", ".join(found)} all hold images'
-        raise DataError(f'{what}. Name the column of the images with --image-column.')
-    return found[0]
+    if 'image' in found or len(found) == 1:
+        return 'image' if 'image' in found else found[0]
+    what = (f'The columns {", ".join(found)} all hold images' if found else
+            f'No column holds images: there are {", ".join(features)}')
+    raise DataError(f'{what}. Name the column of the images with --image-column.')
 
 
 def find_label_column(features: dict[str, Any], given: str | None = None) -> tuple[str | None, str | None]:
     """The column of the labels: the given one, 'label', the only one of ClassLabel's type, or the only one called as
-    LABEL_NAMES are; or None and the reason why there is none.
-
-    Raises:
-        DataError: where the given one is not there or holds no labels.
-    """
+    LABEL_NAMES are; or None and the reason why there is none. Raises DataError where the given one is not there or
+    holds no labels."""
     import datasets
 
     def holds_labels(kind: Any) -> bool:
@@ -185,9 +158,8 @@ def find_label_column(features: dict[str, Any], given: str | None = None) -> tup
     found = found or [name for name in able if name.lower() in LABEL_NAMES]
     if len(found) == 1:
         return found[0], None
-    which = f'no column is known to hold labels, of {", ".join(features)}'
-    if found:
-        which = f'the columns {", ".join(found)} could all be labels'
+    which = (f'the columns {", ".join(found)} could all be labels' if found else
+             f'no column is known to hold labels, of {", ".join(features)}')
     return None, f'{which}: name one with --label-column'
 
 

@@ -14,6 +14,17 @@ from ..errors import DataError
 DAMAGE = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, struct.error, zlib.error,
           Image.DecompressionBombError)
 
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return ' '.join(str(error).split())
+
+
+def damaged(name: str | Path, error: Exception) -> DataError:
+    """The error of use of an image that cannot be read."""
+    return DataError(f'Cannot read {name}: it is damaged or no image ({one_line(error)}). Replace or remove it.')
+
+
 # Formats that Pillow recognises without decoding them, or decodes by another program.
 _NOT_DECODED = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
 
@@ -29,11 +40,8 @@ def image_extensions() -> frozenset[str]:
 
 
 def open_image(path: str | Path | IO[bytes]) -> Image.Image:
-    """Decode a file, of several pictures the first, in its own mode and turned upright as its EXIF data say.
-
-    Raises:
-        OSError, ValueError, ...: one of `DAMAGE`, where it cannot be decoded.
-    """
+    """Decode a file, of several pictures the first, in its own mode and turned upright as its EXIF data say; raises one
+    of `DAMAGE` where it cannot be decoded."""
     with Image.open(path) as image:
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             # PIL only warns up to twice as many, and would decode them.
@@ -106,12 +114,8 @@ def prepared(image: Image.Image) -> Image.Image:
 
 
 class ToMode:
-    """Bring PIL images to grey or RGB of 8 bits a channel, upright; an alpha channel is dropped. A named class so that
-    loader processes can receive it.
-
-    Raises, when called:
-        DataError: as `eight_bits`.
-    """
+    """Bring PIL images to grey or RGB of 8 bits a channel, upright, as `prepared`; an alpha channel is dropped. A named
+    class so that loader processes can receive it."""
 
     def __init__(self, channels: int):
         self.mode = 'L' if channels == 1 else 'RGB'

@@ -1,12 +1,11 @@
 """Images with labels, checked before anything is trained on them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import create_transform
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose
 
@@ -17,17 +16,17 @@ from ..engine.progress import say
 from ..errors import ConfigError, DataError
 from ..settings.classification import Classification
 from .checks import check_images, image_name, some_names
-from .images import DAMAGE, ToMode, prepared
+from .images import DAMAGE, ToMode, damaged, prepared
 from .samples import Samples
 from .sources import check_labels, labels_of, open_split
-from .transforms import CROP_RATIO, NO_JITTER, ImageSpec, evaluation_transform, training_transform
+from .transforms import CROP_RATIO, ImageSpec, evaluation_transform, timm_transform, training_transform
 
 
 class Images(Dataset):
-    """Some images of a map-style data set that gives PIL images, under a transform."""
+    """Some images of a map-style data set that gives PIL images, under a transform; indices and labels are int64."""
 
-    def __init__(self, dataset: Samples, indices: np.ndarray, transform: Callable):
-        self.dataset, self.indices, self.transform = dataset, indices, transform
+    def __init__(self, dataset: Samples, indices: np.ndarray, labels: np.ndarray, transform: Callable = prepared):
+        self.dataset, self.indices, self.labels, self.transform = dataset, indices, labels, transform
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -37,46 +36,26 @@ class Images(Dataset):
         try:
             image, label = self.dataset[index]
         except DAMAGE as error:
-            raise DataError(f'Cannot read {image_name(self.dataset, index)}: it is damaged or no image '
-                            f'({" ".join(str(error).split())}). Replace or remove it.') from error
+            raise damaged(image_name(self.dataset, index), error) from error
         return self.transform(image), int(label)
 
-    def filename(self, position: int) -> str:
-        """File of an image where its data set knows it."""
-        return image_name(self.dataset, int(self.indices[position]))
+    def under(self, transform: Callable) -> 'Images':
+        """The same images under another transform."""
+        return Images(self.dataset, self.indices, self.labels, transform)
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """Training and test images of a run.
-
-    Attributes:
-        train: Training images under the training transform.
-        plain: The same images as evaluation sees them.
-        test: Images to report on, as evaluation sees them.
-        train_labels: int64 [images of train].
-        classes: Names of the classes.
-    """
+class LabelledImages(NamedTuple):
+    """Images of a run: those to train on, under the training transform, the same as evaluation sees them (`plain`), and
+    those to report on, as evaluation sees them; and names of the classes."""
     train: Samples
     plain: Samples
     test: Samples
-    train_labels: np.ndarray
     classes: list[str]
 
 
-def labelled_images(
-        config: Classification,
-        spec: ImageSpec,
-        group: Processes,
-        **augmentation: Any,
-) -> LabelledImages:
-    """Open the data of a run and check its labels.
-
-    Args:
-        config: Settings; `dataset` is resolved in place.
-        spec: What images the model takes.
-        group: The processes, of which the main one looks for unreadable images.
-        **augmentation: For `augmenting_transform`.
+def labelled_images(config: Classification, spec: ImageSpec, group: Processes, **augmentation: Any) -> LabelledImages:
+    """Open the data of a run, resolving `config.dataset` in place, and check its labels; the main process looks for
+    unreadable images. `augmentation` is for `augmenting_transform`.
 
     Raises:
         DataError: for data that is not there, has no labels, labels out of range, or unreadable images.
@@ -93,21 +72,13 @@ def labelled_images(
     if test.dataset is not train.dataset:
         group.on_main(lambda: check_images(test.dataset, config.check_images, 0.0))
     group.on_main(lambda: say_untrained(splits))
-    return LabelledImages(Images(train.dataset, train.indices, augment), Images(train.dataset, train.indices, plain),
-                          Images(test.dataset, test.indices, plain), train.labels, splits.classes)
-
-
-class Part(NamedTuple):
-    """Images of a data set: which, and their labels, int64 each."""
-    dataset: Samples
-    indices: np.ndarray
-    labels: np.ndarray
+    return LabelledImages(train.under(augment), train.under(plain), test.under(plain), splits.classes)
 
 
 class Splits(NamedTuple):
-    """Labelled images to train on and to report on, of data sets that give them without a transform."""
-    train: Part
-    test: Part
+    """Labelled images to train on and to report on, under no transform yet."""
+    train: Images
+    test: Images
     classes: list[str]
 
 
@@ -116,16 +87,12 @@ class NoLabels(DataError):
 
 
 def open_splits(
-        config: Any,
-        train_images: int | None,
-        test_images: int | None,
-        num_classes: int | None = None,
+        config: Any, train_images: int | None, test_images: int | None, num_classes: int | None = None,
 ) -> Splits:
     """Open the labelled images of a command and check that their labels agree. Without an eval split a fifth of the
     training split is held out: the same one for the same seed, whatever the command.
 
     Args:
-        config: Names dataset, data_dir, train_split, eval_split, download and seed.
         train_images: To train on at most, drawn by the seed; None for all.
         test_images: To report on at most, drawn by the seed; None for all.
         num_classes: What they should be, or, where the data do not name their classes, at most are.
@@ -136,14 +103,10 @@ def open_splits(
         ConfigError: for a number of classes that is not the data's.
     """
     train, train_labels = _open(config, config.train_split)
-    names = class_names(train)
-    if config.eval_split:
-        test, test_labels = _open(config, config.eval_split)
-        check_same_classes(config, names, class_names(test))
-        train_indices, test_indices = np.arange(len(train)), np.arange(len(test))
-    else:
-        test, test_labels = train, train_labels
-        train_indices, test_indices = hold_out(len(train), 0.2, config.seed)
+    test, test_labels = _open(config, config.eval_split) if config.eval_split else (train, train_labels)
+    names, others = (getattr(dataset, 'classes', None) for dataset in (train, test))
+    check_same_classes(config, names, others)
+    train_indices, test_indices = divide(config, len(train), len(test))
     train_indices = some_of(train_indices, train_images, config.seed)
     test_indices = some_of(test_indices, test_images, config.seed)
 
@@ -152,22 +115,15 @@ def open_splits(
         raise ConfigError(f'num_classes={num_classes} does not fit the data, which has {count} classes: leave it out, '
                           'or name the right data.')
     count = num_classes or count
-    for labels in (train_labels, test_labels):
-        check_labels(labels, count)
-    return Splits(Part(train, train_indices, train_labels[train_indices]),
-                  Part(test, test_indices, test_labels[test_indices]),
+    check_labels(test_labels, count)  # those to train on are within, as they are opened and counted
+    return Splits(Images(train, train_indices, train_labels[train_indices]),
+                  Images(test, test_indices, test_labels[test_indices]),
                   [printable(name) for name in names or map(str, range(count))])
 
 
-def class_names(dataset: Samples) -> list[str] | None:
-    """Names of a data set's classes, in the order of the labels, where it knows them."""
-    names = getattr(dataset, 'classes', None)
-    return list(names) if names else None
-
-
 def check_same_classes(config: Any, train: list[str] | None, test: list[str] | None) -> None:
-    """Raise DataError for splits with other classes, or with the same under other labels."""
-    if train is None or test is None or train == test:
+    """Raise DataError for splits with other classes, or with the same under other labels, where they name them."""
+    if not train or not test or list(train) == list(test):
         return
     splits = f'The splits {config.train_split!r} and {config.eval_split!r} have'
     odd = sorted(map(str, set(train) ^ set(test)))
@@ -200,11 +156,8 @@ def distinct(names: list[str]) -> list[str]:
 
 
 def hold_out(count: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of `count` images, those kept and those held out, both sorted; the same ones for the same seed.
-
-    Raises:
-        DataError: for a single image, which cannot be both.
-    """
+    """Indices of `count` images, those kept and those held out, both sorted; the same ones for the same seed. A single
+    image, which cannot be both, is a DataError."""
     if count < 2:
         raise DataError(f'Of {count} training image{"" if count == 1 else "s"} none can be held out to report on: name '
                         '--eval-split, or add images.')
@@ -214,20 +167,11 @@ def hold_out(count: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray
 
 
 def augmenting_transform(
-        spec: ImageSpec,
-        crop_scale: tuple[float, float],
-        hflip: float,
-        auto_augment: str | None = None,
+        spec: ImageSpec, crop_scale: tuple[float, float], hflip: float, auto_augment: str | None = None,
         erase: float = 0.0,
 ) -> Callable:
-    """Random resized crop and flip, with timm's augmentation policy and random erasing where asked for.
-
-    Args:
-        spec: What images the model takes; grey images are augmented in RGB.
-        crop_scale: Area of crops.
-        hflip: Probability of a flip.
-        auto_augment: timm's name of a policy, such as 'rand-m9-mstd0.5-inc1' (RandSAC Table 15).
-        erase: Probability of erasing a rectangle.
+    """Random resized crop and flip, with a policy of timm's, such as 'rand-m9-mstd0.5-inc1' (RandSAC Table 15), and the
+    erasing of a rectangle, of probability `erase`, where asked for; grey images are augmented in RGB.
 
     Raises:
         ConfigError: for an unknown policy.
@@ -235,26 +179,26 @@ def augmenting_transform(
     if auto_augment is None and not erase:
         return training_transform(spec, crop_scale, hflip)
 
-    def parts(channels: int) -> tuple[Callable, Any, Callable]:
-        mean, std = (v if len(v) == channels else v * channels for v in (spec.mean, spec.std))
-        return create_transform(
-            (channels, *spec.size), is_training=True, scale=crop_scale, ratio=CROP_RATIO, hflip=hflip,
-            color_jitter=NO_JITTER, auto_augment=auto_augment, interpolation='bicubic', re_prob=erase, re_mode='pixel',
-            mean=mean, std=std, separate=True)
+    def parts(spec: ImageSpec) -> tuple[Callable, Any, Callable]:
+        return timm_transform(
+            spec, is_training=True, scale=crop_scale, ratio=CROP_RATIO, hflip=hflip, color_jitter=None,
+            auto_augment=auto_augment, re_prob=erase, re_mode='pixel', separate=True)
 
     try:
-        crop, policy, _ = parts(3)
+        crop, policy, _ = parts(ImageSpec(spec.size, 3, *(v * (3 // len(v)) for v in (spec.mean, spec.std))))
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(f'Unknown auto_augment {auto_augment!r}: a policy of timm, such as rand-m9-mstd0.5-inc1, '
                           'original, 3a or augmix-m5-w4, or none.') from error
     for transform in policy.transforms:
-        operations = list(getattr(transform, 'ops', ()))
-        for several in getattr(transform, 'policy', ()):
-            operations += several
-        for op in operations:
+        for op in chain(getattr(transform, 'ops', ()), *getattr(transform, 'policy', ())):
             if op.name.startswith('Posterize'):
                 op.aug_fn = posterize
-    return Compose([ToMode(3), crop, policy, ToMode(spec.channels), parts(spec.channels)[2]])
+    return Compose([ToMode(3), crop, policy, ToMode(spec.channels), parts(spec)[2]])
+
+
+def divide(config: Any, train: int, test: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images of both splits, or without an eval split those kept and those held out of one."""
+    return (np.arange(train), np.arange(test)) if config.eval_split else hold_out(train, 0.2, config.seed)
 
 
 def some_of(indices: np.ndarray, most: int | None, seed: int) -> np.ndarray:

@@ -15,43 +15,24 @@ REMEDY = 'In Docker raise it with --shm-size (or --ipc=host); --workers sets how
 
 
 class InOrder:
-    """Batches of a map-style data set in its order, as loader processes make them.
+    """Batches of a data set in its order, as so many loader processes make them; by default tensors are stacked."""
 
-    Args:
-        dataset: Map-style.
-        batch_size: Samples a batch.
-        workers: Loader processes.
-        collate: Makes a batch of a list of samples; by default tensors are stacked.
-    """
-
-    def __init__(
-            self,
-            dataset: Samples,
-            batch_size: int,
-            workers: int,
-            collate: Callable[[list], Any] | None = None,
-    ):
+    def __init__(self, dataset: Samples, batch_size: int, workers: int, collate: Callable[[list], Any] | None = None):
         self.dataset, self.batch_size, self.workers, self.collate = dataset, batch_size, workers, collate
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self) -> Iterator:
-        return fitting(self._from, self.workers)
-
-    def _from(self, first: int, workers: int) -> DataLoader:
-        rest = some(self.dataset, range(first * self.batch_size, len(self.dataset)))
-        return DataLoader(rest, self.batch_size, num_workers=workers, collate_fn=self.collate)
+        return fitting(lambda first, workers: DataLoader(
+            some(self.dataset, range(first * self.batch_size, len(self.dataset))), self.batch_size, num_workers=workers,
+            collate_fn=self.collate), self.workers)
 
 
 def fitting(load: Callable[[int, int], Iterable], workers: int) -> Iterator:
     """Batches by as many loader processes as shared memory holds: where it is too small for them, half as many go on
-    from the batch that failed, and in the end this process alone.
-
-    Args:
-        load: From the number of a batch and of loader processes to the batches from there on.
-        workers: Loader processes to begin with.
-    """
+    from the batch that failed, and in the end this process alone. `load` gives the batches from a number on, by so many
+    loader processes."""
     given = 0
     while True:
         try:
@@ -78,11 +59,8 @@ def plainly(loader: Iterable) -> Iterator:
 
 
 def all_or_none(loader: DataLoader) -> Iterator:
-    """The batches of a stream, which other loader processes would give in another order.
-
-    Raises:
-        DataError: where shared memory is too small.
-    """
+    """The batches of a stream, which other loader processes would give in another order; raises DataError where shared
+    memory is too small."""
     try:
         yield from plainly(loader)
     except (RuntimeError, OSError) as error:
@@ -100,22 +78,11 @@ def lacks_shared_memory(error: Exception) -> bool:
 
 
 def own_part(
-        dataset: Samples,
-        batch_size: int,
-        *,
-        workers: int,
-        collate: Callable[[list], Any] | None = None,
+        dataset: Samples, batch_size: int, *, workers: int, collate: Callable[[list], Any] | None = None,
         group: Processes,
 ) -> Iterator:
-    """Batches of this process's part of a data set, in its order; the processes together see each image once.
-
-    Args:
-        dataset: Map-style.
-        batch_size: Images a batch of one process.
-        workers: Loader processes.
-        collate: Makes a batch of a list of samples; by default tensors are stacked.
-        group: The processes.
-    """
+    """Batches, of `batch_size` images on each process, of this process's part of a data set, in its order; the
+    processes together see each image once."""
     part = some(dataset, range(group.rank, len(dataset), group.world_size))
     if not len(part):
         return iter(())

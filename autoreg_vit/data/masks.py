@@ -1,11 +1,9 @@
 """Images with masks of classes, checked before anything is trained on them."""
 
 import json
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +19,8 @@ from ..models.dense.segmenter import IGNORED
 from ..settings.dense import SegmentConfig
 from .checks import check_images, some_names
 from .folders import LeftOut, find_split, list_folder, no_files, walk
-from .images import DAMAGE, ToMode, open_image, stored_size
-from .labelled import distinct, hold_out, some_of
-from .samples import named
+from .images import DAMAGE, ToMode, one_line, open_image, stored_size
+from .labelled import distinct, divide, some_of
 from .transforms import ImageSpec
 
 #: Files of masks: of formats that keep every value.
@@ -33,30 +30,20 @@ MASK_EXTENSIONS = ('.png', '.tif', '.tiff', '.bmp')
 Transform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class MaskFormat:
-    """What the values of masks mean.
-
-    Args:
-        classes: Their names.
-        ignore_index: Value of pixels without a class.
-        reduce_zero_label: Classes are numbered from 1, and 0 is ignored too.
-    """
+class MaskFormat(NamedTuple):
+    """What the values of masks mean: names of the classes, the value of pixels without a class, and whether classes are
+    numbered from 1 and 0 is ignored too."""
     classes: tuple[str, ...]
     ignore_index: int
     reduce_zero_label: bool
 
     def read(self, path: Path) -> torch.Tensor:
-        """Classes of a mask's pixels, int64 [H, W], `IGNORED` where there is none.
-
-        Raises:
-            DataError: for a mask that is damaged, a colour picture, or has values that are no classes, or no class at
-                all.
-        """
+        """Classes of a mask's pixels, int64 [H, W], `IGNORED` where there is none. A mask that is damaged, a colour
+        picture, or has values that are no classes, or no class, is a DataError."""
         try:
             image = open_image(path)
         except DAMAGE as error:
-            raise DataError(f'the mask {path} cannot be read: {" ".join(str(error).split())}') from error
+            raise DataError(f'the mask {path} cannot be read: {one_line(error)}') from error
         bands = len(image.getbands())
         if bands > 1:
             kind = 'grey with transparency' if image.mode in ('LA', 'La', 'PA') else 'a colour picture'
@@ -92,18 +79,10 @@ class MaskFormat:
 
 
 class MaskedImages(Dataset):
-    """Images and their masks, under a transform.
-
-    Args:
-        samples: Files of images and of their masks.
-        masks: What their values mean.
-        channels: Of images, 1 or 3.
-        transform: Makes of each what the data set gives.
-    """
+    """Images, of 1 or 3 channels, and their masks, both from the files `samples`, under a transform."""
 
     def __init__(self, samples: list[tuple[Path, Path]], masks: MaskFormat, channels: int, transform: Transform):
-        self.samples, self.masks, self.transform = samples, masks, transform
-        self.mode = ToMode(channels)
+        self.samples, self.masks, self.mode, self.transform = samples, masks, ToMode(channels), transform
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -112,65 +91,49 @@ class MaskedImages(Dataset):
         return self.transform(*self.read(index))
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """An image, uint8 [C, H, W], and its classes, int64 [H, W].
-
-        Raises:
-            DataError: for a file that is damaged, or a mask that does not fit its image or the classes.
-        """
+        """An image, uint8 [C, H, W], and its classes, int64 [H, W]. A file that is damaged, or a mask that does not fit
+        its image or the classes, is a DataError."""
         path, mask_path = self.samples[index]
         try:
             image = transforms.pil_to_tensor(self.mode(open_image(path)))
         except DAMAGE as error:
-            raise DataError(f'the image {path} cannot be read: {" ".join(str(error).split())}') from error
+            raise DataError(f'the image {path} cannot be read: {one_line(error)}') from error
         mask = self.masks.read(mask_path)
         if image.shape[1:] != mask.shape:
             sizes = ' and '.join(f'{w} x {h}' for h, w in (mask.shape, image.shape[1:]))
-            turned = ''
-            if stored_size(path) == tuple(mask.shape[::-1]):
-                turned = '. The EXIF orientation of the image turns it: draw masks on the upright picture'
-            raise DataError(f'the mask {mask_path} and its image {path} differ in size: {sizes} pixels{turned}')
+            turned = stored_size(path) == tuple(mask.shape[::-1])
+            hint = '. The EXIF orientation of the image turns it: draw masks on the upright picture' if turned else ''
+            raise DataError(f'the mask {mask_path} and its image {path} differ in size: {sizes} pixels{hint}')
         return image, mask
 
 
-@dataclass(frozen=True)
-class SegmentationData:
-    """Images of a run.
-
-    Attributes:
-        train: Training images, augmented: float32 [C, h, w] and int64 [h, w] of a crop.
-        test: Images to report on: float32 [C, h, w] resized, and int64 [H, W] as they are.
-        classes: Names of the classes.
-    """
+class SegmentationData(NamedTuple):
+    """Images of a run, and names of the classes. Those to train on are crops, float32 [C, h, w] and int64 [h, w]; those
+    to report on are resized, float32 [C, h, w], and their masks as they are, int64 [H, W]."""
     train: MaskedImages
     test: MaskedImages
     classes: tuple[str, ...]
 
 
 def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> SegmentationData:
-    """Open the data of a run and check it: every image has a mask of its size with no other values than classes.
-
-    Args:
-        config: Settings.
-        spec: What images the model takes; its size is that of crops.
-        group: The processes, of which the main one looks at the files.
+    """Open the data of a run and check it: every image has a mask of its size with no other values than classes. The
+    size of `spec` is that of crops. The main process looks at the files.
 
     Raises:
         DataError: for a folder that is not there, files without a counterpart, and images or masks that do not do.
         ConfigError: where the number of classes is not known or not the data's.
     """
-    root = Path(named(config.data_dir))
+    assert config.data_dir is not None  # which the settings refuse
+    root = Path(config.data_dir)
     if not root.is_dir():
         raise DataError(f'No folder {root}: --data-dir names a folder with images/SPLIT and annotations/SPLIT.')
     masks = _mask_format(config, root)
-    tell = say if group.is_main else _ignore
+    tell = say if group.is_main else lambda text: None
     train = find_pairs(root, config.train_split, tell)
-    if config.eval_split:
-        test = find_pairs(root, config.eval_split, tell)
-    else:
-        kept, held = hold_out(len(train), 0.2, config.seed)
-        train, test = [train[i] for i in kept], [train[i] for i in held]
-    train = [train[i] for i in some_of(np.arange(len(train)), config.train_images, config.seed)]
-    test = [test[i] for i in some_of(np.arange(len(test)), config.test_images, config.seed)]
+    test = find_pairs(root, config.eval_split, tell) if config.eval_split else train
+    train_indices, test_indices = divide(config, len(train), len(test))
+    train = [train[i] for i in some_of(train_indices, config.train_images, config.seed)]
+    test = [test[i] for i in some_of(test_indices, config.test_images, config.seed)]
     data = SegmentationData(MaskedImages(train, masks, spec.channels, Augment(config, spec)),
                             MaskedImages(test, masks, spec.channels, Plain(config, spec)), masks.classes)
     group.on_main(lambda: check_masks(config, data.train, config.max_corrupt, 'train on'))
@@ -179,86 +142,43 @@ def open_data(config: SegmentConfig, spec: ImageSpec, group: Processes) -> Segme
 
 
 def check_masks(config: SegmentConfig, images: MaskedImages, max_corrupt: float, purpose: str) -> None:
-    """Look at images and masks, up to `check_images` of them, and say what may be wrong with the classes.
+    """Look at images and masks, up to `check_images` of them, and say what may be wrong with the classes. More that are
+    unreadable than the part `max_corrupt`, and masks of a single class to train on, are a DataError."""
+    masks, classes = images.masks, images.masks.classes
+    counts: list[np.ndarray] = []  # of each mask, pixels that are ignored and those of each class
 
-    Args:
-        config: Settings.
-        images: What to look at.
-        max_corrupt: Part of the images that may be unreadable.
-        purpose: What the images are for, in words.
+    def count_pixels(index: int) -> None:
+        mask = images.read(index)[1]
+        counts.append(torch.bincount(mask.flatten() - IGNORED, minlength=1 + len(classes)).numpy())
 
-    Raises:
-        DataError: for more unreadable images, and for masks of a single class to train on.
-    """
-    counts = PixelCounts(images.masks)
-    check_images(images, config.check_images, max_corrupt, try_sample=lambda i: counts.add(images.read(i)[1]))
-    for text in counts.doubts(purpose):
-        say(text)
-    present = np.flatnonzero(counts.pixels)
-    if purpose == 'train on' and counts.masks == len(images) and len(present) == 1 < len(images.masks.classes):
+    check_images(images, config.check_images, max_corrupt, try_sample=count_pixels)
+    ignored, *pixels = np.sum(counts, axis=0).tolist() if counts else [0] * (1 + len(classes))
+    part = ignored / max(ignored + sum(pixels), 1)
+    absent = [name for name, count in zip(classes, pixels) if not count]
+    present = [name for name, count in zip(classes, pixels) if count]
+    if counts and absent:
+        say(f'No mask of the {len(counts)} to {purpose} that were looked at has a pixel of the class'
+            f'{"es" if len(absent) > 1 else ""} {some_names(absent)}. {masks.explain()}')
+    if part > 0.5:
+        say(f'{part:.0%} of the pixels of the masks to {purpose} are ignored. {masks.explain()}')
+    if purpose == 'train on' and len(counts) == len(images) and len(present) == 1 < len(classes):
         raise DataError(
-            f'The {counts.masks} masks to train on hold the class {images.masks.classes[present[0]]!r} alone, and '
-            f'{counts.ignored_part:.0%} of their pixels are ignored: nothing is to be learned from them. '
-            f'{images.masks.explain()} Where {images.masks.ignore_index} stands for a class, number the classes '
-            'without gaps in the masks, or name another --ignore-index.')
-
-
-class PixelCounts:
-    """How many pixels of masks each class has; may be told from several threads.
-
-    Attributes:
-        pixels: Of each class, int64 [classes].
-        ignored: Pixels without a class.
-        masks: How many were counted.
-    """
-
-    def __init__(self, form: MaskFormat):
-        self.form, self.lock = form, threading.Lock()
-        self.pixels, self.ignored, self.masks = np.zeros(len(form.classes), np.int64), 0, 0
-
-    def add(self, mask: torch.Tensor) -> None:
-        """Count a mask as `MaskFormat.read` gives it."""
-        counts = torch.bincount(mask[mask != IGNORED], minlength=len(self.pixels)).numpy()
-        with self.lock:
-            self.pixels += counts
-            self.ignored += mask.numel() - int(counts.sum())
-            self.masks += 1
-
-    @property
-    def ignored_part(self) -> float:
-        return self.ignored / max(self.ignored + int(self.pixels.sum()), 1)
-
-    def doubts(self, purpose: str) -> list[str]:
-        """What may be wrong, in words: classes that no mask has, and a value to ignore that covers most of the
-        masks."""
-        texts, absent = [], [name for name, count in zip(self.form.classes, self.pixels) if not count]
-        if self.masks and absent:
-            texts.append(f'No mask of the {self.masks} to {purpose} that were looked at has a pixel of the class'
-                         f'{"es" if len(absent) > 1 else ""} {some_names(absent)}. {self.form.explain()}')
-        if self.ignored_part > 0.5:
-            texts.append(f'{self.ignored_part:.0%} of the pixels of the masks to {purpose} are ignored. '
-                         f'{self.form.explain()}')
-        return texts
-
-
-def _ignore(text: str) -> None:
-    pass
+            f'The {len(counts)} masks to train on hold the class {present[0]!r} alone, and {part:.0%} of their pixels '
+            f'are ignored: nothing is to be learned from them. {masks.explain()} Where {masks.ignore_index} stands for '
+            'a class, number the classes without gaps in the masks, or name another --ignore-index.')
 
 
 def _mask_format(config: SegmentConfig, root: Path) -> MaskFormat:
     """From the settings and the data's info.json, with the keys classes, a list of names, and ignore_index."""
-    path, info = root / 'info.json', {}
-    if path.is_file():
-        try:
-            info = json.loads(path.read_text(encoding='utf-8'))
-            classes, ignored = _names(info.get('classes', [])), info.get('ignore_index', 255)
-            if type(ignored) is not int:
-                raise ValueError(f'ignore_index is {ignored!r}, no whole number')
-        except (ValueError, AttributeError) as error:
-            raise DataError(f'{path} is damaged: expected {{"classes": [NAME, ...], "ignore_index": 255}} '
-                            f'({" ".join(str(error).split())}).') from error
-    else:
-        classes, ignored = [], 255
+    path = root / 'info.json'
+    try:
+        info = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+        classes, ignored = _names(info.get('classes', [])), info.get('ignore_index', 255)
+        if type(ignored) is not int:
+            raise ValueError(f'ignore_index is {ignored!r}, no whole number')
+    except (ValueError, AttributeError) as error:
+        raise DataError(f'{path} is damaged: expected {{"classes": [NAME, ...], "ignore_index": 255}} '
+                        f'({one_line(error)}).') from error
     if config.num_classes is None and not classes:
         raise ConfigError(f'How many classes are there? Say --num-classes, or name them in {path}: '
                           '{"classes": [NAME, ...]}.')
@@ -281,30 +201,25 @@ def _names(classes: Any) -> list[str]:
     return [str(name) for name in classes]
 
 
-def find_pairs(root: Path, split: str, tell: Callable[[str], None] = _ignore) -> list[tuple[Path, Path]]:
-    """Images under images/SPLIT and the masks of the same names, but for the ending, under annotations/SPLIT.
-    `tell` takes what is left out, in words.
+def find_pairs(root: Path, split: str, tell: Callable[[str], None] = say) -> list[tuple[Path, Path]]:
+    """Images under images/SPLIT and the masks of the same names, but for the ending, under annotations/SPLIT. `tell`
+    takes what is left out, in words.
 
     Raises:
-        DataError: for a folder that is not there or is empty, for files without a counterpart, and for two of the same
-            name but for the ending, naming them.
+        DataError: for a folder that is not there or is empty, files without a counterpart, and two of one name.
     """
     images = _files_by_name(root / 'images', split, None, tell)
     masks = _files_by_name(root / 'annotations', split, MASK_EXTENSIONS, tell)
     for some, others, text in ((images, masks, 'images without a mask'), (masks, images, 'masks without an image')):
         alone = sorted(some.keys() - others.keys())
         if alone:
-            names = ', '.join(str(some[name]) for name in alone[:3])
-            raise DataError(f'{len(alone)} {text} of the same name in the split {split!r}: {names}'
-                            f'{", ..." if len(alone) > 3 else ""}.')
+            names = some_names([str(some[name]) for name in alone], 3)
+            raise DataError(f'{len(alone)} {text} of the same name in the split {split!r}: {names}.')
     return [(images[name], masks[name]) for name in sorted(images)]
 
 
 def _files_by_name(
-        parent: Path,
-        split: str,
-        extensions: tuple[str, ...] | None,
-        tell: Callable[[str], None],
+        parent: Path, split: str, extensions: tuple[str, ...] | None, tell: Callable[[str], None],
 ) -> dict[str, Path]:
     """Files of a split by their names without the ending, from the folder of all splits."""
     splits = list_folder(parent).folders if parent.is_dir() else []
@@ -330,20 +245,14 @@ def _files_by_name(
     return found
 
 
-class Resize:
-    """Bring an image's shorter side to `short_side`, as long as the longer one is at most four times it (2048 x 512 in
-    BEiT's setting), and then by a factor."""
-
-    def __init__(self, short_side: int | None):
-        self.short_side = short_side
-
-    def __call__(self, image: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        """An image [C, H, W], uint8, in its new size."""
-        sides = image.shape[1:]
-        if self.short_side is not None:
-            factor *= min(self.short_side / min(sides), 4 * self.short_side / max(sides))
-        size = [max(round(side * factor), 1) for side in sides]
-        return transforms.resize(image, size, antialias=True) if size != list(sides) else image
+def resize(image: torch.Tensor, short_side: int | None, factor: float = 1.0) -> torch.Tensor:
+    """Bring the shorter side of an image, uint8 [C, H, W], to `short_side`, as long as the longer one is at most four
+    times it (2048 x 512 in BEiT's setting), and then by a factor."""
+    sides = image.shape[1:]
+    if short_side is not None:
+        factor *= min(short_side / min(sides), 4 * short_side / max(sides))
+    size = [max(round(side * factor), 1) for side in sides]
+    return transforms.resize(image, size, antialias=True) if size != list(sides) else image
 
 
 def normalise(image: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
@@ -353,11 +262,12 @@ def normalise(image: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
 
 class Plain:
     """What evaluation sees: an image resized and normalised, and its mask as it is."""
+
     def __init__(self, config: SegmentConfig, spec: ImageSpec):
-        self.resize, self.spec = Resize(config.short_side), spec
+        self.config, self.spec = config, spec
 
     def __call__(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return normalise(self.resize(image), self.spec), mask
+        return normalise(resize(image, self.config.short_side), self.spec), mask
 
 
 class Augment:
@@ -369,13 +279,13 @@ class Augment:
     """
 
     def __init__(self, config: SegmentConfig, spec: ImageSpec):
-        self.config, self.spec, self.resize = config, spec, Resize(config.short_side)
+        self.config, self.spec = config, spec
         self.distort = v2.Compose([v2.RandomApply([v2.ColorJitter(**{name: amount})], 0.5) for name, amount in (
             ('brightness', 0.125), ('contrast', 0.5), ('saturation', 0.5), ('hue', 0.05))])
 
     def __call__(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config, (height, width) = self.config, self.spec.size
-        image = self.resize(image, torch.empty(()).uniform_(*config.scale).item())
+        image = resize(image, config.short_side, torch.empty(()).uniform_(*config.scale).item())
         mask = interpolate(mask[None, None].float(), size=image.shape[1:], mode='nearest-exact')[0, 0].long()
         top, left = self._corner_of_crop(mask)
         image, mask = image[:, top:top + height, left:left + width], mask[top:top + height, left:left + width]

@@ -10,14 +10,13 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ..engine.processes import Processes
-from ..engine.progress import say
 from ..engine.seeding import mix_seed
 from ..errors import ConfigError, DataError
-from .checks import image_name, refuse_corrupt, some_names
-from .images import DAMAGE, ToMode
-from .order import EpochSampler
+from .checks import image_name, tolerate
+from .images import DAMAGE, ToMode, one_line
+from .order import EpochSampler, batches_per_epoch
 from .samples import Samples
-from .transforms import ImageSpec
+from .transforms import CROP_RATIO, ImageSpec
 
 #: Images that are loaded to be kept on a device where nobody asked for it.
 MOST_UNASKED = 200_000
@@ -35,8 +34,6 @@ class DeviceImages:
 
     Args:
         dataset: Map-style, of PIL images that are all of one size: opened without a transform.
-        spec: What the model takes.
-        device: Where images live.
         max_corrupt: Part of the images that may be unreadable; the next readable image stands in for each.
 
     Raises:
@@ -45,17 +42,13 @@ class DeviceImages:
     """
 
     def __init__(
-            self,
-            dataset: Samples | IterableDataset,
-            spec: ImageSpec,
-            device: torch.device,
-            max_corrupt: float = 0.001,
+            self, dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device, max_corrupt: float = 0.001,
     ):
         if isinstance(dataset, IterableDataset):
             raise ConfigError('cache_on_device needs a data set that fits on the device, not a stream: leave '
                               '--cache-on-device out.')
         self.spec, self.device = spec, device
-        to_mode, size = ToMode(spec.channels), (0, 0)
+        to_mode = ToMode(spec.channels)
         images: np.ndarray | None = None
         readable: list[int] = []
         damages: list[str] = []
@@ -63,12 +56,11 @@ class DeviceImages:
             try:
                 image = to_mode(dataset[index][0])
             except DAMAGE as error:
-                damages.append(f'{image_name(dataset, index)} ({" ".join(str(error).split())})')
+                damages.append(f'{image_name(dataset, index)} ({one_line(error)})')
                 continue
             readable.append(index)
             if images is None:
-                size = image.size
-                shape = (len(dataset), image.height, image.width, spec.channels)
+                size, shape = image.size, (len(dataset), image.height, image.width, spec.channels)
                 _check_memory(math.prod(shape), device)
                 images = np.empty(shape, dtype=np.uint8)
             if image.size != size:
@@ -77,8 +69,7 @@ class DeviceImages:
                                    '--cache-on-device out, or resize them beforehand.')
             images[index] = np.asarray(image).reshape(images.shape[1:])
         if damages:
-            refuse_corrupt(len(damages), len(dataset), max_corrupt if readable else 0, damages)
-            say(f'{len(damages)} images cannot be read, and others stand in for them: {some_names(damages)}')
+            tolerate(damages, len(dataset), max_corrupt if readable else 0)
         if images is None:
             raise DataError('cache_on_device: the data set has no images.')
         for index in set(range(len(dataset))) - set(readable):
@@ -90,15 +81,8 @@ class DeviceImages:
         return len(self.images)
 
     def augment(self, indices: torch.Tensor, crops: 'Crops') -> torch.Tensor:
-        """Crops of images, resized, flipped and normalised.
-
-        Args:
-            indices: Of the images, int64 [B] on the device.
-            crops: Of each, as `draw_crops` gives them.
-
-        Returns:
-            Float32 [B, C, height, width] of the model's size.
-        """
+        """Crops of the images of these numbers, int64 [B], resized to the model's size, flipped and normalised: float32
+        [B, C, height, width]."""
         images, (height, width) = self.images[indices].float(), self.spec.size
         top, left, rows, columns = crops.boxes.unbind(1)
         # As Pillow resizes: along one axis and then the other, whole levels between the two.
@@ -111,13 +95,8 @@ class DeviceImages:
 
 def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device) -> bool:
     """Whether images look small and few enough to be kept on a GPU unasked, by the first that can be read: of at most
-    twice the model's pixels, in a quarter of the free memory, and no more than are loaded in some minutes.
-
-    Args:
-        dataset: Of PIL images, opened without a transform.
-        spec: What the model takes.
-        device: A GPU.
-    """
+    twice the model's pixels, in a quarter of the free memory, and no more than are loaded in some minutes. They are PIL
+    images, opened without a transform."""
     if isinstance(dataset, IterableDataset) or len(dataset) > MOST_UNASKED:
         return False
     for index in range(min(len(dataset), 16)):
@@ -131,44 +110,24 @@ def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: to
 
 
 class Crops(NamedTuple):
-    """Random resized crops and flips.
-
-    Args:
-        boxes: int64 [B, 4], in pixels: top, left, height, width.
-        flips: bool [B].
-    """
+    """Random resized crops, int64 [B, 4] in pixels: top, left, height, width; and flips, bool [B]."""
     boxes: torch.Tensor
     flips: torch.Tensor
 
-    def split(self, size: int) -> Iterator['Crops']:
-        """Those of consecutive batches of `size` images."""
-        return map(Crops, self.boxes.split(size), self.flips.split(size))
-
-    def part(self, share: slice) -> 'Crops':
-        """Those of some of the images."""
-        return Crops(self.boxes[share], self.flips[share])
-
 
 def draw_crops(
-        batch: int,
-        size: tuple[int, int],
-        scale: tuple[float, float],
-        hflip: float,
-        generator: torch.Generator,
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        batch: int, size: tuple[int, int], scale: tuple[float, float], hflip: float, generator: torch.Generator,
 ) -> Crops:
     """Random resized crops as torchvision and timm draw them: of ten draws of area and ratio the first that fits, in
     whole pixels, at a place that is as likely as any; the middle of the image where none fits.
 
     Args:
-        batch: How many.
         size: Height and width of the images in pixels.
         scale: Least and greatest area of a crop, of the image's.
         hflip: Probability of a flip.
         generator: Draws come from it, on its device.
-        ratio: Least and greatest width over height of a crop.
     """
-    height, width = size
+    (height, width), ratio = size, CROP_RATIO
     draws = torch.rand(41, batch, generator=generator, device=generator.device)
     area, shape, down, right = draws[:40].view(4, 10, batch)
     area = (scale[0] + area * (scale[1] - scale[0])) * height * width
@@ -187,18 +146,9 @@ def draw_crops(
 
 
 def resampling(start: torch.Tensor, count: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """The weights by which each new pixel is a mean of old ones: bicubic (a = -0.5), and wider by as much as it shrinks
-    them, as Pillow resizes. Pixels outside of a crop have none.
-
-    Args:
-        start: First pixel of each crop along an axis, int64 [B].
-        count: Pixels of each crop along it, int64 [B].
-        length: Old pixels along it.
-        size: New ones.
-
-    Returns:
-        Float32 [B, size, length]; rows sum to 1.
-    """
+    """The weights by which each of `size` new pixels is a mean of `length` old ones: bicubic (a = -0.5), and wider by
+    as much as it shrinks them, as Pillow resizes; float32 [B, size, length], rows sum to 1. A crop has `count` pixels
+    from `start` on, int64 [B] each, and pixels outside of it have no weight."""
     step = (count / size)[:, None, None]  # old pixels of a new one
     centre = (torch.arange(size, device=start.device)[None, :, None] + 0.5) * step
     pixel = torch.arange(length, device=start.device) - start[:, None, None]
@@ -217,65 +167,43 @@ class DeviceBatches:
     processes nor accumulation change them.
 
     Args:
-        images: On the device.
         batch_size: Images a forward pass, over all processes together.
         accumulate: Forward passes a step.
-        seed: Of the run.
-        group: The processes of the run.
-        crop_scale: Least and greatest area of a crop.
+        crop_scale: Least and greatest area of a crop, of the image's.
         hflip: Probability of a flip.
     """
-
     on_device = True
 
     def __init__(
-            self,
-            images: DeviceImages,
-            batch_size: int,
-            accumulate: int,
-            seed: int,
-            group: Processes,
-            crop_scale: tuple[float, float],
-            hflip: float,
+            self, images: DeviceImages, batch_size: int, accumulate: int, seed: int, group: Processes,
+            crop_scale: tuple[float, float], hflip: float,
     ):
-        if len(images) < batch_size:
-            raise DataError(f'{len(images)} training images are fewer than a batch of {batch_size}: use --batch-size '
-                            f'{len(images)} or less.')
-        self.per_epoch = len(images) // batch_size // accumulate * accumulate
-        if self.per_epoch == 0:
-            raise ConfigError(f'accumulate={accumulate} asks for more batches than the {len(images) // batch_size} of '
-                              'an epoch.')
+        self.per_epoch = batches_per_epoch(len(images), batch_size, accumulate, group)
         self.images, self.accumulate, self.seed, self.group = images, accumulate, seed, group
         self.crop_scale, self.hflip = crop_scale, hflip
         self.sampler = EpochSampler(len(images), batch_size, seed, group, self.per_epoch)
-
-    def describe(self, batch: int, count: int) -> str:
-        """The images of `count` batches from number `batch` of the whole run on."""
-        return self.sampler.describe(batch, count)
+        self.describe = self.sampler.describe
 
     def start_at(self, batch: int) -> Iterator[tuple[torch.Tensor]]:
         """Batches from number `batch` of the whole run on, which must begin a step: (images,) on the device."""
         generator = torch.Generator(self.images.device)
         size, share = self.sampler.batch_size, self.group.share(self.sampler.batch_size)
-        epoch, number = divmod(batch, self.per_epoch)
+        count, steps = size * self.accumulate, self.per_epoch // self.accumulate  # images of a step, steps of an epoch
         height, width = self.images.images.shape[2:]
+        epoch, first = divmod(batch // self.accumulate, steps)
         while True:
             order = self.sampler.order(epoch).to(self.images.device)
-            for step in range(number // self.accumulate, self.per_epoch // self.accumulate):
-                whole_step = epoch * (self.per_epoch // self.accumulate) + step
-                generator.manual_seed(mix_seed(self.seed, 'crops', whole_step))
-                images = size * self.accumulate
-                crops = draw_crops(images, (height, width), self.crop_scale, self.hflip, generator)
-                indices = order[step * images:(step + 1) * images]
-                for part, crops_of_part in zip(indices.split(size), crops.split(size)):
-                    yield (self.images.augment(part[share], crops_of_part.part(share)),)
-            epoch, number = epoch + 1, 0
+            for step in range(first, steps):
+                generator.manual_seed(mix_seed(self.seed, 'crops', epoch * steps + step))
+                crops = draw_crops(count, (height, width), self.crop_scale, self.hflip, generator)
+                indices = order[step * count:(step + 1) * count]
+                for part, boxes, flips in zip(*(of_step.split(size) for of_step in (indices, *crops))):
+                    yield (self.images.augment(part[share], Crops(boxes[share], flips[share])),)
+            epoch, first = epoch + 1, 0
 
 
 def _check_memory(size: int, device: torch.device) -> None:
-    if device.type != 'cuda':
-        return
-    free = torch.cuda.mem_get_info(device)[0]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else math.inf
     if size > free / 2:
         raise ConfigError(f'cache_on_device: the images take {size / 2 ** 30:.1f} GiB of the {free / 2 ** 30:.1f} GiB '
                           'free on the device, more than half. Leave --cache-on-device out.')

@@ -7,7 +7,7 @@ from torch.utils.data import Sampler
 
 from ..engine.processes import Processes
 from ..engine.seeding import mix_seed
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -18,28 +18,12 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     are left out. Keys are (epoch, index), as `SeededSamples` takes them.
 
     Args:
-        length: Images of the data set.
-        batch_size: Images a batch, over all processes together.
-        seed: Of the run.
-        group: The processes, of which this one draws its share.
+        batch_size: Images a batch, over all processes together, which can share it out evenly.
         batches: Batches an epoch, all whole ones by default.
-        shuffle: False keeps the data set's order.
-
-    Raises:
-        ConfigError: for a batch that the processes cannot share out evenly.
     """
 
-    def __init__(
-            self,
-            length: int,
-            batch_size: int,
-            seed: int,
-            group: Processes,
-            batches: int | None = None,
-            shuffle: bool = True,
-    ):
-        check_divisible(batch_size, group)
-        self.length, self.batch_size, self.seed, self.group, self.shuffle = length, batch_size, seed, group, shuffle
+    def __init__(self, length: int, batch_size: int, seed: int, group: Processes, batches: int | None = None):
+        self.length, self.batch_size, self.seed, self.group = length, batch_size, seed, group
         self.batches = length // batch_size if batches is None else batches
         self.epoch, self.offset = 0, 0
 
@@ -49,8 +33,6 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def order(self, epoch: int) -> torch.Tensor:
         """The order of all images in `epoch`, int64 [length]."""
-        if not self.shuffle:
-            return torch.arange(self.length)
         generator = torch.Generator().manual_seed(mix_seed(self.seed, 'order', epoch))
         return torch.randperm(self.length, generator=generator)
 
@@ -74,7 +56,24 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 def check_divisible(batch_size: int, group: Processes) -> None:
     """Raise ConfigError unless the processes can share out a batch evenly."""
     if batch_size % group.world_size:
-        near = [n for n in (batch_size // group.world_size * group.world_size,
-                            (batch_size // group.world_size + 1) * group.world_size) if n]
+        below = batch_size // group.world_size * group.world_size
+        near = [n for n in (below, below + group.world_size) if n]
         raise ConfigError(f'A batch of {batch_size} images cannot be shared out evenly to {group.world_size} '
                           f'processes: use --batch-size {" or ".join(map(str, near))}.')
+
+
+def batches_per_epoch(images: int, batch_size: int, multiple_of: int, group: Processes) -> int:
+    """Whole batches of an epoch, a multiple of `multiple_of` for accumulation.
+
+    Raises:
+        DataError: for fewer images than a batch.
+        ConfigError: for a batch that processes cannot share out, or accumulation over more batches than there are.
+    """
+    check_divisible(batch_size, group)
+    if images < batch_size:
+        raise DataError(f'{images} training images are fewer than a batch of {batch_size}: use --batch-size {images} '
+                        'or less.')
+    batches = images // batch_size
+    if batches < multiple_of:
+        raise ConfigError(f'accumulate={multiple_of} asks for more batches than the {batches} of an epoch.')
+    return batches // multiple_of * multiple_of

@@ -90,6 +90,5 @@ def labelled_sets(config: PretrainConfig, spec: ImageSpec, group: Processes) -> 
     if config.eval_split:
         group.on_main(lambda: check_images(splits.test.dataset, config.check_images, config.max_corrupt))
     group.on_main(lambda: say_untrained(splits))
-    fitted, tested = (Images(part.dataset, part.indices, evaluation_transform(spec))
-                      for part in (splits.train, splits.test))
-    return fitted, tested
+    transform = evaluation_transform(spec)
+    return splits.train.under(transform), splits.test.under(transform)

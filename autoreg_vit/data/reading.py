@@ -8,7 +8,7 @@ import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,7 @@ from .transforms import CROP_RATIO, ImageSpec
 
 def choose_reader(name: str, dataset: Samples | IterableDataset) -> str:
     """'torchvision' for a data set of image files where torchvision decodes JPEG, else 'pil', unless `name` says
-    otherwise.
-
-    Raises:
-        ConfigError: for torchvision where it cannot read.
-    """
+    otherwise; raises ConfigError for torchvision where it cannot read."""
     files = getattr(dataset, 'loader', None) is open_image
     if name == 'auto':
         return 'torchvision' if files and decodes_jpeg() else 'pil'
@@ -56,23 +52,13 @@ def decodes_jpeg() -> bool:
     return True
 
 
-def read_by_torchvision(
-        dataset: Samples | IterableDataset,
-        spec: ImageSpec,
-        crop_scale: tuple[float, float],
-        hflip: float,
-) -> None:
+def read_by_torchvision(files: Any, spec: ImageSpec, crop_scale: tuple[float, float], hflip: float) -> None:
     """Let a data set of files give crops as `ByteCrops` makes them: for `NormalisedBatches`."""
-    files = cast(Any, dataset)
     files.loader, files.transform = read_image, ByteCrops(spec, crop_scale, hflip)
 
 
 def read_image(path: str | Path) -> torch.Tensor | Image.Image:
-    """The picture of a file: uint8 [1 or 3, height, width] of an upright JPEG in grey or RGB, else as `open_image`.
-
-    Raises:
-        OSError, ValueError, ...: one of `DAMAGE`, where Pillow cannot decode it.
-    """
+    """The picture of a file: uint8 [1 or 3, height, width] of an upright JPEG in grey or RGB, else as `open_image`."""
     decoded = _decode(path)
     return open_image(path) if decoded is None else decoded
 
@@ -121,23 +107,15 @@ class ByteCrops:
 
 
 class NormalisedBatches:
-    """Training batches of `ByteCrops`, normalised on the device; stands in for `Batches`, whose attributes it has.
-
-    Args:
-        batches: Of a data set that `read_by_torchvision` has prepared.
-        spec: What the model takes.
-        device: Where images are needed.
-    """
+    """Training batches of a data set that `read_by_torchvision` has prepared, normalised on the device; stands in for
+    `Batches`, whose attributes it has."""
     on_device = False
 
     def __init__(self, batches: Batches, spec: ImageSpec, device: torch.device):
         self.batches, self.device = batches, device
         self.dataset, self.sampler, self.per_epoch = batches.dataset, batches.sampler, batches.per_epoch
+        self.describe = batches.describe
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (spec.mean, spec.std))
-
-    def describe(self, batch: int, count: int) -> str:
-        """As `Batches.describe`."""
-        return self.batches.describe(batch, count)
 
     def start_at(self, batch: int) -> Iterator[tuple[torch.Tensor, Any]]:
         """Batches from number `batch` of the whole run on: (images, labels) on the device."""

@@ -18,15 +18,4 @@ class Samples(Protocol):
 
 def some(samples: Samples, indices: Sequence[int]) -> Subset:
     """The samples of these numbers."""
-    return Subset(as_dataset(samples), indices)
-
-
-def named(folder: str | None) -> str:
-    """The folder of a command that has refused to start without one."""
-    assert folder is not None
-    return folder
-
-
-def as_dataset(samples: Samples) -> Dataset:
-    """The samples as torch's loaders take them."""
-    return cast('Dataset[Any]', samples)
+    return Subset(cast('Dataset[Any]', samples), indices)

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import create_dataset, dataset_factory
 from torch.utils.data import IterableDataset
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import Compose
 
 from ..errors import ConfigError, DataError, suggest
-from .folders import FlatFolder, open_folder
-from .images import open_image, prepared
+from . import huggingface, streams
+from .folders import open_folder
+from .images import one_line, open_image, prepared
 from .samples import Samples
 
 #: What timm's names of data sets begin with.
@@ -21,25 +22,15 @@ KINDS = ('torch', 'hfds', 'hfids', 'wds', 'tfds')
 
 
 def open_dataset(
-        name: str,
-        data_dir: str | None,
-        split: str,
-        transform: Callable,
-        download: bool = False,
-        *,
-        training: bool = False,
-        batch_size: int = 1,
-        seed: int = 0,
-        images: int | None = None,
-        image_column: str | None = None,
-        label_column: str | None = None,
+        name: str, data_dir: str | None, split: str, transform: Callable, download: bool = False, *,
+        training: bool = False, batch_size: int = 1, seed: int = 0, images: int | None = None,
+        image_column: str | None = None, label_column: str | None = None,
 ) -> Samples | IterableDataset:
     """A data set of (image, label).
 
     Args:
         name: 'digits', 'folder', or a timm name such as 'torch/cifar10', 'hfds/...', 'wds/...'.
         data_dir: Folder of the data; for 'folder' one of class folders or of images, or with such a folder a split.
-        split: Name of the split.
         transform: From PIL images to tensors.
         download: Let torchvision data sets download themselves.
         training: Shuffle data sets that are streams (wds, hfids, tfds).
@@ -53,8 +44,6 @@ def open_dataset(
         ConfigError: for a column of data that have none.
         DataError: for data that is not there, is empty or has no such split.
     """
-    from . import huggingface, streams  # which read images as this module does
-
     kind, _, rest = name.partition('/')
     kind = kind.lower()
     if name not in ('digits', 'folder') and not (rest and kind in KINDS):  # timm would take another for a folder
@@ -70,37 +59,25 @@ def open_dataset(
         return open_folder(data_dir, split, transform)
     if kind == 'hfds':
         return huggingface.HubImages(rest, data_dir, split, transform, image_column, label_column)
-    if kind == 'tfds' or kind == 'torch':
-        options: dict[str, Any] = {}
-        if kind == 'tfds':
-            options = dict(is_training=training, batch_size=batch_size, num_samples=images, seed=seed,
-                           input_img_mode='RGB')
-        return _open_with_timm(name, data_dir, split, transform, download, **options)
-    source: streams.Source
-    if kind == 'wds':
-        source = streams.Shards(name, data_dir, split, image_column)
-    else:
-        source = streams.HubStream(rest, data_dir, split, image_column, download)
-    return streams.Stream(source, transform, images, training, batch_size, seed)
+    if kind in ('hfids', 'wds'):
+        source: streams.Shards | streams.HubStream = (
+            streams.Shards(name, data_dir, split, image_column) if kind == 'wds' else
+            streams.HubStream(rest, data_dir, split, image_column, download))
+        return streams.Stream(source, transform, images, training, batch_size, seed)
+    streamed: dict[str, Any] = {} if kind == 'torch' else dict(
+        is_training=training, batch_size=batch_size, num_samples=images, seed=seed, input_img_mode='RGB')
+    return _open_with_timm(name, transform, root=data_dir, split=split, download=download, **streamed)
 
 
-def _open_with_timm(
-        name: str,
-        data_dir: str | None,
-        split: str,
-        transform: Callable,
-        download: bool,
-        **options: Any,
-) -> Samples | IterableDataset:
+def _open_with_timm(name: str, transform: Callable, **options: Any) -> Samples | IterableDataset:
     try:
-        dataset = create_dataset(
-            name, root=data_dir, split=split, transform=transform, download=download, **options)
+        dataset = create_dataset(name, transform=transform, **options)
     except (AssertionError, ImportError, RuntimeError, OSError, TypeError, ValueError) as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        known = _timm_names(name.split('/')[0])
+        tables = (getattr(dataset_factory, table, {}) for table in ('_TORCH_BASIC_DS', '_EMNIST'))
+        known = [f'torch/{key}' for table in tables for key in table if name.startswith('torch/')]
         hint = f' {suggest(name, known)}' if known and name.lower() not in known else ''
-        raise DataError(f'Cannot open data set {name!r}, split {split!r}, under {data_dir!r}: {reason}.{hint}'
-                        ) from error
+        raise DataError(f'Cannot open data set {name!r}, split {options["split"]!r}, under {options["root"]!r}: '
+                        f'{one_line(error) or type(error).__name__}.{hint}') from error
     # Torchvision's data sets behind timm take a transform here. The first part decodes, and by it any mode and depth
     # keeps its picture, where timm and torchvision would convert to RGB themselves and cut 16 bits off at 255.
     dataset.transform = Compose([prepared, transform])
@@ -113,14 +90,6 @@ def open_split(config: Any, split: str, transform: Callable, **more: Any) -> Sam
     """`open_dataset` of a split of the data that the settings of a command name."""
     return open_dataset(config.dataset, config.data_dir, split, transform, config.download,
                         image_column=config.image_column, label_column=config.label_column, **more)
-
-
-def _timm_names(prefix: str) -> list[str]:
-    """Names of the torchvision data sets that timm opens."""
-    from timm.data import dataset_factory
-
-    known = {**getattr(dataset_factory, '_TORCH_BASIC_DS', {}), **getattr(dataset_factory, '_EMNIST', {})}
-    return [f'torch/{name}' for name in known] if prefix == 'torch' else []
 
 
 class Digits(VisionDataset):
@@ -146,12 +115,8 @@ class Digits(VisionDataset):
 
 def labels_of(dataset: Samples | IterableDataset) -> np.ndarray | None:
     """Labels of a map-style data set [images], or None if it has none or only one class."""
-    if isinstance(dataset, (IterableDataset, FlatFolder)):
-        return None
-    labels = getattr(dataset, 'targets', None)
-    if labels is None:
-        return None
-    labels = np.asarray(labels)
+    targets = getattr(dataset, 'targets', None)
+    labels = np.asarray([] if targets is None else targets)
     if len(np.unique(labels)) < 2:
         return None
     classes = getattr(dataset, 'classes', None)

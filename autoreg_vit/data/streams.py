@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from timm.data import create_dataset
@@ -18,75 +18,32 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .._compat import mixed_shards
 from ..errors import DataError
 from . import huggingface
-from .images import DAMAGE, image_extensions, open_image
+from .images import DAMAGE, image_extensions, one_line, open_image
 
 #: Endings of images in shards: the usual ones first, then what else Pillow opens.
 ENDINGS = list(dict.fromkeys(['jpg', 'jpeg', 'png', 'webp', *sorted(e.lstrip('.') for e in image_extensions())]))
 
 
 class Share(NamedTuple):
-    """Which part of a stream a process reads.
-
-    Args:
-        rank: Of the process among those of the run.
-        world_size: How many those are.
-        worker: Of the loader process among those of its process.
-        workers: How many those are; 1 where the process loads by itself.
-    """
+    """Which part of a stream is read here: in which of the run's processes, and as which of all their loader processes;
+    a process that loads by itself counts as one."""
     rank: int
     world_size: int
-    worker: int
-    workers: int
-
-    @property
-    def number(self) -> int:
-        return self.rank * self.workers + self.worker
-
-    @property
-    def readers(self) -> int:
-        return self.world_size * self.workers
+    number: int
+    readers: int
 
 
 class Order(NamedTuple):
-    """How a stream is shuffled.
-
-    Args:
-        seed: The order of its parts, the same one for all processes.
-        draws: Those that shuffle images, of this process.
-    """
+    """How a stream is shuffled: its parts by a seed, the same for all processes, and images by draws of this one."""
     seed: int
     draws: random.Random
 
 
 class Entry(NamedTuple):
-    """An image of a source, not looked at yet.
-
-    Args:
-        name: Gives what to call it, the same in every pass.
-        content: Gives its file or path; raises ValueError where there is none.
-    """
+    """An image of a source, not looked at yet: what gives its name, the same in every pass, and what its file or path,
+    raising ValueError where there is none."""
     name: Callable[[], str]
     content: Callable[[], str | io.BytesIO]
-
-
-class Source(Protocol):
-    """Where a stream comes from.
-
-    Attributes:
-        images: How many images a pass has, or None where nothing says so.
-    """
-    images: int | None
-
-    def read(self, share: Share, order: Order | None) -> Iterator[Entry]:
-        """The images of a share in one pass.
-
-        Args:
-            share: Which part.
-            order: How to shuffle; None does not.
-
-        Raises:
-            DataError: for a part that cannot be read to its end.
-        """
 
 
 class Stream(IterableDataset):
@@ -96,12 +53,10 @@ class Stream(IterableDataset):
     source as often as that takes; else it reads its share once.
 
     Args:
-        source: Where images come from.
         transform: From PIL images to tensors.
         images: Images of an epoch; by default those of a pass.
-        training: Whether to shuffle and go on as above.
+        training: Whether to shuffle, by `seed`, and go on as above.
         batch_size: Images a batch of this process.
-        seed: Of the order.
 
     Attributes:
         damages: Images that could not be read since this was last emptied, by name with the reason; in the process
@@ -114,13 +69,8 @@ class Stream(IterableDataset):
     unlabelled = 'streams are not evaluated, since their labels are not read'
 
     def __init__(
-            self,
-            source: Source,
-            transform: Callable,
-            images: int | None = None,
-            training: bool = False,
-            batch_size: int = 1,
-            seed: int = 0,
+            self, source: 'Shards | HubStream', transform: Callable, images: int | None = None, training: bool = False,
+            batch_size: int = 1, seed: int = 0,
     ):
         self.source, self.transform, self.training, self.batch_size = source, transform, training, batch_size
         self.images = images or source.images
@@ -148,8 +98,9 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         worker = get_worker_info()
-        share = Share(self.rank, self.world_size, *((worker.id, worker.num_workers) if worker else (0, 1)))
-        quota, given = self._quota(share.workers) if self.training else math.inf, 0
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        share = Share(self.rank, self.world_size, self.rank * workers + number, self.world_size * workers)
+        quota, given = self._quota(workers) if self.training else math.inf, 0
         order = Order(self.seed + self.epoch, random.Random(self.shuffle_seed)) if self.training else None
         while given < quota:
             before, read = given, 0
@@ -158,7 +109,7 @@ class Stream(IterableDataset):
                 try:
                     image = self.transform(open_image(entry.content()))
                 except DAMAGE as error:
-                    self.damages[entry.name()] = re.sub(r' <_io\S+ object at \w+>', '', ' '.join(str(error).split()))
+                    self.damages[entry.name()] = re.sub(r' <_io\S+ object at \w+>', '', one_line(error))
                     continue
                 given += 1
                 yield image, -1
@@ -180,11 +131,8 @@ class Shards:
     """WebDataset shards, which timm finds: by a split of _info.json, or a split that is a pattern of names such as
     'train-{000..099}.tar|100000', with the number of images.
 
-    Args:
-        name: As users write it, 'wds/...'.
-        data_dir: Folder or address of the shards.
-        split: Of _info.json, or a pattern.
-        image_column: Ending of the images where a sample has several, such as 'input.png'.
+    Attributes:
+        images: How many a pass has, None where nothing says so.
 
     Raises:
         DataError: for shards that are not described, missing or cut short.
@@ -200,7 +148,7 @@ class Shards:
         except Exception as error:  # by what is wrong with _info.json: RuntimeError, KeyError, TypeError, ...
             raise DataError(
                 f'Cannot open the shards of {name!r}, split {split!r}, under {data_dir!r} ({type(error).__name__}: '
-                f'{" ".join(str(error).split())}). Describe the split in _info.json beside them, or name the shards '
+                f'{one_line(error)}). Describe the split in _info.json beside them, or name the shards '
                 "with --train-split 'train-{000..099}.tar' and their images with --train-images.") from error
         self.urls, self.images = [os.path.join(data_dir or '', file) for file in info.filenames], info.num_samples
         lengths = info.shard_lengths if len(info.shard_lengths) == len(self.urls) else [0] * len(self.urls)
@@ -210,6 +158,8 @@ class Shards:
             _check_shard(url)
 
     def read(self, share: Share, order: Order | None) -> Iterator[Entry]:
+        """The images of a share in one pass, shuffled where there is an order; raises DataError for a part that cannot
+        be read to its end."""
         from timm.data.readers.reader_wds import SAMPLE_INITIAL_SIZE, SAMPLE_SHUFFLE_SIZE
         from webdataset import shuffle
 
@@ -234,7 +184,7 @@ class Shards:
                     yield sample
             except Exception as error:  # OSError, tarfile's, ValueError, those of a network: by the cause
                 raise DataError(f'The shard {url} cannot be read to its end ({type(error).__name__}: '
-                                f'{" ".join(str(error).split())[:200]}). Fetch or write it again.') from error
+                                f'{one_line(error)[:200]}). Fetch or write it again.') from error
             if count < self.lengths[url]:  # tarfile takes a damaged header for the end
                 raise DataError(f'The shard {url} ends after {count} of {self.lengths[url]} samples that its '
                                 'description gives: fetch or write it again, or correct shard_lengths in _info.json.')
@@ -253,14 +203,8 @@ class Shards:
 
 
 class HubStream:
-    """A Hugging Face data set, streamed, or with `download` fetched whole and then streamed from the disk.
-
-    Args:
-        name: On the Hub, or a folder.
-        data_dir: Where downloads are kept.
-        split: Name of the split.
-        image_column: Column of the images; by default the one there is.
-        download: Fetch it whole.
+    """A Hugging Face data set, streamed, or with `download` fetched whole and then streamed from the disk; read as
+    `Shards` are.
 
     Raises:
         DataError: for data that cannot be opened, or an image column that is not there or could be several.
@@ -285,17 +229,14 @@ class HubStream:
             rows = rows.shuffle(seed=order.seed, buffer_size=SHUFFLE_SIZE, **mixed)
         rows = huggingface.undecoded(rows, self.column)
         # The loader processes of a process share out its parts among themselves.
-        rows = iter(split_dataset_by_node(rows, rank=share.rank, world_size=share.world_size))
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # of pyarrow, of a network, OSError, ValueError: by the cause
-                raise DataError(f'The stream {self.name} cannot be read to its end ({type(error).__name__}: '
-                                f'{" ".join(str(error).split())[:200]}). Fetch it again, or correct it.') from error
-            yield Entry(partial(huggingface.row_name, row, self.column),
-                        partial(huggingface.content_of, row[self.column]))
+        rows = split_dataset_by_node(rows, rank=share.rank, world_size=share.world_size)
+        try:
+            for row in rows:
+                yield Entry(partial(huggingface.row_name, row, self.column),
+                            partial(huggingface.content_of, row[self.column]))
+        except Exception as error:  # of pyarrow, of a network, OSError, ValueError: by the cause
+            raise DataError(f'The stream {self.name} cannot be read to its end ({type(error).__name__}: '
+                            f'{one_line(error)[:200]}). Fetch it again, or correct it.') from error
 
 
 def _check_shard(url: str) -> None:

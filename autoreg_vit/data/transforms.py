@@ -12,9 +12,6 @@ from ..errors import DataError
 from ..models.interface import as_timm, encoder_of
 from .images import ToMode
 
-#: timm takes None for no change of colours, which its types do not say.
-NO_JITTER: Any = None
-
 #: Least and greatest width over height of random crops.
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -39,9 +36,7 @@ class ImageSpec:
         cfg = as_timm(model).pretrained_cfg
         embed: Any = getattr(encoder_of(model), 'patch_embed', None)
         size = getattr(embed, 'img_size', None) or cfg['input_size'][-2:]
-        channels = in_chans or cfg['input_size'][0]
-        if hasattr(embed, 'proj'):
-            channels = embed.proj.in_channels
+        channels = embed.proj.in_channels if hasattr(embed, 'proj') else in_chans or cfg['input_size'][0]
         mean, std = cfg['mean'], cfg['std']
         if channels == 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
@@ -55,13 +50,17 @@ class ImageSpec:
 def training_transform(spec: ImageSpec, crop_scale: tuple[float, float], hflip: float) -> Callable:
     """Random resized crop and horizontal flip, the whole augmentation of both papers (RandSAC 5, SAIM "Training
     configurations")."""
-    return Compose([ToMode(spec.channels), create_transform(
-        (spec.channels, *spec.size), is_training=True, scale=crop_scale, ratio=CROP_RATIO, hflip=hflip,
-        color_jitter=NO_JITTER, interpolation='bicubic', mean=spec.mean, std=spec.std)])
+    return Compose([ToMode(spec.channels), timm_transform(
+        spec, is_training=True, scale=crop_scale, ratio=CROP_RATIO, hflip=hflip, color_jitter=None)])
 
 
 def evaluation_transform(spec: ImageSpec, crop_pct: float = 1.0) -> Callable:
     """The middle of the image, `crop_pct` of its shorter side, resized to the model's size."""
-    return Compose([ToMode(spec.channels), create_transform(
-        (spec.channels, *spec.size), is_training=False, crop_pct=crop_pct, crop_mode='center', interpolation='bicubic',
-        mean=spec.mean, std=spec.std)])
+    return Compose([ToMode(spec.channels), timm_transform(
+        spec, is_training=False, crop_pct=crop_pct, crop_mode='center')])
+
+
+def timm_transform(spec: ImageSpec, **options: Any) -> Any:
+    """timm's transform of images in the mode that the model takes."""
+    return create_transform(
+        (spec.channels, *spec.size), interpolation='bicubic', mean=spec.mean, std=spec.std, **options)

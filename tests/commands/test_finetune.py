@@ -165,7 +165,7 @@ class TestParts:
         seen = []
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
         model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-        some = labelled.LabelledImages([None] * 6, [], [], np.zeros(6), ['a', 'b', 'c', 'd'])
+        some = labelled.LabelledImages([None] * 6, [], [], ['a', 'b', 'c', 'd'])
         spec = ImageSpec((2, 2), 3, (0.5,) * 3, (0.25,) * 3)
         objective = Finetuning(FinetuneConfig(weights='x'), model, spec, some, CPU)
         images, labels = torch.randn(6, 3, 2, 2), torch.arange(6) % 4
