@@ -63,6 +63,32 @@ def prepare(config: Training, group: Processes) -> None:
         say(shortened)
 
 
+class State:
+    """What a step changes, and a checkpoint keeps: a model, not wrapped, its optimizer, both sharded with `fsdp`, losses
+    of the steps so far, and the moving average of the model or None."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: LossHistory,
+                 average: ModelEmaV3 | None, fsdp: bool):
+        self.model, self.optimizer, self.losses, self.average, self.fsdp = model, optimizer, losses, average, fsdp
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; called on every process, complete on the main one."""
+        losses = self.losses.read()
+        state = {'step': self.losses.step, 'losses': losses, **get_state(self.model, self.optimizer, self.fsdp)}
+        return state if self.average is None else {**state, 'average': self.average.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], source: str) -> None:
+        """Go on from what `state_dict` gave; called on every process with the whole state.
+
+        Raises:
+            CheckpointError: for the state of another model or optimizer; `source` names it.
+        """
+        set_state(self.model, self.optimizer, state, self.fsdp, source)
+        if self.average is not None:
+            load_into(self.average, state['average'], source)
+        self.losses.load(state['step'], state['losses'])
+
+
 class Trainer(Generic[M]):
     """Trains an objective: accumulation, autocast, clipping, processes and shards, compilation, CUDA graph, moving
     average; log, checkpoints, resume and clean stops.
@@ -96,6 +122,7 @@ class Trainer(Generic[M]):
         self.schedule = create_schedule(config, self.optimizer, self.steps_per_epoch)
         self.average = ModelEmaV3(objective.model, config.ema_decay) if config.ema_decay else None
         self.losses = LossHistory(group, self._explain)
+        self._state = State(objective.model, self.optimizer, self.losses, self.average, config.fsdp)
         self._replay: GraphedStep | None = None
         self._has_stepped = False
         self._run: Run | None = None
@@ -187,23 +214,6 @@ class Trainer(Generic[M]):
             self.average.update(self.objective.model)
         return loss
 
-    # What a step changes, and a checkpoint keeps.
-
-    def _state(self) -> dict[str, Any]:
-        """Tensors and plain values; called on every process, complete on the main one."""
-        state = {'step': self.step, 'losses': self.losses.read(),
-                 **get_state(self.objective.model, self.optimizer, self.config.fsdp)}
-        if self.average is not None:
-            state['average'] = self.average.state_dict()
-        return {**state, 'choices': self.choices._asdict()}
-
-    def _load_state(self, state: dict[str, Any], source: str) -> None:
-        """Go on from what `_state` gave; called on every process with the whole state."""
-        set_state(self.objective.model, self.optimizer, state, self.config.fsdp, source)
-        if self.average is not None:
-            load_into(self.average, state['average'], source)
-        self.losses.load(state['step'], state['losses'])
-
     # The loop.
 
     def run(self, run: Run) -> Evaluation:
@@ -249,7 +259,7 @@ class Trainer(Generic[M]):
         """Load the checkpoint that a run goes on from, if there is one, and say where it begins."""
         before, place = None, f'writing to {run.folder}'
         if run.state:
-            self._load_state(run.state, str(run.folder / CHECKPOINT))
+            self._state.load_state_dict(run.state, str(run.folder / CHECKPOINT))
             before, place = run.state.get('choices'), f'going on from step {self.step} of {self.steps} in {run.folder}'
         if self.choices.compile:
             run.say('Compiling the network, which takes a minute or two.')
@@ -306,7 +316,8 @@ class Trainer(Generic[M]):
         stop, time_to_save = flags.exchange(
             signals.received is not None, 0 < minutes <= (time.monotonic() - self._last_save) / 60)
         if stop or time_to_save or (every and step % every == 0) or step == self.steps:
-            run.save(self._state())  # which reads the losses: nothing that follows a bad one is saved
+            # Reads the losses: nothing that follows a bad one is saved.
+            run.save({**self._state.state_dict(), 'choices': self.choices._asdict()})
             if step < self.steps:
                 self.export(run.folder)
             self._last_save = time.monotonic()
