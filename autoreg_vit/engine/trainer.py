@@ -64,8 +64,8 @@ def prepare(config: Training, group: Processes) -> None:
 
 
 class State:
-    """What a step changes, and a checkpoint keeps: a model, not wrapped, its optimizer, both sharded with `fsdp`, losses
-    of the steps so far, and the moving average of the model or None."""
+    """What a step changes, and a checkpoint keeps: a model, not wrapped, its optimizer, both sharded with `fsdp`, the
+    losses of the steps so far, and the moving average of the model or None."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: LossHistory,
                  average: ModelEmaV3 | None, fsdp: bool):
