@@ -1,11 +1,17 @@
-"""Pictures of a pretraining model's order and predictions; `reconstruct` computes what the others draw."""
+"""Pictures of a pretraining model's order and predictions; `reconstruct` computes what the others draw.
+
+The functions that draw write to `path`. `spec` undoes the normalisation of images, `name` is the model's, by default
+timm's.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -31,22 +37,21 @@ from .panels import (
     show_ranks,
 )
 
+#: Steps of a film at most.
+MOST_FRAMES = 36
+
 
 def describe(model: AutoregressiveViT, name: str | None = None) -> str:
     """The model's name, by default timm's, and its order of prediction."""
     order = model.serialization
     segments = ' ' + ' → '.join(map(str, order.segments)) if order.segments else ''
-    way = ''
-    if order.shuffle:
-        way = ', shuffled'
-    if order.segment_order == 'raster':
-        way += ' in raster order'
+    way = ', shuffled' if order.shuffle else ' in raster order' if order.segment_order == 'raster' else ''
     return f'{name or model.pretrained_cfg["architecture"]}, {order.name}{segments}{way}'
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images and their predictions, token by token in raster order, in units of the normalised images.
+    """Images and a model's predictions of them, token by token in raster order, in units of the normalised images.
 
     Attributes:
         truth: What the model reads, [B, N, P * P * C].
@@ -58,6 +63,7 @@ class Reconstruction:
         ranks: Order of prediction, int64 [B, N].
         first: Rank of the first segment that is predicted: 1 where the first segment is given, else 0.
     """
+    model: AutoregressiveViT
     truth: torch.Tensor
     target: torch.Tensor
     given: torch.Tensor | None
@@ -66,13 +72,14 @@ class Reconstruction:
     ranks: torch.Tensor
     first: int
 
-    def segments(self, image: int) -> int:
-        """Number of segments of an image."""
-        return int(self.ranks[image].max()) + 1
+    @property
+    def counts(self) -> list[int]:
+        """Number of segments of each image."""
+        return (self.ranks.amax(1) + 1).tolist()
 
     def steps(self, image: int, most: int) -> list[int]:
         """`most` ranks from the first that is predicted to the last, spread evenly; repeated where there are fewer."""
-        return np.linspace(self.first, self.segments(image) - 1, most).round().astype(int).tolist()
+        return np.linspace(self.first, self.counts[image] - 1, most).round().astype(int).tolist()
 
     def step(self, image: int, number: int) -> torch.Tensor:
         """Patches [N, P * P * C] when rank `number` is predicted: true in the segments before, predicted in that one,
@@ -82,6 +89,18 @@ class Reconstruction:
     def predicted(self, image: int, number: int) -> torch.Tensor:
         """Predictions [N, P * P * C] of the segments up to rank `number`, NaN in those after."""
         return torch.where(self.ranks[image, :, None] <= number, self.pred[image], torch.nan)
+
+    def pixels(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches [N, P * P * C] as an image [C, H, W]."""
+        return unpatchify(patches[None], self.model.serialization.grid, self.model.target.patch_size)[0]
+
+    def on_grid(self, tokens: torch.Tensor) -> np.ndarray:
+        """A value for each token, [N], as [rows, columns]."""
+        return tokens.view(self.model.serialization.grid).numpy()
+
+    def frame(self, axis: Axes, image: int, number: int) -> list[LineCollection]:
+        """Outline the segment of rank `number` in its colour; returns what was drawn."""
+        return outline(axis, self.on_grid(self.ranks[image]) == number, COLOURS((number + 0.5) / self.counts[image]))
 
 
 @torch.no_grad()
@@ -94,18 +113,12 @@ def reconstruct(model: AutoregressiveViT, images: torch.Tensor, ranks: torch.Ten
         ranks = model.draw_ranks(len(images))
     out = model(images.to(device), ranks.to(device))
     model.train(was_training)
-    target, pred = model.target, out.pred.float().cpu()
+    target, pred, ranks = model.target, out.pred.float().cpu(), ranks.cpu()
     pixels, first = target.pixels(images), int(model.first_segment == 'given')
-    loss = (pred - out.target.float().cpu()).square().mean(-1)
+    given = target.statistics(pixels)[0].expand_as(pixels) if target.norm_pix else None
+    loss = torch.where(ranks < first, torch.nan, (pred - out.target.float().cpu()).square().mean(-1))
     return Reconstruction(
-        truth=patchify(images, target.patch_size),
-        target=pixels,
-        given=target.statistics(pixels)[0].expand_as(pixels) if target.norm_pix else None,
-        pred=target.to_pixels(pred, images),
-        loss=torch.where(ranks.cpu() < first, torch.nan, loss),
-        ranks=ranks.cpu(),
-        first=first,
-    )
+        model, patchify(images, target.patch_size), pixels, given, target.to_pixels(pred, images), loss, ranks, first)
 
 
 def conditions(model: AutoregressiveViT) -> str:
@@ -127,25 +140,18 @@ def conditions(model: AutoregressiveViT) -> str:
     return '. '.join(parts) + '.'
 
 
-_FRAMED = 'Framed: the segment predicted at that step; around it the true pixels that it may be predicted from.'
+def _headings(model: AutoregressiveViT, name: str | None) -> tuple[str, str, str]:
+    """Title, model and caption of pictures of reconstruction."""
+    return 'Reconstruction by segments', describe(model, name), (
+        'Framed: the segment predicted at that step; around it the true pixels that it may be predicted from. '
+        + conditions(model))
 
 
 def serialization_figure(
-        model: AutoregressiveViT,
-        images: torch.Tensor,
-        spec: ImageSpec,
-        path: Path,
-        name: str | None = None,
+        model: AutoregressiveViT, images: torch.Tensor, spec: ImageSpec, path: Path, name: str | None = None,
 ) -> None:
-    """Images and several draws of the model's order on each, segments coloured and numbered as they are predicted.
-
-    Args:
-        model: Gives the serialization.
-        images: [B, C, H, W], normalised.
-        spec: Undoes the normalisation.
-        path: File to write.
-        name: Of the model.
-    """
+    """Images [B, C, H, W], normalised, and several draws of the model's order on each, segments coloured and numbered
+    as they are predicted."""
     always_same = bool((model.draw_ranks(8) == model.draw_ranks(1)).all())
     draws = 1 if always_same else 5
     figure, axes = panel_grid(len(images), draws + 1, spec.size, 'Order of prediction', describe(model, name),
@@ -162,104 +168,65 @@ def serialization_figure(
     figure.savefig(path)
 
 
-def reconstruction_figure(
-        model: AutoregressiveViT,
-        images: torch.Tensor,
-        spec: ImageSpec,
-        path: Path,
-        name: str | None = None,
-        reconstruction: Reconstruction | None = None,
-) -> None:
+def reconstruction_figure(done: Reconstruction, spec: ImageSpec, path: Path, name: str | None = None) -> None:
     """Images segment by segment, a row each: at every step the true pixels so far and, framed, the present prediction.
-
-    Args:
-        model: A pretraining model.
-        images: [B, C, H, W], normalised.
-        spec: Undoes the normalisation.
-        path: File to write.
-        name: Of the model.
-        reconstruction: What `reconstruct` gives, computed where None.
     """
-    done = reconstruction or reconstruct(model, images)
-    shown = min(6, max(done.segments(i) - done.first for i in range(len(images))))
-    figure, axes = panel_grid(
-        len(images), shown + 3, spec.size, 'Reconstruction by segments', describe(model, name),
-        f'{_FRAMED} {conditions(model)}', every_row=True)
-    for row, image in enumerate(images):
-        ranks, count = done.ranks[row].view(model.serialization.grid).numpy(), done.segments(row)
-        show_image(axes[row, 0], image, spec)
-        show_ranks(axes[row, 0], ranks)
-        label_panel(axes[row, 0], 'order')
-        for axis, number in zip(axes[row, 1:], sorted(set(done.steps(row, shown)))):
-            show_image(axis, _image(model, done.step(row, number)), spec)
-            outline(axis, ranks == number, COLOURS((number + 0.5) / count))
-            label_panel(axis, f'{number + 1} of {count}')
-        show_image(axes[row, -2], _image(model, done.pred[row]), spec)
-        label_panel(axes[row, -2], 'all predictions')
-        show_image(axes[row, -1], _image(model, done.target[row]), spec)
-        label_panel(axes[row, -1], _target_heading(model))
+    shown = min(6, max(done.counts) - done.first)
+    figure, axes = panel_grid(len(done.counts), shown + 3, spec.size, *_headings(done.model, name), every_row=True)
+    for row, (count, panels) in enumerate(zip(done.counts, axes)):
+        steps = sorted(set(done.steps(row, shown)))
+        for axis, text, patches in [
+            (panels[0], 'order', done.truth[row]),
+            *((axis, f'{number + 1} of {count}', done.step(row, number)) for axis, number in zip(panels[1:], steps)),
+            (panels[-2], 'all predictions', done.pred[row]),
+            (panels[-1], _target_heading(done.model), done.target[row]),
+        ]:
+            show_image(axis, done.pixels(patches), spec)
+            label_panel(axis, text)
+        show_ranks(panels[0], done.on_grid(done.ranks[row]))
+        for axis, number in zip(panels[1:], steps):
+            done.frame(axis, row, number)
     order_legend(figure)
     figure.savefig(path)
 
 
-def reconstruction_film(
-        model: AutoregressiveViT,
-        images: torch.Tensor,
-        spec: ImageSpec,
-        path: Path,
-        name: str | None = None,
-        reconstruction: Reconstruction | None = None,
-        most_frames: int = 36,
-) -> None:
-    """The steps of `reconstruction_figure` as an animated GIF, beside the predictions made so far and the target.
-
-    Args:
-        model: A pretraining model.
-        images: [B, C, H, W], normalised.
-        spec: Undoes the normalisation.
-        path: File to write.
-        name: Of the model.
-        reconstruction: What `reconstruct` gives, computed where None.
-        most_frames: Steps shown at most, evenly spread over the order.
-    """
-    done = reconstruction or reconstruct(model, images)
-    counts = [done.segments(i) for i in range(len(images))]
-    length = min(max(counts) - done.first, most_frames)
-    headings = ('seen', 'predicted', _target_heading(model))
-    text = 'Reconstruction by segments', describe(model, name), f'{_FRAMED} {conditions(model)}'
-    if len(images) > 2:  # a column an image, else a row
-        figure, axes = panel_grid(3, len(images), spec.size, *text, beside=True, widest=1.5)
+def reconstruction_film(done: Reconstruction, spec: ImageSpec, path: Path, name: str | None = None) -> None:
+    """The steps of `reconstruction_figure`, at most MOST_FRAMES spread evenly, as an animated GIF, beside the
+    predictions made so far and the target."""
+    images, length = len(done.counts), min(max(done.counts) - done.first, MOST_FRAMES)
+    headings = ('seen', 'predicted', _target_heading(done.model))
+    if images > 2:  # a column an image, else a row
+        figure, axes = panel_grid(3, images, spec.size, *_headings(done.model, name), beside=True, widest=1.5)
         axes = axes.T
         for axis, heading in zip(axes[0], headings):
             label_row(axis, heading)
     else:
-        figure, axes = panel_grid(len(images), 3, spec.size, *text, every_row=True)
-        for row in axes:
-            for axis, heading in zip(row, headings):
-                label_panel(axis, heading)
+        figure, axes = panel_grid(images, 3, spec.size, *_headings(done.model, name), every_row=True)
+        for axis, heading in zip(axes.flat, headings * images):
+            label_panel(axis, heading)
     nothing = torch.full_like(done.truth[0], torch.nan)
     for row, target in zip(axes, done.target):
         for axis, patches in zip(row, (nothing, nothing, target)):
-            show_image(axis, _image(model, patches), spec)
+            show_image(axis, done.pixels(patches), spec)
     order_legend(figure)
     figure.set_dpi(110)
 
     def draw(heading: str, row: int, seen: torch.Tensor, predicted: torch.Tensor) -> None:
         label_panel(axes[row, 0], heading)
         for axis, patches in zip(axes[row], (seen, predicted)):
-            axis.images[0].set_data(displayed(_image(model, patches), spec))
+            axis.images[0].set_data(displayed(done.pixels(patches), spec))
 
     canvas, frames = FigureCanvasAgg(figure), []
-    for numbers in zip(*(done.steps(i, length) for i in range(len(images)))):
-        frame = []
-        for row, (number, count) in enumerate(zip(numbers, counts)):
-            draw(f'segment {number + 1} of {count}', row, done.step(row, number), done.predicted(row, number))
-            ranks = done.ranks[row].view(model.serialization.grid).numpy()
-            frame += outline(axes[row, 0], ranks == number, COLOURS((number + 0.5) / count))
+    for numbers in zip(*(done.steps(i, length) for i in range(images))):
+        outlines = []
+        for row, number in enumerate(numbers):
+            draw(f'segment {number + 1} of {done.counts[row]}', row, done.step(row, number),
+                 done.predicted(row, number))
+            outlines += done.frame(axes[row, 0], row, number)
         frames.append(_snapshot(canvas))
-        for lines in frame:
+        for lines in outlines:
             lines.remove()
-    for row, count in enumerate(counts):
+    for row, count in enumerate(done.counts):
         draw(f'all {count} segments', row, done.truth[row], done.pred[row])
     frames.append(_snapshot(canvas))
     pace = int(np.clip(7000 / length, 90, 800)) // 10 * 10  # a GIF counts hundredths of a second
@@ -268,28 +235,11 @@ def reconstruction_film(
                    optimize=False)
 
 
-def comparison_figure(
-        model: AutoregressiveViT,
-        images: torch.Tensor,
-        spec: ImageSpec,
-        path: Path,
-        name: str | None = None,
-        reconstruction: Reconstruction | None = None,
-) -> None:
+def comparison_figure(done: Reconstruction, spec: ImageSpec, path: Path, name: str | None = None) -> None:
     """Images beside their predictions, as in SAIM Figure 3: the order, what is predicted, what the display is given,
-    the prediction, and the error of each token.
-
-    Args:
-        model: A pretraining model.
-        images: [B, C, H, W], normalised.
-        spec: Undoes the normalisation.
-        path: File to write.
-        name: Of the model.
-        reconstruction: What `reconstruct` gives, computed where None.
-    """
-    done = reconstruction or reconstruct(model, images)
-    grid = model.serialization.grid
-    columns: list[tuple[str, torch.Tensor | None]] = [('image', done.truth), ('order', None)]
+    the prediction, and the error of each token."""
+    model = done.model
+    columns = [('image', done.truth), ('order', done.truth)]
     if model.target.blur is not None:
         columns.append((_target_heading(model), done.target))
     if done.given is not None:
@@ -302,16 +252,14 @@ def comparison_figure(
     if done.first:
         caption += 'White is given, not predicted. '
     most = max(float(done.loss.nanquantile(0.98)), 1e-12)
-    figure, axes = panel_grid(len(images), len(columns) + 1, spec.size,
-                              'Images and their predictions', describe(model, name),
-                              caption.format(most) + conditions(model))
-    for row in range(len(images)):
-        for axis, (_, patches) in zip(axes[row], columns):
-            show_image(axis, _image(model, (done.truth if patches is None else patches)[row]), spec)
-            if patches is None:
-                show_ranks(axis, done.ranks[row].view(grid).numpy())
-        show_pixels(axes[row, -1], done.loss[row].view(grid).numpy(), cmap=HEAT, vmin=0, vmax=most)
-        note(axes[row, -1], f'mean {done.loss[row].nanmean():.2f}')
+    figure, axes = panel_grid(len(done.loss), len(columns) + 1, spec.size, 'Images and their predictions',
+                              describe(model, name), caption.format(most) + conditions(model))
+    for row, (panels, loss) in enumerate(zip(axes, done.loss)):
+        for axis, (_, patches) in zip(panels, columns):
+            show_image(axis, done.pixels(patches[row]), spec)
+        show_ranks(panels[1], done.on_grid(done.ranks[row]))
+        show_pixels(panels[-1], done.on_grid(loss), cmap=HEAT, vmin=0, vmax=most)
+        note(panels[-1], f'mean {loss.nanmean():.2f}')
     for axis, text in zip(axes[0], (*(text for text, _ in columns), 'error')):
         label_panel(axis, text)
     order_legend(figure)
@@ -320,11 +268,6 @@ def comparison_figure(
 
 def _target_heading(model: AutoregressiveViT) -> str:
     return 'target' if model.target.blur is None else 'target, blurred'
-
-
-def _image(model: AutoregressiveViT, patches: torch.Tensor) -> torch.Tensor:
-    """Patches [N, P * P * C] as an image [C, H, W]."""
-    return unpatchify(patches[None], model.serialization.grid, model.target.patch_size)[0]
 
 
 def _snapshot(canvas: FigureCanvasAgg) -> Image.Image:
