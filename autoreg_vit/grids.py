@@ -1,11 +1,9 @@
-"""The grid of tokens that an image is cut into: how many, where they lie, and which numbers of segments fit."""
+"""The grid of tokens that an image is cut into: how many, and which numbers of segments fit."""
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
-
-import torch
 
 from .errors import SerializationError, ShapeError
 
@@ -16,16 +14,6 @@ def count_tokens(grid: tuple[int, int]) -> int:
     if height < 1 or width < 1:
         raise ShapeError(f'A grid has at least one row and one column of tokens, got {tuple(grid)}.')
     return height * width
-
-
-def span(size: int, device: torch.device | str | None) -> torch.Tensor:
-    """`size` evenly spaced positions from -2 to 2; a single one stands in the middle."""
-    return torch.linspace(-2, 2, size, device=device) if size > 1 else torch.zeros(1, device=device)
-
-
-def token_points(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Positions of the tokens in raster order, [1, N, 2]: row, column."""
-    return torch.cartesian_prod(rows, columns)[None]
 
 
 def square_side(count: int, grid: tuple[int, int]) -> int:
