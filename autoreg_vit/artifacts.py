@@ -41,7 +41,6 @@ def save_tensors(
 
     Args:
         tensors: By name, on any device; none may share memory with another.
-        metadata: Texts to keep with them.
         checksum: False where SHA256SUMS of the folder, or whoever wrote it, names the file.
 
     Raises:
@@ -152,9 +151,8 @@ def write_error(path: Path, error: Exception) -> CheckpointError:
     if number is None and found:
         number = int(found[1])
     if number in OUT_OF_SPACE:
-        return CheckpointError(
-            f'The disk is full or a quota is reached: cannot write {path} ({os.strerror(number)}). The last good '
-            'checkpoint is kept: free some space and run the same command again.')
+        return CheckpointError(f'The disk is full or a quota is reached: cannot write {path} ({os.strerror(number)}). '
+                               'The last good checkpoint is kept: free some space and run the same command again.')
     reason = os.strerror(number) if number else ' '.join(str(error).split())
     return CheckpointError(f'Cannot write {path}: {reason}. The last good checkpoint is kept.')
 
@@ -246,11 +244,8 @@ def save_network(model: nn.Module, folder: str | Path, config: dict[str, Any]) -
 
 
 def load_network(folder: str | Path, build: Callable[[dict[str, Any]], N], kind: str, command: str) -> N:
-    """A network in evaluation mode from a folder that `save_network` wrote, with the content of config.json as its
-    `config`; errors call it a `kind`, of the `command` of autoreg-vit.
-
-    Args:
-        build: From that content to the network, with whatever weights.
+    """A network in evaluation mode from a folder that `save_network` wrote, made by `build` from the content of
+    config.json, which becomes its `config`; errors call it a `kind`, of the `command` of autoreg-vit.
 
     Raises:
         CheckpointError: for a folder that is missing, of another network, or damaged.
@@ -264,8 +259,8 @@ def load_network(folder: str | Path, build: Callable[[dict[str, Any]], N], kind:
     except UsageError:
         raise
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f'{folder} holds no whole {kind} ({type(error).__name__}: {" ".join(str(error).split())[:300]}): name the '
-            f'folder model/ of a run of autoreg-vit {command}.') from error
+        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        raise CheckpointError(f'{folder} holds no whole {kind} ({reason}): name the folder model/ of a run of '
+                              f'autoreg-vit {command}.') from error
     cast(Any, model).config = config
     return model.eval()

@@ -96,8 +96,7 @@ def blobs(
 
     Args:
         segments: Number of Gaussians, finest level first: 11, (11, 5), (11, 7, 3).
-        shuffle: As for `squares`.
-        segment_order: As for `squares`.
+        shuffle, segment_order: As for `squares`.
 
     Raises:
         SerializationError: if there are more segments than tokens or the hierarchy does not shrink.
@@ -124,7 +123,6 @@ class Serialization:
 
     Args:
         name: raster, prefix_raster, random, squares or blobs.
-        grid: Rows and columns of tokens.
         segments, shuffle, segment_order: As `squares` and `blobs` take them; for those only.
 
     Raises:
@@ -138,8 +136,8 @@ class Serialization:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in _SERIALIZATIONS:
-            raise SerializationError(
-                f'Unknown serialization {self.name!r}. {suggest(str(self.name), list(_SERIALIZATIONS))}')
+            near = suggest(str(self.name), list(_SERIALIZATIONS))
+            raise SerializationError(f'Unknown serialization {self.name!r}. {near}')
         count_tokens(self.grid)
         if self.segment_order not in ('random', 'raster'):
             raise SerializationError(f"segment_order is 'random' or 'raster', got {self.segment_order!r}.")
@@ -179,7 +177,6 @@ class Layout:
         encoder_limits: Source limits of the encoder's tokens, int32 [B, prefix + encoded].
         query_limits: Source limits among predictions, which have no prefix, int32 [B, N].
         memory_limits: Memory limits of predictions over the encoder's tokens, prefix included, int32 [B, N].
-        prefix: Class and register tokens in front.
     """
     order: torch.Tensor
     encoder_limits: torch.Tensor
@@ -228,9 +225,8 @@ def check_ranks(ranks: torch.Tensor, batch: int, tokens: int) -> None:
     """Raise ShapeError unless `ranks` is an int64 tensor [batch, tokens]."""
     if not isinstance(ranks, torch.Tensor) or ranks.dtype != torch.int64 or ranks.shape != (batch, tokens):
         got = f'{ranks.dtype} {tuple(ranks.shape)}' if isinstance(ranks, torch.Tensor) else type(ranks).__name__
-        raise ShapeError(
-            f'ranks must be torch.int64 of shape {(batch, tokens)}, one row an image and one column a token; got '
-            f'{got}. Draw them with autoreg_vit.serialization or model.draw_ranks(batch).')
+        raise ShapeError(f'ranks must be torch.int64 of shape {(batch, tokens)}, one row an image and one column a '
+                         f'token; got {got}. Draw them with autoreg_vit.serialization or model.draw_ranks(batch).')
 
 
 def sort_by_rank(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

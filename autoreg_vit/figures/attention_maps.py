@@ -31,11 +31,7 @@ def with_attention(encoder: nn.Module) -> VisionTransformer:
 @torch.no_grad()
 def attention_weights(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Attention of the encoder's last block on images [B, C, H, W], normalised: from every token (rows, class and
-    register tokens first) to every token, [B, heads, N, N]; rows sum to 1.
-
-    Raises:
-        ModelError: as `with_attention`.
-    """
+    register tokens first) to every token, [B, heads, N, N]; rows sum to 1. Raises ModelError as `with_attention`."""
     encoder = with_attention(encoder)
     was_training = encoder.training
     encoder.eval()
@@ -67,11 +63,9 @@ def attention_figure(
     Args:
         encoders: Pairs of a heading and an encoder, such as an untrained and a pretrained one.
         images: [B, C, H, W], normalised, which `spec` undoes.
-        path: File to write.
-        name: Of the model.
 
     Raises:
-        ModelError: as `attention_weights`.
+        ModelError: as `with_attention`.
     """
     maps = [attention_maps(encoder, attention_weights(encoder, images)) for _, encoder in encoders]
     (last_heading, last), heads, depth = encoders[-1], maps[-1].shape[1], len(encoders[-1][1].blocks)

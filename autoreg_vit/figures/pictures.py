@@ -19,23 +19,7 @@ from ..data.transforms import ImageSpec
 from ..models import AutoregressiveViT
 from ..models.decoders import NextTokenDecoder
 from ..models.targets import patchify, unpatchify
-from .panels import (
-    COLOURS,
-    EMPTY,
-    HEAT,
-    INK,
-    MUTED,
-    displayed,
-    label_panel,
-    label_row,
-    note,
-    order_legend,
-    outline,
-    panel_grid,
-    show_image,
-    show_pixels,
-    show_ranks,
-)
+from . import panels
 
 #: Steps of a film at most.
 MOST_FRAMES = 36
@@ -100,7 +84,8 @@ class Reconstruction:
 
     def frame(self, axis: Axes, image: int, number: int) -> list[LineCollection]:
         """Outline the segment of rank `number` in its colour; returns what was drawn."""
-        return outline(axis, self.on_grid(self.ranks[image]) == number, COLOURS((number + 0.5) / self.counts[image]))
+        colour = panels.COLOURS((number + 0.5) / self.counts[image])
+        return panels.outline(axis, self.on_grid(self.ranks[image]) == number, colour)
 
 
 @torch.no_grad()
@@ -123,15 +108,12 @@ def reconstruct(model: AutoregressiveViT, images: torch.Tensor, ranks: torch.Ten
 
 def conditions(model: AutoregressiveViT) -> str:
     """What predictions are made from and shown with, which a picture of them must say."""
-    parts = ['Each segment is predicted from the true pixels of those before it']
+    first = 'the first from its own' if model.first_segment == 'self' else 'the first from its place alone'
+    if isinstance(model.decoder, NextTokenDecoder):
+        first = 'the first from none'
     if model.first_segment == 'given':
-        parts[0] += ', after a first one that is given'
-    elif isinstance(model.decoder, NextTokenDecoder):
-        parts[0] += ', the first from none'
-    elif model.first_segment == 'self':
-        parts[0] += ', the first from its own'
-    else:
-        parts[0] += ', the first from its place alone'
+        first = 'after a first one that is given'
+    parts = [f'Each segment is predicted from the true pixels of those before it, {first}']
     if model.target.norm_pix:
         parts.append('Predictions are of normalised patches and shown with the true mean and variance of each patch')
     if model.target.blur is not None:
@@ -154,39 +136,39 @@ def serialization_figure(
     as they are predicted."""
     always_same = bool((model.draw_ranks(8) == model.draw_ranks(1)).all())
     draws = 1 if always_same else 5
-    figure, axes = panel_grid(len(images), draws + 1, spec.size, 'Order of prediction', describe(model, name),
-                              'Tokens of one colour are predicted together, from those of all earlier colours.')
+    figure, axes = panels.panel_grid(len(images), draws + 1, spec.size, 'Order of prediction', describe(model, name),
+                                     'Tokens of one colour are predicted together, from those of all earlier colours.')
     for row, image in enumerate(images):
-        show_image(axes[row, 0], image, spec)
+        panels.show_image(axes[row, 0], image, spec)
         for column, ranks in enumerate(model.draw_ranks(draws).view(draws, *model.serialization.grid), start=1):
-            show_image(axes[row, column], image, spec)
-            show_ranks(axes[row, column], ranks.numpy())
-    label_panel(axes[0, 0], 'image')
+            panels.show_image(axes[row, column], image, spec)
+            panels.show_ranks(axes[row, column], ranks.numpy())
+    panels.label_panel(axes[0, 0], 'image')
     for column, axis in enumerate(axes[0, 1:], start=1):
-        label_panel(axis, 'order' if always_same else f'draw {column}')
-    order_legend(figure)
+        panels.label_panel(axis, 'order' if always_same else f'draw {column}')
+    panels.order_legend(figure)
     figure.savefig(path)
 
 
 def reconstruction_figure(done: Reconstruction, spec: ImageSpec, path: Path, name: str | None = None) -> None:
-    """Images segment by segment, a row each: at every step the true pixels so far and, framed, the present prediction.
-    """
+    """Images by segments, a row each: at every step the true pixels so far and, framed, the present prediction."""
     shown = min(6, max(done.counts) - done.first)
-    figure, axes = panel_grid(len(done.counts), shown + 3, spec.size, *_headings(done.model, name), every_row=True)
-    for row, (count, panels) in enumerate(zip(done.counts, axes)):
+    headings = _headings(done.model, name)
+    figure, axes = panels.panel_grid(len(done.counts), shown + 3, spec.size, *headings, every_row=True)
+    for row, (count, line) in enumerate(zip(done.counts, axes)):
         steps = sorted(set(done.steps(row, shown)))
         for axis, text, patches in [
-            (panels[0], 'order', done.truth[row]),
-            *((axis, f'{number + 1} of {count}', done.step(row, number)) for axis, number in zip(panels[1:], steps)),
-            (panels[-2], 'all predictions', done.pred[row]),
-            (panels[-1], _target_heading(done.model), done.target[row]),
+            (line[0], 'order', done.truth[row]),
+            *((axis, f'{number + 1} of {count}', done.step(row, number)) for axis, number in zip(line[1:], steps)),
+            (line[-2], 'all predictions', done.pred[row]),
+            (line[-1], _target_heading(done.model), done.target[row]),
         ]:
-            show_image(axis, done.pixels(patches), spec)
-            label_panel(axis, text)
-        show_ranks(panels[0], done.on_grid(done.ranks[row]))
-        for axis, number in zip(panels[1:], steps):
+            panels.show_image(axis, done.pixels(patches), spec)
+            panels.label_panel(axis, text)
+        panels.show_ranks(line[0], done.on_grid(done.ranks[row]))
+        for axis, number in zip(line[1:], steps):
             done.frame(axis, row, number)
-    order_legend(figure)
+    panels.order_legend(figure)
     figure.savefig(path)
 
 
@@ -196,32 +178,32 @@ def reconstruction_film(done: Reconstruction, spec: ImageSpec, path: Path, name:
     images, length = len(done.counts), min(max(done.counts) - done.first, MOST_FRAMES)
     headings = ('seen', 'predicted', _target_heading(done.model))
     if images > 2:  # a column an image, else a row
-        figure, axes = panel_grid(3, images, spec.size, *_headings(done.model, name), beside=True, widest=1.5)
+        figure, axes = panels.panel_grid(3, images, spec.size, *_headings(done.model, name), beside=True, widest=1.5)
         axes = axes.T
         for axis, heading in zip(axes[0], headings):
-            label_row(axis, heading)
+            panels.label_row(axis, heading)
     else:
-        figure, axes = panel_grid(images, 3, spec.size, *_headings(done.model, name), every_row=True)
+        figure, axes = panels.panel_grid(images, 3, spec.size, *_headings(done.model, name), every_row=True)
         for axis, heading in zip(axes.flat, headings * images):
-            label_panel(axis, heading)
+            panels.label_panel(axis, heading)
     nothing = torch.full_like(done.truth[0], torch.nan)
     for row, target in zip(axes, done.target):
         for axis, patches in zip(row, (nothing, nothing, target)):
-            show_image(axis, done.pixels(patches), spec)
-    order_legend(figure)
+            panels.show_image(axis, done.pixels(patches), spec)
+    panels.order_legend(figure)
     figure.set_dpi(110)
 
     def draw(heading: str, row: int, seen: torch.Tensor, predicted: torch.Tensor) -> None:
-        label_panel(axes[row, 0], heading)
+        panels.label_panel(axes[row, 0], heading)
         for axis, patches in zip(axes[row], (seen, predicted)):
-            axis.images[0].set_data(displayed(done.pixels(patches), spec))
+            axis.images[0].set_data(panels.displayed(done.pixels(patches), spec))
 
     canvas, frames = FigureCanvasAgg(figure), []
     for numbers in zip(*(done.steps(i, length) for i in range(images))):
         outlines = []
         for row, number in enumerate(numbers):
-            draw(f'segment {number + 1} of {done.counts[row]}', row, done.step(row, number),
-                 done.predicted(row, number))
+            heading = f'segment {number + 1} of {done.counts[row]}'
+            draw(heading, row, done.step(row, number), done.predicted(row, number))
             outlines += done.frame(axes[row, 0], row, number)
         frames.append(_snapshot(canvas))
         for lines in outlines:
@@ -231,8 +213,8 @@ def reconstruction_film(done: Reconstruction, spec: ImageSpec, path: Path, name:
     frames.append(_snapshot(canvas))
     pace = int(np.clip(7000 / length, 90, 800)) // 10 * 10  # a GIF counts hundredths of a second
     frames = _share_palette(frames)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[pace] * length + [2500], loop=0,
-                   optimize=False)
+    durations = [pace] * length + [2500]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False)
 
 
 def comparison_figure(done: Reconstruction, spec: ImageSpec, path: Path, name: str | None = None) -> None:
@@ -252,17 +234,17 @@ def comparison_figure(done: Reconstruction, spec: ImageSpec, path: Path, name: s
     if done.first:
         caption += 'White is given, not predicted. '
     most = max(float(done.loss.nanquantile(0.98)), 1e-12)
-    figure, axes = panel_grid(len(done.loss), len(columns) + 1, spec.size, 'Images and their predictions',
-                              describe(model, name), caption.format(most) + conditions(model))
-    for row, (panels, loss) in enumerate(zip(axes, done.loss)):
-        for axis, (_, patches) in zip(panels, columns):
-            show_image(axis, done.pixels(patches[row]), spec)
-        show_ranks(panels[1], done.on_grid(done.ranks[row]))
-        show_pixels(panels[-1], done.on_grid(loss), cmap=HEAT, vmin=0, vmax=most)
-        note(panels[-1], f'mean {loss.nanmean():.2f}')
+    figure, axes = panels.panel_grid(len(done.loss), len(columns) + 1, spec.size, 'Images and their predictions',
+                                     describe(model, name), caption.format(most) + conditions(model))
+    for row, (line, loss) in enumerate(zip(axes, done.loss)):
+        for axis, (_, patches) in zip(line, columns):
+            panels.show_image(axis, done.pixels(patches[row]), spec)
+        panels.show_ranks(line[1], done.on_grid(done.ranks[row]))
+        panels.show_pixels(line[-1], done.on_grid(loss), cmap=panels.HEAT, vmin=0, vmax=most)
+        panels.note(line[-1], f'mean {loss.nanmean():.2f}')
     for axis, text in zip(axes[0], (*(text for text, _ in columns), 'error')):
-        label_panel(axis, text)
-    order_legend(figure)
+        panels.label_panel(axis, text)
+    panels.order_legend(figure)
     figure.savefig(path)
 
 
@@ -278,8 +260,8 @@ def _snapshot(canvas: FigureCanvasAgg) -> Image.Image:
 def _share_palette(frames: list[Image.Image]) -> list[Image.Image]:
     """RGB frames in one palette of 256 colours, so that nothing flickers: those of the drawing itself, and those found
     in the last frame, which has everything on it."""
-    drawn = np.asarray(COLOURS(np.linspace(0, 1, 28)))[:, :3]
-    own = np.array([to_rgb('white'), EMPTY, to_rgb(INK), to_rgb(MUTED), *drawn])
+    drawn = np.asarray(panels.COLOURS(np.linspace(0, 1, 28)))[:, :3]
+    own = np.array([to_rgb('white'), panels.EMPTY, to_rgb(panels.INK), to_rgb(panels.MUTED), *drawn])
     own = (255 * own).round().astype(np.uint8)
     found = frames[-1].quantize(256 - len(own), Image.Quantize.MEDIANCUT).getpalette() or []
     palette = Image.new('P', (1, 1))

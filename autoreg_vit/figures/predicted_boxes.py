@@ -16,8 +16,7 @@ from .panels import label_row, panel_grid, show_pixels
 def detection_figure(dataset: Part, detections: list[Detections], path: Path, images: int = 4) -> None:
     """The first `images` with what is annotated on them, and below with what was found, as `evaluate` gives it: boxes,
     masks, classes, scores."""
-    names = list(dataset.dataset.categories.values())
-    images = min(images, len(dataset))
+    names, images = list(dataset.dataset.categories.values()), min(images, len(dataset))
     detections, text = detections[:images], 'of scores from 0.5 on, at most 20 an image'
     shown = [[i for i, score in enumerate(found['scores']) if score >= 0.5][:20] for found in detections]
     if not any(shown):  # an early detector is sure of nothing

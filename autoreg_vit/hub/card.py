@@ -14,10 +14,8 @@ from ..models.pretrained import ROOTS
 from ..settings.base import in_order
 from ..settings.pretraining import PretrainConfig
 
-PAPERS = {
-    'randsac': ('RandSAC', 'https://arxiv.org/abs/2203.12054'),
-    'saim': ('SAIM', 'https://arxiv.org/abs/2212.01610'),
-}
+PAPERS = {'randsac': ('RandSAC', 'https://arxiv.org/abs/2203.12054'),
+          'saim': ('SAIM', 'https://arxiv.org/abs/2212.01610')}
 
 
 class Weights(NamedTuple):
@@ -137,9 +135,8 @@ def _use(weights: Weights, config: dict[str, Any]) -> str:
 def _training(source: Source) -> str:
     config, first = source.config, source.lines[0]
     last = [{'images': 0, 'epoch': 0}, *_steps(source.lines)][-1]
-    epochs = f'{last["epoch"]:g} of {config.epochs} epochs (the run is not finished)'
-    if source.finished:
-        epochs = _plural(config.epochs, 'epoch')
+    epochs = (_plural(config.epochs, 'epoch') if source.finished else
+              f'{last["epoch"]:g} of {config.epochs} epochs (the run is not finished)')
     hours = training_hours(source.lines)
     design = ', '.join(f'{k} {_plain(v)}' for k, v in config.model_options().items())
     crops = 'method\'s default' if config.crop_scale is None else ' to '.join(map(str, config.crop_scale))

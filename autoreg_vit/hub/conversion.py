@@ -45,11 +45,10 @@ class Part(NamedTuple):
 
     def report(self) -> dict[str, Any]:
         """Every key of the checkpoint and every one of the model's: kept, renamed, dropped or missing."""
-        renamed = {old: new for old, new in self.names.items() if new not in (None, old)}
         given = set(self.names.values())
         return {
             'kept': sorted(old for old, new in self.names.items() if new == old),
-            'renamed': dict(sorted(renamed.items())),
+            'renamed': {old: new for old, new in sorted(self.names.items()) if new not in (None, old)},
             'dropped': sorted(old for old, new in self.names.items() if new is None),
             'missing': sorted(key for key in self.model.state_dict() if key not in given),
         }
@@ -119,15 +118,13 @@ def read_checkpoint(path: Path, prefix: str = '') -> tuple[dict[str, torch.Tenso
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = load_file(path)
     if isinstance(content, dict):
-        entries = inside(content)[1]
-        if entries:
+        if entries := inside(content)[1]:
             say(f'{path}: weights of the entry {" in ".join(map(repr, reversed(entries)))}')
         content = unwrap(content)
         found = prefixes(content)
         if found and prefix not in found:
             remedy = f'give --prefix {found[0]}, which takes them off.' if found[0] else 'leave --prefix out.'
-            raise CheckpointError(
-                f'{path} has its tensors under {" and ".join(repr(p) for p in found)}: {remedy}')
+            raise CheckpointError(f'{path} has its tensors under {" and ".join(map(repr, found))}: {remedy}')
         content = flat(content) if prefix else content
     if not isinstance(content, dict) or not content or not all(
             isinstance(k, str) and torch.is_tensor(v) for k, v in content.items() if str(k).startswith(prefix)):
@@ -161,11 +158,10 @@ def encoder_sizes(state_dict: dict[str, torch.Tensor], source: Path, num_heads: 
 
 def encoder_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: dict[str, Any], method: str) -> Part:
     """The encoder of a checkpoint, with its classifier where it was fine-tuned."""
-    pooled = 'fc_norm.weight' in state_dict
     classes = len(state_dict['head.weight']) if 'head.weight' in state_dict else 0
     # Both methods have a class token, which is the feature; MAE's fine-tuning averages the other tokens instead.
-    design: dict[str, Any] = {**METHODS['saim'], **({'global_pool': 'avg', 'fc_norm': True} if pooled else {})}
-    encoder = SinCosVisionTransformer(**sizes, **design, num_classes=classes)
+    pooled: dict[str, Any] = {'global_pool': 'avg', 'fc_norm': True} if 'fc_norm.weight' in state_dict else {}
+    encoder = SinCosVisionTransformer(**sizes, **{**METHODS['saim'], **pooled}, num_classes=classes)
     if method == 'SAIM':
         names = {key: encoder_name(key) for key in state_dict}
         converted = rename(state_dict, encoder_name, str(source))

@@ -83,8 +83,8 @@ def _plain(model_args: dict[str, Any]) -> dict[str, Any]:
 
 def _current_size(encoder: VisionTransformer) -> dict[str, Any]:
     embed = encoder.patch_embed
-    return {'img_size': list(embed.img_size), 'patch_size': list(embed.patch_size),
-            'in_chans': embed.proj.in_channels, 'depth': len(encoder.blocks)}
+    return {'img_size': list(embed.img_size), 'patch_size': list(embed.patch_size), 'in_chans': embed.proj.in_channels,
+            'depth': len(encoder.blocks)}
 
 
 def _write(
@@ -96,21 +96,14 @@ def _write(
     if not loads_channels(channels):  # timm adapts nothing without it
         pretrained_cfg = {**pretrained_cfg, 'first_conv': None}
     config = {
-        'architecture': architecture,
-        'num_classes': encoder.num_classes,
-        'num_features': encoder.num_features,
+        'architecture': architecture, 'num_classes': encoder.num_classes, 'num_features': encoder.num_features,
         'global_pool': encoder.global_pool,
         'torch_dtype': 'float32',  # else transformers computes in the dtype that weights are stored in
         'model_args': _plain(model_args),
         'pretrained_cfg': {
-            'input_size': [channels, *encoder.patch_embed.img_size],
-            'fixed_input_size': True,
-            'crop_pct': 1.0,
-            'interpolation': 'bicubic',
-            'mean': [0.5] * channels,
-            'std': [0.5] * channels,
-            'num_classes': encoder.num_classes,
-            **pretrained_cfg,
+            'input_size': [channels, *encoder.patch_embed.img_size], 'fixed_input_size': True, 'crop_pct': 1.0,
+            'interpolation': 'bicubic', 'mean': [0.5] * channels, 'std': [0.5] * channels,
+            'num_classes': encoder.num_classes, **pretrained_cfg,
         },
     }
     with replaced(Path(folder)) as (new,):

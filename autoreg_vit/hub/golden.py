@@ -55,6 +55,4 @@ def deviation(recorded: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def _plain(values: torch.Tensor) -> Any:
-    if values.ndim:
-        return [_plain(v) for v in values]
-    return float(f'{values.item():.6g}')
+    return [_plain(v) for v in values] if values.ndim else float(f'{values.item():.6g}')

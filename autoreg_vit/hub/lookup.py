@@ -12,11 +12,6 @@ from ..errors import CheckpointError, ModelError, UsageError, suggest
 from ..models.designs import pretraining_models
 from ..models.encoders import check_sizes
 
-#: Names under which timm looks for the weights in a folder.
-WEIGHT_FILES = (WEIGHTS, 'pytorch_model.bin')
-#: What names the parts of weights that transformers divided.
-SHARDS = f'{WEIGHTS}.index.json'
-
 
 def load_encoder(weights: str, pretrained: bool = True, **options: Any) -> nn.Module:
     """An encoder by `timm.create_model`.
@@ -39,8 +34,7 @@ def load_model(weights: str, pretrained: bool = True) -> nn.Module:
     """A pretraining model where `weights` has one, else an encoder.
 
     Arguments and errors are those of `load_encoder`; `weights` may also be a folder or timm name of a pretraining
-    model, and of a run's folder, pretrain/ comes before encoder/.
-    """
+    model, and of a run's folder, pretrain/ comes before encoder/."""
     return _create(_resolve(weights, pretraining=True), weights, pretrained, {})
 
 
@@ -91,14 +85,14 @@ def _resolve(weights: str, pretraining: bool = False) -> str:
         if folder is None:
             raise CheckpointError(f'{path} holds no encoder: expected config.json and model.safetensors, as '
                                   'pretraining writes to runs/NAME/encoder.')
-        if (folder / SHARDS).is_file() and not (folder / WEIGHTS).is_file():
+        if (folder / f'{WEIGHTS}.index.json').is_file() and not (folder / WEIGHTS).is_file():
             raise CheckpointError(f'{folder} holds its weights in shards, as transformers writes large ones, and timm '
                                   'reads one file: join them, by saving the model again with '
                                   "save_pretrained(FOLDER, max_shard_size='100GB').")
         if _architecture(folder) in pretraining_models() and not pretraining:
             raise ModelError(f'{folder} holds a pretraining model, encoder and decoder: name the folder '
                              f'{folder.with_name("encoder")} beside it.')
-        for file in (folder / name for name in WEIGHT_FILES):
+        for file in (folder / WEIGHTS, folder / 'pytorch_model.bin'):  # what timm loads
             if file.is_file():
                 verify_checksum(file)
         return f'local-dir:{folder}'
@@ -110,7 +104,8 @@ def _resolve(weights: str, pretraining: bool = False) -> str:
         method, size = base.split('_', 1)
         raise ModelError(f'{weights!r} is a pretraining model: its encoder is {size}_{method}.')
     if timm.is_model(base):
-        tags = [name.partition('.')[2] for name in timm.list_models(f'{base}.*', pretrained=True, include_tags=True)]
+        names = timm.list_models(f'{base}.*', pretrained=True, include_tags=True) if tag else []
+        tags = [name.partition('.')[2] for name in names]
         if tag and tag not in tags:
             known = suggest(tag, tags) if tags else 'It has no trained weights.'
             raise ModelError(f'{base!r} has no tag {tag!r}. {known}')

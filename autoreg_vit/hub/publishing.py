@@ -35,9 +35,7 @@ HALF_LIMIT = 0.005
 
 def export(config: ExportConfig) -> list[Path]:
     """Write the weights of a run as folders that timm loads, with a card, the run's settings and log, recorded outputs
-    and checksums; upload them where asked to.
-
-    Of an unfinished run, the weights are those of its last checkpoint.
+    and checksums; upload them where asked to. Of an unfinished run, the weights are those of its last checkpoint.
 
     Returns:
         The folders: `FOLDER/ENCODER.TAG`, and `FOLDER/MODEL.TAG` of the whole model.
@@ -88,8 +86,7 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
         model = cast(AutoregressiveViT, load_folder(run / 'pretrain'))
     except Exception as error:  # by the kind of damage: CheckpointError, OSError, KeyError, RuntimeError, ...
         kind = '' if isinstance(error, UsageError) else f'{type(error).__name__}: '
-        raise CheckpointError(
-            f'Cannot load {run / "pretrain"} ({kind}{" ".join(str(error).split())[:300]}).') from error
+        raise CheckpointError(f'Cannot load {run / "pretrain"} ({kind}{" ".join(str(error).split())[:300]}).') from error
     finished = lines[-1]['event'] == 'finish' or max(line.get('epoch', 0) for line in lines) >= settings.epochs
     if not finished:
         state = load_checkpoint(run / CHECKPOINT, say)
@@ -157,8 +154,7 @@ class Hub:
 
     def __init__(self, repository: str, private: bool, kinds: list[str]):
         self.api = HfApi()
-        names = {'encoder': repository, 'pretrain': f'{repository}-pretrain'}
-        self.repositories = {kind: names[kind] for kind in kinds}
+        self.repositories = {kind: repository + ('-pretrain' if kind == 'pretrain' else '') for kind in kinds}
         for name in self.repositories.values():
             with self._reaching(name):
                 self.api.create_repo(name, private=private, exist_ok=True)
