@@ -178,10 +178,9 @@ def pretraining_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: d
     kernel = state_dict.get('gaussian_blur.weight')
     # The kernel shows its size; its sigma is that of the published command.
     blur = False if kernel is None else (kernel.shape[-1], 1.0)
-    fits = [size for size, args in SIZES.items()
-            if args['embed_dim'] == sizes['embed_dim'] and [args['patch_size']] * 2 == sizes['patch_size']]
-    name = f'saim_{fits[0] if fits else "vit_base"}'
-    model = create_pretraining_model(name, **sizes, decoder_depth=queries, blur=blur)
+    size = next((size for size, args in SIZES.items() if args['embed_dim'] == sizes['embed_dim']
+                 and [args['patch_size']] * 2 == sizes['patch_size']), 'vit_base')
+    model = create_pretraining_model(f'saim_{size}', **sizes, decoder_depth=queries, blur=blur)
     load_into(model, rename(state_dict, pretraining_name, str(source)), str(source), _remedy(sizes))
     return Part(model, {key: pretraining_name(key) for key in state_dict})
 

@@ -86,7 +86,8 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
         model = cast(AutoregressiveViT, load_folder(run / 'pretrain'))
     except Exception as error:  # by the kind of damage: CheckpointError, OSError, KeyError, RuntimeError, ...
         kind = '' if isinstance(error, UsageError) else f'{type(error).__name__}: '
-        raise CheckpointError(f'Cannot load {run / "pretrain"} ({kind}{" ".join(str(error).split())[:300]}).') from error
+        raise CheckpointError(f'Cannot load {run / "pretrain"} ({kind}{" ".join(str(error).split())[:300]}).'
+                              ) from error
     finished = lines[-1]['event'] == 'finish' or max(line.get('epoch', 0) for line in lines) >= settings.epochs
     if not finished:
         state = load_checkpoint(run / CHECKPOINT, say)
