@@ -184,10 +184,10 @@ def _measured(source: Source) -> str:
         names = [name for name in METRICS if any(name in result for result in source.results)]
         head = ['protocol', 'training images', 'test images', *(METRICS[name].label for name in names)]
         cells = {'train_images': ',', 'test_images': ',', **dict.fromkeys(names, '.2f')}
-        rows = [[_protocol(result), *(f'{result[n]:{form}}' if n in result else '' for n, form in cells.items())]
-                for result in source.results]
+        table = [[_protocol(result), *(f'{result[n]:{form}}' if n in result else '' for n, form in cells.items())]
+                 for result in source.results]
         parts.append('By the commands of autoreg-vit, one run each, in percent:\n\n' + '\n'.join(
-            f'| {" | ".join(row)} |' for row in [head, ['---'] * len(head), *rows]))
+            f'| {" | ".join(row)} |' for row in [head, ['---'] * len(head), *table]))
     return '\n\n'.join(parts) or 'Nothing.'
 
 
