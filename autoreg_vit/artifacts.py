@@ -15,9 +15,9 @@ import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -31,36 +31,16 @@ CONFIG, WEIGHTS, SUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
 #: Errors of a system that has no room for a file.
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-N = TypeVar('N', bound='Configured')
-
-
-class Configured(Protocol):
-    """A network that a folder of its own describes.
-
-    Attributes:
-        config: The content of its config.json.
-    """
-    config: dict[str, Any]
-
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> Any:
-        """Take weights."""
-
-    def eval(self: N) -> N:
-        """Be for evaluation from here on."""
+N = TypeVar('N', bound=nn.Module)
 
 
 def save_tensors(
-        path: Path,
-        tensors: dict[str, torch.Tensor],
-        metadata: dict[str, str] | None = None,
-        checksum: bool = True,
+        path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, checksum: bool = True,
 ) -> None:
-    """Write tensors as safetensors, and PATH.sha256 beside them.
+    """Write tensors as safetensors, and PATH.sha256 beside them; what was there is replaced once the new file is whole.
 
     Args:
-        path: File to write, replaced once the new one is whole.
         tensors: By name, on any device; none may share memory with another.
-        metadata: Texts to keep with them.
         checksum: False where SHA256SUMS of the folder, or whoever wrote it, names the file.
 
     Raises:
@@ -103,11 +83,8 @@ def write_config(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file and its checksum, both on disk when this returns; a failed write leaves neither.
-
-    Args:
-        path: File to write, replaced if it exists.
-        write: Gets the open file, of which it may call `write` and `flush` alone.
+    """Write or replace a file and its checksum, both on disk when this returns; a failed write leaves neither. `write`
+    gets the open file, of which it may call `write` and `flush` alone.
 
     Raises:
         CheckpointError: for a target that is no regular file, and for a write that failed.
@@ -118,11 +95,9 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file = HashingFile(raw)
             try:
                 write(cast(BinaryIO, file))
-            except Exception:
-                if file.error is None:
-                    raise
-            if file.error is not None:
-                raise file.error
+            finally:
+                if file.error is not None:
+                    raise file.error
             raw.flush()
             os.fsync(raw.fileno())
         write_checksum(path, file.sha256.hexdigest())
@@ -152,16 +127,12 @@ def replaced(*folders: Path) -> Iterator[tuple[Path, ...]]:
 
 def sync(path: Path) -> None:
     """Have a file, or the renames in a folder, on disk, where the system can."""
-    try:
+    with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -180,9 +151,8 @@ def write_error(path: Path, error: Exception) -> CheckpointError:
     if number is None and found:
         number = int(found[1])
     if number in OUT_OF_SPACE:
-        return CheckpointError(
-            f'The disk is full or a quota is reached: cannot write {path} ({os.strerror(number)}). The last good '
-            'checkpoint is kept: free some space and run the same command again.')
+        return CheckpointError(f'The disk is full or a quota is reached: cannot write {path} ({os.strerror(number)}). '
+                               'The last good checkpoint is kept: free some space and run the same command again.')
     reason = os.strerror(number) if number else ' '.join(str(error).split())
     return CheckpointError(f'Cannot write {path}: {reason}. The last good checkpoint is kept.')
 
@@ -204,7 +174,7 @@ class HashingFile:
     exception in the middle of a write into a message about file positions."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.sha256 = file, hashlib.sha256()
+        self.file, self.flush, self.sha256 = file, file.flush, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, block: bytes) -> int:
@@ -215,13 +185,6 @@ class HashingFile:
             except OSError as error:
                 self.error = error
         return len(block)
-
-    def flush(self) -> None:
-        if self.error is None:
-            try:
-                self.file.flush()
-            except OSError as error:
-                self.error = error
 
 
 def checksum_path(path: Path) -> Path:
@@ -272,13 +235,8 @@ def sha256_of(path: Path) -> str:
 
 
 def save_network(model: nn.Module, folder: str | Path, config: dict[str, Any]) -> None:
-    """Write a network as a folder that `load_network` reads.
-
-    Args:
-        model: Trained.
-        folder: Made if it is not there.
-        config: What builds the network again, as JSON.
-    """
+    """Write a network as a folder, made if it is not there, that `load_network` reads; `config` is what builds the
+    network again, as JSON."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, model.state_dict())
@@ -286,13 +244,8 @@ def save_network(model: nn.Module, folder: str | Path, config: dict[str, Any]) -
 
 
 def load_network(folder: str | Path, build: Callable[[dict[str, Any]], N], kind: str, command: str) -> N:
-    """A network in evaluation mode, with the content of config.json as its `config`.
-
-    Args:
-        folder: As `save_network` wrote it.
-        build: From that content to the network, with whatever weights.
-        kind: What errors call the network.
-        command: Of autoreg-vit, which writes such folders.
+    """A network in evaluation mode from a folder that `save_network` wrote, made by `build` from the content of
+    config.json, which becomes its `config`; errors call it a `kind`, of the `command` of autoreg-vit.
 
     Raises:
         CheckpointError: for a folder that is missing, of another network, or damaged.
@@ -306,8 +259,8 @@ def load_network(folder: str | Path, build: Callable[[dict[str, Any]], N], kind:
     except UsageError:
         raise
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f'{folder} holds no whole {kind} ({type(error).__name__}: {" ".join(str(error).split())[:300]}): name the '
-            f'folder model/ of a run of autoreg-vit {command}.') from error
-    model.config = config
+        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        raise CheckpointError(f'{folder} holds no whole {kind} ({reason}): name the folder model/ of a run of '
+                              f'autoreg-vit {command}.') from error
+    cast(Any, model).config = config
     return model.eval()

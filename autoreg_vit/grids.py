@@ -1,11 +1,9 @@
-"""The grid of tokens that an image is cut into: how many, where they lie, and which numbers of segments fit."""
+"""The grid of tokens that an image is cut into: how many, and which numbers of segments fit."""
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
-
-import torch
 
 from .errors import SerializationError, ShapeError
 
@@ -16,16 +14,6 @@ def count_tokens(grid: tuple[int, int]) -> int:
     if height < 1 or width < 1:
         raise ShapeError(f'A grid has at least one row and one column of tokens, got {tuple(grid)}.')
     return height * width
-
-
-def span(size: int, device: torch.device | str | None) -> torch.Tensor:
-    """`size` evenly spaced positions from -2 to 2; a single one stands in the middle."""
-    return torch.linspace(-2, 2, size, device=device) if size > 1 else torch.zeros(1, device=device)
-
-
-def token_points(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Positions of the tokens in raster order, [1, N, 2]: row, column."""
-    return torch.cartesian_prod(rows, columns)[None]
 
 
 def square_side(count: int, grid: tuple[int, int]) -> int:
@@ -41,27 +29,21 @@ def check_segments(name: str, segments: int | Sequence[int] | None, grid: tuple[
     if isinstance(segments, Integral) and not isinstance(segments, bool):
         segments = (segments,)
     if not isinstance(segments, Sequence) or isinstance(segments, str) or len(segments) == 0:
-        raise SerializationError(
-            f'{name} needs the number of segments of each level, finest first, such as 11 or (11, 5); '
-            f'got segments={segments!r}.')
+        raise SerializationError(f'{name} needs the number of segments of each level, finest first, such as 11 or '
+                                 f'(11, 5); got segments={segments!r}.')
     for count in segments:
         if isinstance(count, bool) or not isinstance(count, Integral) or count < 2:
-            raise SerializationError(
-                f'Each level needs a whole number of at least 2 segments (with one there is nothing to predict from); '
-                f'got {count!r} in segments={tuple(segments)}.')
+            raise SerializationError('Each level needs a whole number of at least 2 segments (with one there is '
+                                     f'nothing to predict from); got {count!r} in segments={tuple(segments)}.')
         if count > tokens:
-            raise SerializationError(
-                f'{count} segments do not fit on a grid of {grid[0]} x {grid[1]} = {tokens} tokens: use at most '
-                f'{tokens}, a larger image or a smaller patch.')
+            raise SerializationError(f'{count} segments do not fit on a grid of {grid[0]} x {grid[1]} = {tokens} '
+                                     f'tokens: use at most {tokens}, a larger image or a smaller patch.')
         if name == 'squares' and not square_side(count, grid):
-            fits = [tokens // side ** 2 for side in range(1, min(grid) + 1)
-                    if grid[0] % side == 0 and grid[1] % side == 0]
-            raise SerializationError(
-                f'{count} squares do not tile a grid of {grid[0]} x {grid[1]} tokens. Possible here: '
-                f'{", ".join(str(n) for n in fits if n > 1)}. Blobs take any number.')
+            fits = [str(fit) for fit in range(tokens, 1, -1) if square_side(fit, grid)]
+            raise SerializationError(f'{count} squares do not tile a grid of {grid[0]} x {grid[1]} tokens. Possible '
+                                     f'here: {", ".join(fits)}. Blobs take any number.')
     segments = tuple(int(count) for count in segments)
     if any(fine <= coarse for fine, coarse in pairwise(segments)):
-        raise SerializationError(
-            f'A hierarchy goes from fine to coarse, each level with fewer segments than the one before; '
-            f'got segments={segments}. Write (11, 5), not (5, 11).')
+        raise SerializationError('A hierarchy goes from fine to coarse, each level with fewer segments than the one '
+                                 f'before; got segments={segments}. Write (11, 5), not (5, 11).')
     return segments

@@ -7,8 +7,9 @@ int64 [B, N], dense (0 ... K-1 without gaps), in raster order, drawn anew for ev
 **Order**: tokens sorted by rank. **Limits**: in sorted order every attention mask of RandSAC and SAIM is a prefix;
 query i may attend to the first `limits[b, i]` keys, and no mask needs to be stored.
 
-All functions are vectorised over the batch, run on any device without synchronising with the host, and draw only from
-`generator` (PyTorch's default generator of the device where none is given).
+The functions named as serializations give ranks [batch, N] of `batch` images on a grid of rows and columns of tokens,
+N = grid[0] * grid[1]. All functions are vectorised over the batch, run on any device without synchronising with the
+host, and draw only from `generator` (PyTorch's default generator of the device where none is given).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,43 +18,29 @@ from dataclasses import dataclass, replace
 import torch
 
 from .errors import SerializationError, ShapeError, suggest
-from .grids import check_segments, count_tokens, span, square_side, token_points
+from .grids import check_segments, count_tokens, square_side
 
 __all__ = [
     'Layout', 'Serialization', 'blobs', 'check_ranks', 'memory_limits', 'prefix_raster', 'random', 'raster',
     'sort_by_rank', 'source_limits', 'squares',
 ]
 
+Device = torch.device | str | None
+
 
 def raster(
-        batch: int,
-        grid: tuple[int, int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        batch: int, grid: tuple[int, int], *, generator: torch.Generator | None = None, device: Device = None,
 ) -> torch.Tensor:
-    """Row by row, one token a segment: rank = token index (iGPT; RandSAC 3.1). Draws nothing.
-
-    Returns:
-        Ranks, int64 [batch, grid[0] * grid[1]].
-    """
+    """Row by row, one token a segment: rank = token index (iGPT; RandSAC 3.1). Draws nothing."""
     return torch.arange(count_tokens(grid), device=device).expand(batch, -1).contiguous()
 
 
 def prefix_raster(
-        batch: int,
-        grid: tuple[int, int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        batch: int, grid: tuple[int, int], *, generator: torch.Generator | None = None, device: Device = None,
 ) -> torch.Tensor:
     """A first segment of the first tokens in raster order, 1 to N - 1 of them at random, and then one token a segment:
     AIM's prefix (El-Nouby et al. 2024), which sees itself both ways. AIM predicts what follows it alone:
-    `first_segment='given'`.
-
-    Returns:
-        Ranks, int64 [batch, grid[0] * grid[1]].
-    """
+    `first_segment='given'`."""
     tokens = count_tokens(grid)
     draw = _uniform(batch, 1, generator=generator, device=device)
     length = 1 + (draw * (tokens - 1)).long().clamp(max=max(tokens - 2, 0))
@@ -61,69 +48,43 @@ def prefix_raster(
 
 
 def random(
-        batch: int,
-        grid: tuple[int, int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        batch: int, grid: tuple[int, int], *, generator: torch.Generator | None = None, device: Device = None,
 ) -> torch.Tensor:
-    """A uniformly random permutation of single tokens (SAIM Eq. 2; RandSAC Table 2, patch-random).
-
-    Returns:
-        Ranks, int64 [batch, grid[0] * grid[1]].
-    """
+    """A uniformly random permutation of single tokens (SAIM Eq. 2; RandSAC Table 2, patch-random)."""
     return _permutations(batch, count_tokens(grid), generator, device)
 
 
 def squares(
-        batch: int,
-        grid: tuple[int, int],
-        segments: int | Sequence[int],
-        *,
-        shuffle: bool = False,
-        segment_order: str = 'random',
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        batch: int, grid: tuple[int, int], segments: int | Sequence[int], *, shuffle: bool = False,
+        segment_order: str = 'random', generator: torch.Generator | None = None, device: Device = None,
 ) -> torch.Tensor:
     """Square segments in random order (RandSAC 3.2, Table 4), with any number of coarser levels (3.3).
 
     Args:
-        batch: Number of images.
-        grid: Rows and columns of tokens.
         segments: Number of squares, finest level first; each must tile the grid. RandSAC's square side M gives
             grid[0] * grid[1] / M**2 squares. A square belongs to the coarser square that holds its centre.
         shuffle: Permute tokens between segments, keeping the segments' sizes (RandSAC Table 6, bottom).
         segment_order: 'random' (RandSAC 3.3), or 'raster': segments, and partitions, by their first tokens in raster
             order, which makes squares those of XTRA's block causal mask (Amrani et al. 2025).
 
-    Returns:
-        Ranks, int64 [batch, grid[0] * grid[1]].
-
     Raises:
         SerializationError: if the squares do not tile the grid or the hierarchy does not shrink.
     """
     segments = check_segments('squares', segments, grid)
-    height, width = grid
     # Token centres in units of tokens, so that centres of squares are exact.
-    points = token_points(torch.arange(height, device=device) + 0.5, torch.arange(width, device=device) + 0.5)
+    points = torch.cartesian_prod(*(torch.arange(size, device=device) + 0.5 for size in grid))
 
     def assign(points: torch.Tensor, count: int) -> torch.Tensor:
         side = square_side(count, grid)
         cell = (points / side).floor().long()
-        return cell[..., 0] * (width // side) + cell[..., 1]
+        return cell[..., 0] * (grid[1] // side) + cell[..., 1]
 
     return _segment_ranks(points.expand(batch, -1, -1), segments, assign, shuffle, segment_order, generator)
 
 
 def blobs(
-        batch: int,
-        grid: tuple[int, int],
-        segments: int | Sequence[int],
-        *,
-        shuffle: bool = False,
-        segment_order: str = 'random',
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        batch: int, grid: tuple[int, int], segments: int | Sequence[int], *, shuffle: bool = False,
+        segment_order: str = 'random', generator: torch.Generator | None = None, device: Device = None,
 ) -> torch.Tensor:
     """Elliptical segments of a random mixture of Gaussians in random order (RandSAC 3.2, Eq. 1), with any number of
     coarser levels (3.3, Table 7).
@@ -134,20 +95,16 @@ def blobs(
     the mean position of its tokens (the paper says only "following the same logic").
 
     Args:
-        batch: Number of images.
-        grid: Rows and columns of tokens.
         segments: Number of Gaussians, finest level first: 11, (11, 5), (11, 7, 3).
-        shuffle: Permute tokens between segments, keeping the segments' sizes (RandSAC Table 6, bottom).
-        segment_order: 'random' (RandSAC 3.3), or 'raster', by the segments' first tokens in raster order.
-
-    Returns:
-        Ranks, int64 [batch, grid[0] * grid[1]].
+        shuffle, segment_order: As for `squares`.
 
     Raises:
         SerializationError: if there are more segments than tokens or the hierarchy does not shrink.
     """
     segments = check_segments('blobs', segments, grid)
-    points = token_points(*(span(size, device) for size in grid))
+    # A single row or column stands in the middle.
+    points = torch.cartesian_prod(*(
+        torch.linspace(-2, 2, size, device=device) if size > 1 else torch.zeros(1, device=device) for size in grid))
 
     def assign(points: torch.Tensor, count: int) -> torch.Tensor:
         draws = _uniform(batch, 1, count, 4, generator=generator, device=device)
@@ -166,10 +123,7 @@ class Serialization:
 
     Args:
         name: raster, prefix_raster, random, squares or blobs.
-        grid: Rows and columns of tokens.
-        segments: Segments a level, finest first; for squares and blobs only.
-        shuffle: Break the segments' coherence; for squares and blobs only.
-        segment_order: The order of segments, 'random' or 'raster'; for squares and blobs only.
+        segments, shuffle, segment_order: As `squares` and `blobs` take them; for those only.
 
     Raises:
         SerializationError: naming the value and what would do.
@@ -182,8 +136,8 @@ class Serialization:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in _SERIALIZATIONS:
-            raise SerializationError(
-                f'Unknown serialization {self.name!r}. {suggest(str(self.name), list(_SERIALIZATIONS))}')
+            near = suggest(str(self.name), list(_SERIALIZATIONS))
+            raise SerializationError(f'Unknown serialization {self.name!r}. {near}')
         count_tokens(self.grid)
         if self.segment_order not in ('random', 'raster'):
             raise SerializationError(f"segment_order is 'random' or 'raster', got {self.segment_order!r}.")
@@ -198,13 +152,7 @@ class Serialization:
                 f'(got {self.segments!r}) nor shuffle (got {self.shuffle}) nor segment_order '
                 f'(got {self.segment_order!r}). Use squares or blobs.')
 
-    def __call__(
-            self,
-            batch: int,
-            *,
-            generator: torch.Generator | None = None,
-            device: torch.device | str | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, batch: int, *, generator: torch.Generator | None = None, device: Device = None) -> torch.Tensor:
         """Ranks, int64 [batch, N]."""
         if self.segments is None:
             return _SINGLE_TOKENS[self.name](batch, self.grid, generator=generator, device=device)
@@ -229,7 +177,6 @@ class Layout:
         encoder_limits: Source limits of the encoder's tokens, int32 [B, prefix + encoded].
         query_limits: Source limits among predictions, which have no prefix, int32 [B, N].
         memory_limits: Memory limits of predictions over the encoder's tokens, prefix included, int32 [B, N].
-        prefix: Class and register tokens in front.
     """
     order: torch.Tensor
     encoder_limits: torch.Tensor
@@ -278,9 +225,8 @@ def check_ranks(ranks: torch.Tensor, batch: int, tokens: int) -> None:
     """Raise ShapeError unless `ranks` is an int64 tensor [batch, tokens]."""
     if not isinstance(ranks, torch.Tensor) or ranks.dtype != torch.int64 or ranks.shape != (batch, tokens):
         got = f'{ranks.dtype} {tuple(ranks.shape)}' if isinstance(ranks, torch.Tensor) else type(ranks).__name__
-        raise ShapeError(
-            f'ranks must be torch.int64 of shape {(batch, tokens)}, one row an image and one column a token; got '
-            f'{got}. Draw them with autoreg_vit.serialization or model.draw_ranks(batch).')
+        raise ShapeError(f'ranks must be torch.int64 of shape {(batch, tokens)}, one row an image and one column a '
+                         f'token; got {got}. Draw them with autoreg_vit.serialization or model.draw_ranks(batch).')
 
 
 def sort_by_rank(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,9 +237,8 @@ def sort_by_rank(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def source_limits(sorted_ranks: torch.Tensor, prefix: int = 0) -> torch.Tensor:
-    """How many keys a content token may attend to: those of rank <= its own, up to the end of its segment.
-
-    This is RandSAC's source mask (4.1, Fig. 4) and SAIM's content mask (Eq. 3).
+    """How many keys a content token may attend to: those of rank <= its own, up to the end of its segment. RandSAC's
+    source mask (4.1, Fig. 4) and SAIM's content mask (Eq. 3).
 
     Args:
         sorted_ranks: int64 [B, N], ascending.
@@ -309,9 +254,7 @@ def source_limits(sorted_ranks: torch.Tensor, prefix: int = 0) -> torch.Tensor:
 
 def memory_limits(sorted_ranks: torch.Tensor, first_segment: str = 'none', prefix: int = 0) -> torch.Tensor:
     """How many encoded tokens the prediction of a token may attend to: those of rank < its own, up to the start of its
-    segment.
-
-    This is RandSAC's memory mask (4.1, Fig. 4) and SAIM's query mask.
+    segment. RandSAC's memory mask (4.1, Fig. 4) and SAIM's query mask.
 
     Args:
         sorted_ranks: int64 [B, N], ascending.
@@ -330,12 +273,11 @@ def memory_limits(sorted_ranks: torch.Tensor, first_segment: str = 'none', prefi
     return limits + prefix
 
 
-def _permutations(
-        batch: int, size: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
+def _permutations(batch: int, size: int, generator: torch.Generator | None, device: Device) -> torch.Tensor:
     return _uniform(batch, size, generator=generator, device=device).argsort(dim=1)
 
 
-def _uniform(*shape: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
+def _uniform(*shape: int, generator: torch.Generator | None, device: Device) -> torch.Tensor:
     """Draws from [0, 1)."""
     # torch.compile knows no `generator`, not even None, once it has made a size symbolic, as at a second batch size.
     if generator is None:
@@ -344,21 +286,11 @@ def _uniform(*shape: int, generator: torch.Generator | None, device: torch.devic
 
 
 def _segment_ranks(
-        points: torch.Tensor,
-        segments: tuple[int, ...],
-        assign: Callable[[torch.Tensor, int], torch.Tensor],
-        shuffle: bool,
-        segment_order: str,
-        generator: torch.Generator | None,
+        points: torch.Tensor, segments: tuple[int, ...], assign: Callable[[torch.Tensor, int], torch.Tensor],
+        shuffle: bool, segment_order: str, generator: torch.Generator | None,
 ) -> torch.Tensor:
     """Ranks of a hierarchy: partitions in `segment_order`, at random or in raster order, and so the segments inside
-    each.
-
-    Args:
-        points: Token positions [B, N, 2].
-        segments: Segments a level, finest first.
-        assign: From one point a token [B, N, 2] and a number of segments to labels [B, N].
-    """
+    each, from token positions [B, N, 2]; `assign` takes one point a token and a number of segments to labels [B, N]."""
     batch, tokens, _ = points.shape
     levels, firsts, centres = [], [], points
     for count in segments:
@@ -374,11 +306,8 @@ def _segment_ranks(
         centres = means.gather(1, labels[..., None].expand(-1, -1, 2))
     key = torch.zeros(batch, tokens, dtype=torch.int64, device=points.device)
     for level in reversed(range(len(segments))):
-        if segment_order == 'raster':
-            visit, places = firsts[level], tokens
-        else:
-            places = segments[level]
-            visit = _permutations(batch, places, generator, points.device)
+        places = tokens if firsts else segments[level]
+        visit = firsts[level] if firsts else _permutations(batch, places, generator, points.device)
         key = key * places + visit.gather(1, levels[level])
     if shuffle:
         key = key.gather(1, _permutations(batch, tokens, generator, points.device))

@@ -167,7 +167,7 @@ def draw_figures(
     images = _examples(examples_from, 256)
     plots.loss_figure(log.lines, folder / 'loss.png')
     pictures.serialization_figure(model, images[:2], spec, folder / 'serialization.png')
-    pictures.reconstruction_figure(model, images[:6], spec, folder / 'reconstruction.png')
+    pictures.reconstruction_figure(pictures.reconstruct(model, images[:6]), spec, folder / 'reconstruction.png')
     by_rank = plots.loss_by_rank(model, images)
     log.write(event='loss_by_rank', loss_by_rank=[round(loss, 5) for loss in by_rank.mean.tolist()],
               tokens=by_rank.tokens.tolist())

@@ -54,10 +54,10 @@ def show(config: ShowConfig) -> Path:
                 pictures.serialization_figure(whole, images, spec, files[0], name)
             elif figure == 'reconstruction':
                 files.append(folder / 'reconstruction.gif')
-                pictures.reconstruction_figure(whole, images, spec, files[0], name, done)
-                pictures.reconstruction_film(whole, images, spec, files[1], name, done)
+                pictures.reconstruction_figure(done, spec, files[0], name)
+                pictures.reconstruction_film(done, spec, files[1], name)
             elif figure == 'comparison':
-                pictures.comparison_figure(whole, images, spec, files[0], name, done)
+                pictures.comparison_figure(done, spec, files[0], name)
             elif figure == 'attention':
                 encoders = [('pretrained' if config.pretrained else 'untrained', encoder_of(model))]
                 if config.pretrained:
@@ -134,7 +134,7 @@ def _possible(model: nn.Module, config: ShowConfig) -> list[str]:
     elif not hasattr(model.decoder, 'mix'):
         reasons['mix'] = 'the model learned none, as decoder=masked with memory=mix does (RandSAC 4.2)'
     try:
-        attention_maps.last_attention_block(encoder_of(model))
+        attention_maps.with_attention(encoder_of(model))
     except ModelError as error:
         reasons['attention'] = str(error).rstrip('.')
     for name, reason in reasons.items():

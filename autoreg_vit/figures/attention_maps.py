@@ -18,11 +18,8 @@ from .panels import HEAT, displayed, label_panel, note, panel_grid, show_image, 
 
 
 def with_attention(encoder: nn.Module) -> VisionTransformer:
-    """An encoder, in whose last block attention can be computed outside it.
-
-    Raises:
-        ModelError: for a model that is no timm VisionTransformer of plain blocks.
-    """
+    """An encoder in whose last block attention can be computed outside it; raises ModelError for a model that is no
+    timm VisionTransformer of plain blocks."""
     if isinstance(encoder, VisionTransformer):
         last = encoder.blocks[-1]
         if type(last) is Block and type(last.attn) is Attention:
@@ -31,25 +28,17 @@ def with_attention(encoder: nn.Module) -> VisionTransformer:
                      f'{type(encoder).__name__}.')
 
 
-def last_attention_block(encoder: nn.Module) -> Block:
-    """The last block of an encoder; raises ModelError as `with_attention`."""
-    return blocks_of(with_attention(encoder))[-1]
-
-
 @torch.no_grad()
 def attention_weights(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Attention of the encoder's last block on images [B, C, H, W], normalised: from every token (rows, class and
-    register tokens first) to every token, [B, heads, N, N]; rows sum to 1.
-
-    Raises:
-        ModelError: as `last_attention_block`.
-    """
-    encoder, last = with_attention(encoder), last_attention_block(encoder)
+    register tokens first) to every token, [B, heads, N, N]; rows sum to 1. Raises ModelError as `with_attention`."""
+    encoder = with_attention(encoder)
     was_training = encoder.training
     encoder.eval()
     x = encoder.patch_embed(images.to(next(encoder.parameters()).device))
     x = encoder.norm_pre(encoder.patch_drop(encoder._pos_embed(x)))
-    for block in blocks_of(encoder)[:-1]:
+    *blocks, last = blocks_of(encoder)
+    for block in blocks:
         x = block(x)
     attention = attention_of(last)
     q, k, _ = attention.qkv(last.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)  # [B, N, H, D]
@@ -67,39 +56,30 @@ def attention_maps(encoder: VisionTransformer, weights: torch.Tensor) -> torch.T
 
 
 def attention_figure(
-        encoders: Sequence[tuple[str, nn.Module]],
-        images: torch.Tensor,
-        spec: ImageSpec,
-        path: Path,
-        name: str,
+        encoders: Sequence[tuple[str, VisionTransformer]], images: torch.Tensor, spec: ImageSpec, path: Path, name: str,
 ) -> None:
     """What the last block attends to (SAIM Figure 2): the mean over heads for each encoder, and heads of the last one.
 
     Args:
         encoders: Pairs of a heading and an encoder, such as an untrained and a pretrained one.
-        images: [B, C, H, W], normalised.
-        spec: Undoes the normalisation.
-        path: File to write.
-        name: Of the model.
+        images: [B, C, H, W], normalised, which `spec` undoes.
 
     Raises:
-        ModelError: as `attention_weights`.
+        ModelError: as `with_attention`.
     """
-    maps = [attention_maps(with_attention(encoder), attention_weights(encoder, images)) for _, encoder in encoders]
-    (last_heading, last), heads = encoders[-1], maps[-1].shape[1]
-    depth = len(blocks_of(with_attention(last)))
+    maps = [attention_maps(encoder, attention_weights(encoder, images)) for _, encoder in encoders]
+    (last_heading, last), heads, depth = encoders[-1], maps[-1].shape[1], len(encoders[-1][1].blocks)
     columns = [(f'{heading}, mean', part.mean(1)) for (heading, _), part in zip(encoders, maps)]
     columns += [(f'{last_heading}, head {head + 1}', maps[-1][:, head]) for head in range(min(heads, 4))]
     query = 'of the class token' if last.cls_token is not None else 'averaged over all patches'
     alone = f'the first 4 of {heads} heads' if heads > 4 else 'each head'
     caption = (f'Attention {query}, in block {depth} of {depth}: mean over {heads} heads, and {alone}. '
-               'Coloured is what gets more than an even share, up to the multiple of it that each map names (at '
-                 'least 2).')
+               'Coloured is what gets more than an even share, up to the multiple of it that each map names (at least '
+               '2).')
     figure, axes = panel_grid(len(images), len(columns) + 1, spec.size, 'Attention of the last block', name, caption)
     for row, image in enumerate(images):
         show_image(axes[row, 0], image, spec)
-        grey = displayed(image, spec).mean(-1, keepdims=True).repeat(3, -1)
-        grey = (38 + 0.6 * grey).astype(np.uint8)
+        grey = (38 + 0.6 * displayed(image, spec).mean(-1, keepdims=True).repeat(3, -1)).astype(np.uint8)
         for axis, (_, values) in zip(axes[row, 1:], columns):
             show_pixels(axis, grey)
             _overlay(axis, values[row].numpy())

@@ -28,32 +28,17 @@ _WIDTH, _NARROWEST, _MARGIN, _GAP, _LABEL = 11.0, 6.0, 0.12, 0.07, 0.24
 
 
 def panel_grid(
-        rows: int,
-        columns: int,
-        size: tuple[int, int],
-        title: str,
-        model: str,
-        caption: str = '',
-        *,
-        every_row: bool = False,
-        beside: bool = False,
-        widest: float = 1.8,
+        rows: int, columns: int, size: tuple[int, int], title: str, model: str, caption: str = '', *,
+        every_row: bool = False, beside: bool = False, widest: float = 1.8,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of panels without axes, under a heading and over a caption.
+    """A figure of panels without axes, under a heading and over a caption, and its axes [rows, columns].
 
     Args:
-        rows: Rows of panels.
-        columns: Columns of panels.
         size: Height and width of the images, in any unit: the shape of a panel.
-        title: Heading, one line.
         model: What model the picture is of, below the heading.
-        caption: Text below, wrapped.
         every_row: Leave room for `label_panel` over every row, not over the first alone.
         beside: Leave room for `label_row` at the left.
         widest: Largest width of a panel, in inches.
-
-    Returns:
-        The figure and its axes [rows, columns].
     """
     ratio = size[0] / size[1]
     left = _MARGIN + (0.25 if beside else 0)
@@ -72,10 +57,9 @@ def panel_grid(
     figure = Figure(figsize=(total_width, total_height), facecolor='white', dpi=DPI)
     x = _MARGIN / total_width
     figure.text(x, 1 - 0.1 / total_height, title, ha='left', va='top', fontsize=12, fontweight='bold', color=INK)
-    figure.text(x, 1 - 0.34 / total_height, '\n'.join(model_lines), ha='left', va='top', fontsize=9, color=MUTED,
-                linespacing=1.35)
-    figure.text(x, 0.1 / total_height, '\n'.join(caption_lines), ha='left', va='bottom', fontsize=9, color=MUTED,
-                linespacing=1.35)
+    for y, side, lines in ((1 - 0.34 / total_height, 'top', model_lines),
+                           (0.1 / total_height, 'bottom', caption_lines)):
+        figure.text(x, y, '\n'.join(lines), ha='left', va=side, fontsize=9, color=MUTED, linespacing=1.35)
     axes = np.empty((rows, columns), dtype=object)
     for row in range(rows):
         y = total_height - top - _LABEL - (row + 1) * height - row * between
@@ -135,12 +119,8 @@ def show_pixels(axis: Axes, pixels: np.ndarray, **options: Any) -> None:
 
 
 def show_ranks(axis: Axes, ranks: np.ndarray) -> None:
-    """Colour tokens by rank over an image, and outline and number segments where they are few.
-
-    Args:
-        axis: Axes on which `show_image` has drawn.
-        ranks: int64 [rows, columns].
-    """
+    """Colour tokens by rank, int64 [rows, columns], over what `show_image` has drawn, and outline and number segments
+    where they are few."""
     count = ranks.max() + 1
     width, height = _extent(axis)
     axis.imshow(COLOURS((ranks + 0.5) / count), alpha=0.55, extent=(0, width, height, 0), interpolation='nearest')
@@ -185,8 +165,7 @@ def _middle(member: np.ndarray) -> np.ndarray:
     a token, or where members alone meet."""
     rows, columns = (np.arange(2 * n - 1) for n in member.shape)  # in half tokens
     top, bottom, left, right = rows // 2, (rows + 1) // 2, columns // 2, (columns + 1) // 2
-    inside = (member[np.ix_(top, left)] & member[np.ix_(top, right)]
-              & member[np.ix_(bottom, left)] & member[np.ix_(bottom, right)])
+    inside = np.logical_and.reduce([member[np.ix_(y, x)] for y in (top, bottom) for x in (left, right)])
     points = (np.argwhere(inside) + 1) / 2
     centre = np.argwhere(member).mean(0) + 0.5
     return points[np.square(points - centre).sum(1).argmin()]

@@ -16,18 +16,13 @@ from .pictures import describe
 
 
 def loss_figure(log: Sequence[dict], path: Path) -> None:
-    """Loss against images seen and, where the run has labels, accuracies before and after training.
-
-    Args:
-        log: Lines of log.jsonl: training lines have 'loss' and 'images', evaluation lines 'knn' and 'linear'.
-        path: File to write.
-    """
+    """Loss against images seen and, where the run has labels, accuracies before and after training, from the lines of
+    log.jsonl: training lines have 'loss' and 'images', evaluation lines 'knn' and 'linear'."""
     steps = [line for line in log if line.get('event') == 'step']
     evaluations = [line for line in log if 'linear' in line]
     figure = Figure(figsize=(9 if evaluations else 5.5, 3.6), layout='constrained')
     axes = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
-    seen = np.array([line['images'] for line in steps])
-    axes[0].plot(seen, [line['loss'] for line in steps], color='C0')
+    axes[0].plot([line['images'] for line in steps], [line['loss'] for line in steps], color='C0')
     axes[0].set(xlabel='images seen', ylabel='loss (mean squared error)', title='Pretraining loss')
     axes[0].grid(alpha=0.3)
     if evaluations:
@@ -44,15 +39,10 @@ def loss_figure(log: Sequence[dict], path: Path) -> None:
 
 
 class LossByRank(NamedTuple):
-    """How hard each segment is to predict, by its place in the order; a first segment that is given (AIM) has none.
-
-    mean: Mean squared error of the tokens of each rank, in the target's units, float64 [ranks].
-    error: Standard error of that mean over images, float64 [ranks].
-    tokens: Tokens of each rank, int64 [ranks].
-    """
-    mean: torch.Tensor
-    error: torch.Tensor
-    tokens: torch.Tensor
+    """How hard each segment is to predict, by its place in the order; a first segment that is given (AIM) has none."""
+    mean: torch.Tensor  # squared error of the tokens of each rank, in the target's units, float64 [ranks]
+    error: torch.Tensor  # standard error of that mean over images, float64 [ranks]
+    tokens: torch.Tensor  # tokens of each rank, int64 [ranks]
 
 
 @torch.no_grad()
@@ -74,25 +64,16 @@ def loss_by_rank(model: AutoregressiveViT, images: torch.Tensor, batch_size: int
     mean = sums.sum(0) / tokens.sum(0)
     # Of a ratio of sums: images count by the tokens they have of a rank.
     residual = (sums - mean * tokens).square().sum(0).sqrt()
-    return LossByRank(*(x[_given(model):] for x in (mean, residual / tokens.sum(0), tokens.sum(0))))
-
-
-def _given(model: AutoregressiveViT) -> int:
-    return int(model.first_segment == 'given')
+    first = int(model.first_segment == 'given')
+    return LossByRank(*(x[first:] for x in (mean, residual / tokens.sum(0), tokens.sum(0))))
 
 
 def loss_by_rank_figure(model: AutoregressiveViT, by_rank: LossByRank, path: Path) -> None:
-    """Loss against the place in the order of prediction: how hard early and late segments are.
-
-    Args:
-        model: Names the order and the target.
-        by_rank: What `loss_by_rank` gives.
-        path: File to write.
-    """
+    """Loss against the place in the order of prediction: how hard early and late segments are."""
     figure = Figure(figsize=(6, 3.8), layout='constrained')
     axes = figure.subplots()
     mean, error = by_rank.mean.numpy(), by_rank.error.numpy()
-    places = np.arange(1, len(mean) + 1) + _given(model)
+    places = np.arange(1, len(mean) + 1) + (model.first_segment == 'given')
     axes.fill_between(places, mean - 2 * error, mean + 2 * error, color='C0', alpha=0.25, linewidth=0)
     axes.plot(places, mean, 'o-' if len(mean) <= 32 else '-', color='C0', markersize=4)
     average = float((by_rank.mean * by_rank.tokens).sum() / by_rank.tokens.sum())
@@ -101,24 +82,16 @@ def loss_by_rank_figure(model: AutoregressiveViT, by_rank: LossByRank, path: Pat
                   textcoords='offset points', ha='right', fontsize=8, color='0.4')
     units = 'normalised patches' if model.target.norm_pix else 'normalised pixels'
     axes.set(xlabel='segment, in the order of prediction', ylabel=f'mean squared error ({units})')
-    title = f'{describe(model)}: loss by place in the order'
-    if model.first_segment == 'self' and isinstance(model.decoder, MaskedDecoder | ParallelDecoder):
-        title += '\n(the first segment is predicted from its own encoding; band: two standard errors)'
-    else:
-        title += '\n(band: two standard errors)'
-    axes.set_title(title, fontsize=9)
+    seen = model.first_segment == 'self' and isinstance(model.decoder, MaskedDecoder | ParallelDecoder)
+    note = 'the first segment is predicted from its own encoding; ' if seen else ''
+    axes.set_title(f'{describe(model)}: loss by place in the order\n({note}band: two standard errors)', fontsize=9)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 
 def confusion_figure(confusion: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """How often images of each class are taken for each other class, in percent of the true class.
-
-    Args:
-        confusion: Images, int64 [classes, classes]: rows the true class, columns the predicted one.
-        classes: Their names.
-        path: File to write.
-    """
+    """How often images of each class are taken for each other class, in percent of the true class, from `confusion`,
+    images, int64 [classes, classes]: rows the true class, columns the predicted one."""
     percent = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     side = 2.2 + 0.5 * len(classes)
     figure = Figure(figsize=(side, side), layout='constrained')
@@ -129,8 +102,7 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str], path: Path) 
     axes.set_yticks(places, classes)
     axes.set(xlabel='predicted', ylabel='true class')
     right = 100 * np.trace(confusion) / max(confusion.sum(), 1)
-    axes.set_title(f'{right:.1f} % of {confusion.sum():,} images right; cells: percent of the true class',
-                   fontsize=9)
+    axes.set_title(f'{right:.1f} % of {confusion.sum():,} images right; cells: percent of the true class', fontsize=9)
     for row in places:
         for column in places:
             if percent[row, column] >= 0.5:
@@ -140,20 +112,15 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str], path: Path) 
 
 
 def mix_figure(mix: np.ndarray, path: Path, name: str) -> None:
-    """The learned mix of encoder blocks that each decoder layer reads (RandSAC 4.2).
-
-    Args:
-        mix: W, [decoder layers, encoder blocks].
-        path: File to write.
-        name: Of the model.
-    """
+    """The learned mix W of encoder blocks that each decoder layer reads (RandSAC 4.2), [decoder layers, encoder
+    blocks], of the model `name`."""
     layers, blocks = mix.shape
     largest = float(np.abs(mix).max())
     figure = Figure(figsize=(0.9 + max(0.52 * blocks, 6.5), 1.6 + 0.42 * layers), layout='constrained')
     axes = figure.subplots()
     axes.imshow(mix, cmap='RdBu_r', vmin=-largest, vmax=largest, aspect='auto')
-    axes.set_xticks(range(blocks), [str(number) for number in range(1, blocks + 1)])
-    axes.set_yticks(range(layers), [str(number) for number in range(1, layers + 1)])
+    axes.set_xticks(range(blocks), map(str, range(1, blocks + 1)))
+    axes.set_yticks(range(layers), map(str, range(1, layers + 1)))
     axes.tick_params(length=0, colors=MUTED, labelsize=9)
     axes.spines[:].set_visible(False)
     axes.set_xlabel('encoder block k', color=INK, fontsize=9)
@@ -170,12 +137,7 @@ def mix_figure(mix: np.ndarray, path: Path, name: str) -> None:
 
 
 def learning_figure(runs: dict[str, Sequence[dict]], path: Path) -> None:
-    """Loss and scores against images seen.
-
-    Args:
-        runs: Lines of log.jsonl by the name of the run; one or several to compare.
-        path: File to write.
-    """
+    """Loss and scores against images seen, from the lines of log.jsonl by the name of the run, one or several."""
     several = len(runs) > 1
     scores = [key for key, metric in METRICS.items()
               if metric.headline and any(key in line for lines in runs.values() for line in lines)]

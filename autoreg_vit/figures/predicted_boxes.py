@@ -14,16 +14,9 @@ from .panels import label_row, panel_grid, show_pixels
 
 
 def detection_figure(dataset: Part, detections: list[Detections], path: Path, images: int = 4) -> None:
-    """Images with what is annotated on them, and below with what was found: boxes, masks, classes, scores.
-
-    Args:
-        dataset: What the detector saw.
-        detections: What `evaluate` gives for it.
-        path: File to write.
-        images: How many to show: the first ones, the same for every detector.
-    """
-    names = list(dataset.dataset.categories.values())
-    images = min(images, len(dataset))
+    """The first `images` with what is annotated on them, and below with what was found, as `evaluate` gives it: boxes,
+    masks, classes, scores."""
+    names, images = list(dataset.dataset.categories.values()), min(images, len(dataset))
     detections, text = detections[:images], 'of scores from 0.5 on, at most 20 an image'
     shown = [[i for i, score in enumerate(found['scores']) if score >= 0.5][:20] for found in detections]
     if not any(shown):  # an early detector is sure of nothing

@@ -26,22 +26,15 @@ def palette(classes: int) -> np.ndarray:
 
 
 def predictions_figure(
-        images: Sequence[torch.Tensor],
-        truths: Sequence[torch.Tensor],
-        predictions: Sequence[torch.Tensor],
-        classes: Sequence[str],
-        spec: ImageSpec,
-        path: Path,
+        images: Sequence[torch.Tensor], truths: Sequence[torch.Tensor], predictions: Sequence[torch.Tensor],
+        classes: Sequence[str], spec: ImageSpec, path: Path,
 ) -> None:
     """Images, their classes as annotated and as predicted, and what the colours mean.
 
     Args:
-        images: float32 [C, h, w] each, normalised.
+        images: float32 [C, h, w] each, normalised, which `spec` undoes.
         truths: int64 [H, W] each, negative where there is no class.
         predictions: int64 [H, W] each.
-        classes: Names.
-        spec: Undoes the normalisation.
-        path: File to write.
     """
     colours = palette(len(classes))
     figure = Figure(figsize=(11, 0.7 + sum(3.0 * i.shape[1] / i.shape[2] for i in images)), layout='constrained')
@@ -55,10 +48,8 @@ def predictions_figure(
             axis.set_axis_off()
     for axis, title in zip(axes[0], ('image', 'annotated (dark: no class)', 'predicted')):
         axis.set_title(title, fontsize=10)
-    counts = np.zeros(len(classes), np.int64)
-    for mask in (*truths, *predictions):
-        known = mask.cpu().numpy()
-        counts += np.bincount(known[known >= 0].ravel(), minlength=len(classes))
+    shown = torch.cat([mask.cpu().flatten() for mask in (*truths, *predictions)])
+    counts = np.bincount(shown[shown >= 0].numpy(), minlength=len(classes))
     legend = [n for n in np.sort(np.argsort(-counts)[:MOST]) if counts[n]]
     figure.legend(handles=[Patch(color=colours[n], label=classes[n]) for n in legend], loc='outside lower center',
                   ncols=min(len(legend), 7), fontsize=9, frameon=False)

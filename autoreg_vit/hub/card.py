@@ -14,70 +14,38 @@ from ..models.pretrained import ROOTS
 from ..settings.base import in_order
 from ..settings.pretraining import PretrainConfig
 
-PAPERS = {
-    'randsac': ('RandSAC', 'https://arxiv.org/abs/2203.12054'),
-    'saim': ('SAIM', 'https://arxiv.org/abs/2212.01610'),
-}
+PAPERS = {'randsac': ('RandSAC', 'https://arxiv.org/abs/2203.12054'),
+          'saim': ('SAIM', 'https://arxiv.org/abs/2212.01610')}
 
 
 class Weights(NamedTuple):
-    """What a card says of the files.
-
-    Args:
-        name: 'architecture.tag'.
-        kind: 'encoder' or 'pretrain'.
-        folder: Where they will lie.
-        parameters: How many.
-        dtype: What they are stored in.
-        deviation: Of outputs from those of the run's own weights, as `golden.deviation` gives it.
-        trained: SHA-256 of model.safetensors as it is with the run's own weights, float32.
-        repository: On the Hub, or None.
-        sums: SHA-256 of config.json and model.safetensors by name.
-    """
-    name: str
-    kind: str
-    folder: Path
+    """What a card says of the files."""
+    kind: str  # 'encoder' or 'pretrain'
+    folder: Path  # where they will lie, named 'architecture.tag'
     parameters: int
-    dtype: str
-    deviation: float
-    trained: str
-    repository: str | None
-    sums: dict[str, str]
+    dtype: str  # what they are stored in
+    deviation: float  # of outputs from those of the run's own weights, as `golden.deviation` gives it
+    trained: str  # SHA-256 of model.safetensors as it is with the run's own weights, float32
+    repository: str | None  # on the Hub
+    sums: dict[str, str]  # SHA-256 of config.json and model.safetensors by name
 
 
 class Source(NamedTuple):
-    """What a card says of the run.
-
-    Args:
-        config: Its settings.
-        lines: Of its log, up to the weights.
-        finished: Whether it took all its steps.
-        data: What the images are.
-        data_id: Their names on the Hub.
-        hardware: What it ran on.
-        commit: Of the code, or None where nobody knows.
-        limits: A paragraph of its own, or None.
-        license: Of the weights, as the Hub spells it, or None where it is not stated.
-        results: Contents of results.json files.
-    """
+    """What a card says of the run."""
     config: PretrainConfig
-    lines: list[dict[str, Any]]
-    finished: bool
-    data: str
-    data_id: tuple[str, ...]
+    lines: list[dict[str, Any]]  # of its log, up to the weights
+    finished: bool  # whether it took all its steps
+    data: str  # what the images are
+    data_id: tuple[str, ...]  # their names on the Hub
     hardware: str | None
-    commit: str | None
-    limits: str | None
-    license: str | None
-    results: list[dict[str, Any]]
+    commit: str | None  # of the code, where it is known
+    limits: str | None  # a paragraph of its own
+    license: str | None  # of the weights, as the Hub spells it, where it is stated
+    results: list[dict[str, Any]]  # contents of results.json files
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results.json.
-
-    Raises:
-        ConfigError: for a file that is missing or holds no measures.
-    """
+    """A results.json; raises ConfigError for a file that is missing or holds no measures."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
@@ -97,11 +65,11 @@ def card(weights: Weights, source: Source, model_config: dict[str, Any]) -> str:
     header['tags'] = ['timm', 'autoreg-vit', method.lower(), 'self-supervised', 'autoregressive', weights.kind]
     if source.data_id:
         header['datasets'] = list(source.data_id)
-    what = 'Pretraining model, Vision Transformer encoder and decoder,'
-    if weights.kind == 'encoder':
-        what = 'Vision Transformer encoder'
+    what = ('Vision Transformer encoder' if weights.kind == 'encoder' else
+            'Pretraining model, Vision Transformer encoder and decoder,')
+    own = f'These weights: {source.license}.' if source.license else 'None is stated for these weights.'
     sections = [
-        f'# {weights.name}',
+        f'# {weights.folder.name}',
         f'{what} of {weights.parameters / 1e6:.2f} million parameters, pretrained without labels by [{method}]({url}) '
         f'on {source.data}, with the package autoreg-vit.',
         '## Use', _use(weights, model_config),
@@ -109,7 +77,7 @@ def card(weights: Weights, source: Source, model_config: dict[str, Any]) -> str:
         '## Measured', _measured(source),
         '## Storage', _storage(weights),
         '## Limits', _limits(source, model_config),
-        '## Licence', _licence(source),
+        '## Licence', f'{own} The code that trained them: apache-2.0. The images have terms of their own.',
         '## Files', _files(weights),
     ]
     return f'---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n' + '\n\n'.join(sections) + '\n'
@@ -145,20 +113,19 @@ def _use(weights: Weights, config: dict[str, Any]) -> str:
     place = f'hf-hub:{weights.repository}' if weights.repository else 'local-dir:FOLDER'
     cfg = config['pretrained_cfg']
     if weights.kind == 'encoder':
+        others = 'and channel counts work as in timm (`img_size`, `in_chans`)'
         lines = ['import timm', '', f"encoder = timm.create_model('{place}', pretrained=True).eval()",
                  f'features = encoder(images)  # [B, {config["num_features"]}]']
     else:
+        others = 'work as in timm (`img_size`)'
         lines = ['import timm', 'import autoreg_vit  # registers the architecture', '',
                  f"model = timm.create_model('{place}', pretrained=True).eval()",
                  'out = model(images)  # out.loss, out.pred, out.target, out.ranks; model.encoder is the encoder']
     text = '```python\n' + '\n'.join(lines) + '\n```\n\n'
     if weights.folder.resolve().parent in ROOTS:
-        text += (f"With autoreg-vit, which contains these weights: `timm.create_model('{weights.name}', "
+        text += (f"With autoreg-vit, which contains these weights: `timm.create_model('{weights.folder.name}', "
                  'pretrained=True)` after `import autoreg_vit`.\n\n')
     channels, height, width = cfg['input_size']
-    others = 'work as in timm (`img_size`)'
-    if weights.kind == 'encoder':
-        others = 'and channel counts work as in timm (`img_size`, `in_chans`)'
     return text + (
         f'Images are float tensors [B, {channels}, {height}, {width}], normalised by mean '
         f'{_numbers(cfg["mean"])} and standard deviation {_numbers(cfg["std"])} of values between 0 and 1. Other sizes '
@@ -167,18 +134,17 @@ def _use(weights: Weights, config: dict[str, Any]) -> str:
 
 def _training(source: Source) -> str:
     config, first = source.config, source.lines[0]
-    steps = _steps(source.lines)
-    seen = steps[-1]['images'] if steps else 0
-    epochs = f'{steps[-1]["epoch"] if steps else 0:g} of {config.epochs} epochs (the run is not finished)'
-    if source.finished:
-        epochs = _plural(config.epochs, 'epoch')
+    last = [{'images': 0, 'epoch': 0}, *_steps(source.lines)][-1]
+    epochs = (_plural(config.epochs, 'epoch') if source.finished else
+              f'{last["epoch"]:g} of {config.epochs} epochs (the run is not finished)')
+    hours = training_hours(source.lines)
     design = ', '.join(f'{k} {_plain(v)}' for k, v in config.model_options().items())
     crops = 'method\'s default' if config.crop_scale is None else ' to '.join(map(str, config.crop_scale))
     count = first.get('train_images')
     rows = {
         'data': source.data + (f', {count:,} images' if count else '') + '; no labels',
         'model': f'`{config.model}`' + (f' ({design}; else its defaults)' if design else ''),
-        'schedule': f'{epochs}, {seen:,} images seen; linear warm-up over '
+        'schedule': f'{epochs}, {last["images"]:,} images seen; linear warm-up over '
                     f'{_plural(config.warmup_epochs, "epoch")}, then a cosine to 0',
         'optimizer': f'{config.opt}, {config.batch_size * config.accumulate} images a step, learning rate '
                      f'{config.lr:g} for 256 images, betas {_plain(config.betas)}, weight decay '
@@ -188,7 +154,7 @@ def _training(source: Source) -> str:
         'hardware': f'{source.hardware}; {_plural(first.get("processes", 1), "process", "processes")}'
                     + (f' of {_plural(first["threads"], "thread")}' if first['device'] == 'cpu' else '')
                     + f', {logged(source.lines, "precision")}',
-        'time': f'{_duration(training_hours(source.lines))} of training steps',
+        'time': (f'{hours:.1f} hours' if hours >= 1 else f'{60 * hours:.1f} minutes') + ' of training steps',
         'software': f'autoreg-vit {logged(source.lines, "version")}, commit {source.commit or "not recorded"}, torch '
                     f'{logged(source.lines, "torch")}, timm {logged(source.lines, "timm")}',
     }
@@ -207,9 +173,8 @@ def _measured(source: Source) -> str:
         parts.append(f'Loss, the mean squared error {unit}: {losses[0]:.4f} in the first line of the log, '
                      f'{losses[-1]:.4f} in the last.{_greatest_rise(source.lines)}')
     if evaluations:
-        images = 'a fifth of the training images, held out from the classifiers but not from pretraining'
-        if config.eval_split:
-            images = f'the split {config.eval_split}'
+        images = (f'the split {config.eval_split}' if config.eval_split else
+                  'a fifth of the training images, held out from the classifiers but not from pretraining')
         rows = [f'| {line["images"]:,} | {line["linear"]:.1f} % | {line["knn"]:.1f} % |' for line in evaluations]
         parts.append(
             f'Accuracy of frozen features on {images}, at most {config.eval_images:,} images; logistic regression '
@@ -218,10 +183,11 @@ def _measured(source: Source) -> str:
     if source.results:
         names = [name for name in METRICS if any(name in result for result in source.results)]
         head = ['protocol', 'training images', 'test images', *(METRICS[name].label for name in names)]
-        rows = [' | '.join([_protocol(result), _count(result, 'train_images'), _count(result, 'test_images'),
-                            *(f'{result[n]:.2f}' if n in result else '' for n in names)]) for result in source.results]
+        cells = {'train_images': ',', 'test_images': ',', **dict.fromkeys(names, '.2f')}
+        table = [[_protocol(result), *(f'{result[n]:{form}}' if n in result else '' for n, form in cells.items())]
+                 for result in source.results]
         parts.append('By the commands of autoreg-vit, one run each, in percent:\n\n' + '\n'.join(
-            f'| {row} |' for row in [' | '.join(head), ' | '.join(['---'] * len(head)), *rows]))
+            f'| {" | ".join(row)} |' for row in [head, ['---'] * len(head), *table]))
     return '\n\n'.join(parts) or 'Nothing.'
 
 
@@ -243,9 +209,8 @@ def _greatest_rise(lines: list[dict[str, Any]]) -> str:
         return ''
     later = (line for line in steps if line['images'] > high['images'])
     back = next((line for line in later if line['loss'] <= 1.01 * low['loss']), None)
-    end = 'it did not come back to within 1 % of the former.'
-    if back:
-        end = f'it was within 1 % of the former again at {_place(back)}.'
+    end = (f'it was within 1 % of the former again at {_place(back)}.' if back else
+           'it did not come back to within 1 % of the former.')
     return (f' Its greatest rise on the way was from {low["loss"]:.4f} ({_place(low)}) to {high["loss"]:.4f} '
             f'({_place(high)}); {end}')
 
@@ -280,21 +245,12 @@ def _storage(weights: Weights) -> str:
 
 def _limits(source: Source, config: dict[str, Any]) -> str:
     _, height, width = config['pretrained_cfg']['input_size']
-    parts = [
-        f'Features are learned from images of {height} x {width} pixels of one source, {source.data}, and carry its '
-        'selection and biases; elsewhere they are untested.',
-        'Pretraining is by images alone: classify with a classifier of your own on top (`num_classes`), or by '
-        'fine-tuning.',
-        'One run with one seed; what another seed gives was not measured.',
-    ]
-    if source.limits:
-        parts.append(source.limits)
-    return '\n'.join(f'- {part}' for part in parts)
-
-
-def _licence(source: Source) -> str:
-    own = f'These weights: {source.license}.' if source.license else 'None is stated for these weights.'
-    return f'{own} The code that trained them: apache-2.0. The images have terms of their own.'
+    return (f'- Features are learned from images of {height} x {width} pixels of one source, {source.data}, and carry '
+            'its selection and biases; elsewhere they are untested.\n'
+            '- Pretraining is by images alone: classify with a classifier of your own on top (`num_classes`), or by '
+            'fine-tuning.\n'
+            '- One run with one seed; what another seed gives was not measured.'
+            + (f'\n- {source.limits}' if source.limits else ''))
 
 
 def _files(weights: Weights) -> str:
@@ -302,16 +258,8 @@ def _files(weights: Weights) -> str:
     return '\n'.join(['| | SHA-256 |', '| --- | --- |', *rows, '', '`sha256sum --check SHA256SUMS` checks all files.'])
 
 
-def _count(result: dict[str, Any], name: str) -> str:
-    return f'{result[name]:,}' if name in result else ''
-
-
 def _plural(count: float, one: str, many: str | None = None) -> str:
     return f'{count} {one if count == 1 else many or one + "s"}'
-
-
-def _duration(hours: float) -> str:
-    return f'{hours:.1f} hours' if hours >= 1 else f'{60 * hours:.1f} minutes'
 
 
 def _plain(value: Any) -> str:

@@ -38,22 +38,17 @@ EXPECTED = ('expected a checkpoint of SAIM (blocks.N.attn.q, .k, .v) or of MAE (
 
 
 class Part(NamedTuple):
-    """A model with the weights of a checkpoint.
-
-    Args:
-        model: Encoder or pretraining model.
-        names: What became of each tensor of the checkpoint: its new name, or None where it was left out.
-    """
+    """An encoder or pretraining model with the weights of a checkpoint, and what became of each tensor there: its new
+    name, or None where it was left out."""
     model: SinCosVisionTransformer | AutoregressiveViT
     names: dict[str, str | None]
 
     def report(self) -> dict[str, Any]:
         """Every key of the checkpoint and every one of the model's: kept, renamed, dropped or missing."""
-        renamed = {old: new for old, new in self.names.items() if new not in (None, old)}
         given = set(self.names.values())
         return {
             'kept': sorted(old for old, new in self.names.items() if new == old),
-            'renamed': dict(sorted(renamed.items())),
+            'renamed': {old: new for old, new in sorted(self.names.items()) if new not in (None, old)},
             'dropped': sorted(old for old, new in self.names.items() if new is None),
             'missing': sorted(key for key in self.model.state_dict() if key not in given),
         }
@@ -61,9 +56,6 @@ class Part(NamedTuple):
 
 def convert(config: ConvertConfig) -> Path:
     """Write a published checkpoint as folders that timm loads, and report what became of every tensor.
-
-    Args:
-        config: Settings.
 
     Returns:
         The folder, with `encoder/` and, for a pretraining checkpoint of SAIM, `pretrain/`.
@@ -84,9 +76,9 @@ def convert(config: ConvertConfig) -> Path:
             raise ConfigError(f'{root / kind} exists and is no converted checkpoint: name another folder.')
 
     classes = parts['encoder'].model.num_classes
+    patch, image = (' x '.join(map(str, sizes[key])) for key in ('patch_size', 'img_size'))
     say(f'{source}: {method}{", fine-tuned" if classes else ""}, a ViT of width {sizes["embed_dim"]}, {sizes["depth"]} '
-        f'blocks, {sizes["num_heads"]} heads, patches of {_by(sizes["patch_size"])} in images of '
-        f'{_by(sizes["img_size"])}')
+        f'blocks, {sizes["num_heads"]} heads, patches of {patch} in images of {image}')
     with writing(root), replaced(*(root / kind for kind in parts)) as folders:
         for folder, (kind, part) in zip(folders, parts.items()):
             write_folder(part, folder, kind, source, method, outside)
@@ -106,7 +98,6 @@ def read_checkpoint(path: Path, prefix: str = '') -> tuple[dict[str, torch.Tenso
     pickle can run code.
 
     Args:
-        path: A file.
         prefix: Of the names of the tensors to take, and to take off them. Entries that hold others count as prefixes.
 
     Returns:
@@ -127,15 +118,13 @@ def read_checkpoint(path: Path, prefix: str = '') -> tuple[dict[str, torch.Tenso
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = load_file(path)
     if isinstance(content, dict):
-        entries = inside(content)[1]
-        if entries:
+        if entries := inside(content)[1]:
             say(f'{path}: weights of the entry {" in ".join(map(repr, reversed(entries)))}')
         content = unwrap(content)
         found = prefixes(content)
         if found and prefix not in found:
             remedy = f'give --prefix {found[0]}, which takes them off.' if found[0] else 'leave --prefix out.'
-            raise CheckpointError(
-                f'{path} has its tensors under {" and ".join(repr(p) for p in found)}: {remedy}')
+            raise CheckpointError(f'{path} has its tensors under {" and ".join(map(repr, found))}: {remedy}')
         content = flat(content) if prefix else content
     if not isinstance(content, dict) or not content or not all(
             isinstance(k, str) and torch.is_tensor(v) for k, v in content.items() if str(k).startswith(prefix)):
@@ -145,18 +134,13 @@ def read_checkpoint(path: Path, prefix: str = '') -> tuple[dict[str, torch.Tenso
 
 
 def encoder_sizes(state_dict: dict[str, torch.Tensor], source: Path, num_heads: int | None) -> dict[str, Any]:
-    """Arguments of the encoder, from the shapes of its tensors.
-
-    Raises:
-        CheckpointError: for tensors of something else.
-        ConfigError: for heads that do not divide the width.
-    """
+    """Arguments of the encoder, from the shapes of its tensors; raises CheckpointError for tensors of something else,
+    and ConfigError for heads that do not divide the width."""
     blocks = _numbers(state_dict, 'blocks')
     patch, positions = state_dict.get('patch_embed.proj.weight'), state_dict.get('pos_embed')
     hidden = state_dict.get('blocks.0.mlp.fc1.weight')
     whole = set(blocks) == set(range(len(set(blocks)))) and blocks and 'cls_token' in state_dict
-    if (not whole or hidden is None or patch is None or patch.ndim != 4
-            or positions is None or positions.ndim != 3):
+    if not whole or hidden is None or patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
         raise CheckpointError(f'{source} is no Vision Transformer with a class token: {EXPECTED}.')
     width, channels, *patch_size = patch.shape
     grid = math.isqrt(positions.shape[1] - 1)
@@ -174,13 +158,10 @@ def encoder_sizes(state_dict: dict[str, torch.Tensor], source: Path, num_heads: 
 
 def encoder_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: dict[str, Any], method: str) -> Part:
     """The encoder of a checkpoint, with its classifier where it was fine-tuned."""
-    pooled = 'fc_norm.weight' in state_dict
     classes = len(state_dict['head.weight']) if 'head.weight' in state_dict else 0
     # Both methods have a class token, which is the feature; MAE's fine-tuning averages the other tokens instead.
-    design: dict[str, Any] = METHODS['saim']
-    if pooled:
-        design = {**design, 'global_pool': 'avg', 'fc_norm': True}
-    encoder = SinCosVisionTransformer(**sizes, **design, num_classes=classes)
+    pooled: dict[str, Any] = {'global_pool': 'avg', 'fc_norm': True} if 'fc_norm.weight' in state_dict else {}
+    encoder = SinCosVisionTransformer(**sizes, **{**METHODS['saim'], **pooled}, num_classes=classes)
     if method == 'SAIM':
         names = {key: encoder_name(key) for key in state_dict}
         converted = rename(state_dict, encoder_name, str(source))
@@ -197,10 +178,9 @@ def pretraining_part(state_dict: dict[str, torch.Tensor], source: Path, sizes: d
     kernel = state_dict.get('gaussian_blur.weight')
     # The kernel shows its size; its sigma is that of the published command.
     blur = False if kernel is None else (kernel.shape[-1], 1.0)
-    fits = [size for size, args in SIZES.items()
-            if args['embed_dim'] == sizes['embed_dim'] and [args['patch_size']] * 2 == sizes['patch_size']]
-    name = f'saim_{fits[0] if fits else "vit_base"}'
-    model = create_pretraining_model(name, **sizes, decoder_depth=queries, blur=blur)
+    size = next((size for size, args in SIZES.items() if args['embed_dim'] == sizes['embed_dim']
+                 and [args['patch_size']] * 2 == sizes['patch_size']), 'vit_base')
+    model = create_pretraining_model(f'saim_{size}', **sizes, decoder_depth=queries, blur=blur)
     load_into(model, rename(state_dict, pretraining_name, str(source)), str(source), _remedy(sizes))
     return Part(model, {key: pretraining_name(key) for key in state_dict})
 
@@ -216,9 +196,7 @@ def write_folder(part: Part, folder: Path, kind: str, source: Path, method: str,
     else:
         export_encoder(part.model, folder, **cfg)
     origin = {'source': source.name, 'sha256': sha256_of(source), 'method': method}
-    report = {**origin, **part.report()}
-    if outside:
-        report['outside'] = outside
+    report = {**origin, **part.report(), **({'outside': outside} if outside else {})}
     write_synced(folder / REPORT, json.dumps(report, indent=1) + '\n')
     header = {'library_name': 'timm', 'pipeline_tag': 'image-feature-extraction', 'tags': ['timm', method.lower()]}
     whole = ', encoder and decoder; `import autoreg_vit` before loading it' if kind == 'pretrain' else ''
@@ -250,5 +228,3 @@ def _groups(names: list[str]) -> str:
     return ', '.join(f'{name} ({count})' if count > 1 else name for name, count in counts.items())
 
 
-def _by(sizes: list[int]) -> str:
-    return ' x '.join(map(str, sizes))

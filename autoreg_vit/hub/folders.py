@@ -8,20 +8,18 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import unwrap_model
+from torch import nn
 
 from .._compat import loads_channels
 from ..artifacts import CONFIG, WEIGHTS, replaced, save_tensors, write_config
 from ..errors import ModelError
 from ..models.encoders import STOCK_ARCHITECTURES, SinCosVisionTransformer
+from ..models.interface import encoder_of
 from ..models.pretraining import AutoregressiveViT
 
 
 def export_encoder(
-        encoder: VisionTransformer,
-        folder: str | Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        **pretrained_cfg: Any,
+        encoder: VisionTransformer, folder: str | Path, *, dtype: torch.dtype = torch.float32, **pretrained_cfg: Any,
 ) -> None:
     """Write an encoder as a stock timm ViT, which loads where this package is not installed.
 
@@ -40,17 +38,12 @@ def export_encoder(
     args = {**encoder.init_args, **_current_size(encoder), 'global_pool': encoder.global_pool}
     # transformers passes num_classes itself and fails on a second one.
     args.pop('num_classes', None)
-    _write(folder, encoder.state_dict(), architecture, args, {
-        'first_conv': 'patch_embed.proj', 'classifier': 'head', **pretrained_cfg,
-    }, encoder, dtype)
+    cfg = {'first_conv': 'patch_embed.proj', 'classifier': 'head', **pretrained_cfg}
+    _write(folder, encoder, architecture, args, cfg, dtype)
 
 
 def export_pretraining(
-        model: AutoregressiveViT,
-        folder: str | Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        **pretrained_cfg: Any,
+        model: AutoregressiveViT, folder: str | Path, *, dtype: torch.dtype = torch.float32, **pretrained_cfg: Any,
 ) -> None:
     """Write a whole pretraining model, encoder and decoder; this package must be imported where it is loaded. Arguments
     are those of `export_encoder`."""
@@ -60,9 +53,8 @@ def export_pretraining(
     args = {**model.init_args, **_current_size(model.encoder)}
     if model.target.blur is None:
         args['blur'] = False  # timm drops None, and the model's default may be a blur
-    _write(folder, model.state_dict(), model.pretrained_cfg['architecture'], args, {
-        'first_conv': 'encoder.patch_embed.proj', 'classifier': None, **pretrained_cfg,
-    }, model.encoder, dtype)
+    cfg = {'first_conv': 'encoder.patch_embed.proj', 'classifier': None, **pretrained_cfg}
+    _write(folder, model, model.pretrained_cfg['architecture'], args, cfg, dtype)
 
 
 def _check_loads(folder: Path) -> None:
@@ -77,11 +69,8 @@ def _check_loads(folder: Path) -> None:
 
 
 def _plain(model_args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments as JSON holds them, without those of a place to run at, and without None, which timm drops.
-
-    Raises:
-        ModelError: for an argument that is a class or function.
-    """
+    """Arguments as JSON holds them, without those of a place to run at, and without None, which timm drops; raises
+    ModelError for an argument that is a class or function."""
     plain = {k: v for k, v in model_args.items() if v is not None and k not in ('device', 'dtype')}
     for name, value in plain.items():
         try:
@@ -94,43 +83,32 @@ def _plain(model_args: dict[str, Any]) -> dict[str, Any]:
 
 def _current_size(encoder: VisionTransformer) -> dict[str, Any]:
     embed = encoder.patch_embed
-    return {'img_size': list(embed.img_size), 'patch_size': list(embed.patch_size),
-            'in_chans': embed.proj.in_channels, 'depth': len(encoder.blocks)}
+    return {'img_size': list(embed.img_size), 'patch_size': list(embed.patch_size), 'in_chans': embed.proj.in_channels,
+            'depth': len(encoder.blocks)}
 
 
 def _write(
-        folder: str | Path,
-        state_dict: dict[str, torch.Tensor],
-        architecture: str,
-        model_args: dict[str, Any],
-        pretrained_cfg: dict[str, Any],
-        encoder: VisionTransformer,
-        dtype: torch.dtype,
+        folder: str | Path, model: nn.Module, architecture: str, model_args: dict[str, Any],
+        pretrained_cfg: dict[str, Any], dtype: torch.dtype,
 ) -> None:
+    encoder = encoder_of(model)
     channels = encoder.patch_embed.proj.in_channels
     if not loads_channels(channels):  # timm adapts nothing without it
         pretrained_cfg = {**pretrained_cfg, 'first_conv': None}
     config = {
-        'architecture': architecture,
-        'num_classes': encoder.num_classes,
-        'num_features': encoder.num_features,
+        'architecture': architecture, 'num_classes': encoder.num_classes, 'num_features': encoder.num_features,
         'global_pool': encoder.global_pool,
         'torch_dtype': 'float32',  # else transformers computes in the dtype that weights are stored in
         'model_args': _plain(model_args),
         'pretrained_cfg': {
-            'input_size': [channels, *encoder.patch_embed.img_size],
-            'fixed_input_size': True,
-            'crop_pct': 1.0,
-            'interpolation': 'bicubic',
-            'mean': [0.5] * channels,
-            'std': [0.5] * channels,
-            'num_classes': encoder.num_classes,
-            **pretrained_cfg,
+            'input_size': [channels, *encoder.patch_embed.img_size], 'fixed_input_size': True, 'crop_pct': 1.0,
+            'interpolation': 'bicubic', 'mean': [0.5] * channels, 'std': [0.5] * channels,
+            'num_classes': encoder.num_classes, **pretrained_cfg,
         },
     }
     with replaced(Path(folder)) as (new,):
         new.mkdir()
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
         save_tensors(new / WEIGHTS, tensors, checksum=False)  # which export writes for the folder, and a run for itself
         write_config(new / CONFIG, config)
         _check_loads(new)

@@ -17,10 +17,7 @@ def golden_images(channels: int, size: tuple[int, int], batch: int = 2) -> torch
 
 @torch.no_grad()
 def record(model: nn.Module) -> dict[str, Any]:
-    """What a model gives for `golden_images`, as plain numbers of six digits.
-
-    Args:
-        model: An encoder or a pretraining model.
+    """What an encoder or a pretraining model gives for `golden_images`, as plain numbers of six digits.
 
     Returns:
         `features`: pooled features [2, width] of the encoder. For a pretraining model also `loss` in raster order, one
@@ -58,6 +55,4 @@ def deviation(recorded: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def _plain(values: torch.Tensor) -> Any:
-    if values.ndim:
-        return [_plain(v) for v in values]
-    return float(f'{values.item():.6g}')
+    return [_plain(v) for v in values] if values.ndim else float(f'{values.item():.6g}')

@@ -12,11 +12,6 @@ from ..errors import CheckpointError, ModelError, UsageError, suggest
 from ..models.designs import pretraining_models
 from ..models.encoders import check_sizes
 
-#: Names under which timm looks for the weights in a folder.
-WEIGHT_FILES = (WEIGHTS, 'pytorch_model.bin')
-#: What names the parts of weights that transformers divided.
-SHARDS = f'{WEIGHTS}.index.json'
-
 
 def load_encoder(weights: str, pretrained: bool = True, **options: Any) -> nn.Module:
     """An encoder by `timm.create_model`.
@@ -38,32 +33,27 @@ def load_encoder(weights: str, pretrained: bool = True, **options: Any) -> nn.Mo
 def load_model(weights: str, pretrained: bool = True) -> nn.Module:
     """A pretraining model where `weights` has one, else an encoder.
 
-    Args:
-        weights: As for `load_encoder`, or a folder or timm name of a pretraining model; of a run's folder, pretrain/
-            comes before encoder/.
-        pretrained: Load the weights; False gives the same architecture as it is initialised.
-
-    Raises:
-        CheckpointError, ModelError: as `load_encoder`.
-    """
+    Arguments and errors are those of `load_encoder`; `weights` may also be a folder or timm name of a pretraining
+    model, and of a run's folder, pretrain/ comes before encoder/."""
     return _create(_resolve(weights, pretraining=True), weights, pretrained, {})
 
 
 def _create(name: str, weights: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """The model of timm's `name`; `weights` is what the caller called it."""
+    shown = ', '.join(f'{k}={v!r}' for k, v in options.items())
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
     except UsageError:
         raise
     except (AssertionError, TypeError) as error:  # what timm says of options that it does not take
-        raise ModelError(f'{weights!r} cannot be created with {_show(options)}: '
-                         f'{_line(error) or "timm refuses them"}') from error
+        reason = _line(error) or 'timm refuses them'
+        raise ModelError(f'{weights!r} cannot be created with {shown}: {reason}') from error
     except Exception as error:  # by the kind of damage: OSError, RuntimeError, SafetensorError, KeyError, ...
         if pretrained and 'No pretrained weights exist' in str(error):
             raise CheckpointError(f'{weights!r} has no trained weights: name a folder that pretraining wrote, or start '
                                   'from initialisation with --no-pretrained.') from error
-        raise CheckpointError(f'Cannot load {weights!r} with {_show(options) or "no options"} '
-                              f'({type(error).__name__}: {_line(error)}).') from error
+        raise CheckpointError(f'Cannot load {weights!r} with {shown or "no options"} ({type(error).__name__}: '
+                              f'{_line(error)}).') from error
     embed: Any = getattr(model, 'patch_embed', None)
     if getattr(embed, 'img_size', None) and hasattr(embed, 'patch_size'):
         check_sizes(embed.img_size, embed.patch_size)  # timm rounds down
@@ -95,14 +85,14 @@ def _resolve(weights: str, pretraining: bool = False) -> str:
         if folder is None:
             raise CheckpointError(f'{path} holds no encoder: expected config.json and model.safetensors, as '
                                   'pretraining writes to runs/NAME/encoder.')
-        if (folder / SHARDS).is_file() and not (folder / WEIGHTS).is_file():
+        if (folder / f'{WEIGHTS}.index.json').is_file() and not (folder / WEIGHTS).is_file():
             raise CheckpointError(f'{folder} holds its weights in shards, as transformers writes large ones, and timm '
                                   'reads one file: join them, by saving the model again with '
                                   "save_pretrained(FOLDER, max_shard_size='100GB').")
         if _architecture(folder) in pretraining_models() and not pretraining:
             raise ModelError(f'{folder} holds a pretraining model, encoder and decoder: name the folder '
                              f'{folder.with_name("encoder")} beside it.')
-        for file in (folder / name for name in WEIGHT_FILES):
+        for file in (folder / WEIGHTS, folder / 'pytorch_model.bin'):  # what timm loads
             if file.is_file():
                 verify_checksum(file)
         return f'local-dir:{folder}'
@@ -114,8 +104,10 @@ def _resolve(weights: str, pretraining: bool = False) -> str:
         method, size = base.split('_', 1)
         raise ModelError(f'{weights!r} is a pretraining model: its encoder is {size}_{method}.')
     if timm.is_model(base):
-        if tag and tag not in _tags(base):
-            known = suggest(tag, _tags(base)) if _tags(base) else 'It has no trained weights.'
+        names = timm.list_models(f'{base}.*', pretrained=True, include_tags=True) if tag else []
+        tags = [name.partition('.')[2] for name in names]
+        if tag and tag not in tags:
+            known = suggest(tag, tags) if tags else 'It has no trained weights.'
             raise ModelError(f'{base!r} has no tag {tag!r}. {known}')
         return weights
     if '/' in weights or weights.startswith(('.', 'local-dir:')):
@@ -132,19 +124,9 @@ def _architecture(folder: Path) -> str:
         if 'architecture' in config or not ('model_type' in config or 'architectures' in config):
             return config['architecture'].partition('.')[0]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f'{folder / CONFIG} is damaged: it names no architecture ({_line(error)}).'
-                              ) from error
+        raise CheckpointError(f'{folder / CONFIG} is damaged: it names no architecture ({_line(error)}).') from error
     raise ModelError(f'{folder} holds a model of transformers ({config.get("model_type") or config["architectures"]}), '
                      'not one of timm: --weights takes encoders that pretraining wrote, and models of timm.')
-
-
-def _tags(base: str) -> list[str]:
-    names = timm.list_models(f'{base}.*', pretrained=True, include_tags=True)
-    return [name.partition('.')[2] for name in names]
-
-
-def _show(options: dict[str, Any]) -> str:
-    return ', '.join(f'{k}={v!r}' for k, v in options.items())
 
 
 def _line(error: Exception) -> str:

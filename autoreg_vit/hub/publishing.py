@@ -1,10 +1,10 @@
 """`autoreg-vit export`: a pretraining run's weights as folders to publish, each with a model card and checksums."""
 
 import dataclasses
-import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,10 +35,7 @@ HALF_LIMIT = 0.005
 
 def export(config: ExportConfig) -> list[Path]:
     """Write the weights of a run as folders that timm loads, with a card, the run's settings and log, recorded outputs
-    and checksums; upload them where asked to.
-
-    Args:
-        config: Settings. Of an unfinished run, the weights are those of its last checkpoint.
+    and checksums; upload them where asked to. Of an unfinished run, the weights are those of its last checkpoint.
 
     Returns:
         The folders: `FOLDER/ENCODER.TAG`, and `FOLDER/MODEL.TAG` of the whole model.
@@ -53,11 +50,10 @@ def export(config: ExportConfig) -> list[Path]:
     if not re.fullmatch(r'[\w-]+', tag, flags=re.ASCII):
         raise ConfigError(f'A tag is letters, digits, - and _, as in cifar10_280ep; got {tag!r}.')
     model, source = read_run(run, config)
-    name, root = source.config.model, Path(config.folder)
-    architectures = {'encoder': '{1}_{0}'.format(*name.split('_', 1)), 'pretrain': name}
-    if not config.pretrain:
-        del architectures['pretrain']
-    targets = {kind: root / f'{name}.{tag}' for kind, name in architectures.items()}
+    (method, size), root = source.config.model.split('_', 1), Path(config.folder)
+    targets = {'encoder': root / f'{size}_{method}.{tag}'}
+    if config.pretrain:
+        targets['pretrain'] = root / f'{method}_{size}.{tag}'
     for target in targets.values():
         if target.exists() and not (target / SUMS).is_file():
             raise ConfigError(f'{target} exists and is no folder of exported weights: name another --tag or folder.')
@@ -67,7 +63,7 @@ def export(config: ExportConfig) -> list[Path]:
         for folder, (kind, target) in zip(folders, targets.items()):
             write_folder(model, folder, kind, target, source, config, hub.repositories[kind] if hub else None)
     for kind, target in targets.items():
-        say(f'{target}')
+        say(str(target))
         if hub:
             hub.upload(kind, target)
             say(f'  uploaded to {hub.repositories[kind]}')
@@ -90,8 +86,8 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
         model = cast(AutoregressiveViT, load_folder(run / 'pretrain'))
     except Exception as error:  # by the kind of damage: CheckpointError, OSError, KeyError, RuntimeError, ...
         kind = '' if isinstance(error, UsageError) else f'{type(error).__name__}: '
-        raise CheckpointError(
-            f'Cannot load {run / "pretrain"} ({kind}{" ".join(str(error).split())[:300]}).') from error
+        raise CheckpointError(f'Cannot load {run / "pretrain"} ({kind}{" ".join(str(error).split())[:300]}).'
+                              ) from error
     finished = lines[-1]['event'] == 'finish' or max(line.get('epoch', 0) for line in lines) >= settings.epochs
     if not finished:
         state = load_checkpoint(run / CHECKPOINT, say)
@@ -109,48 +105,31 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
 
 
 def write_folder(
-        model: AutoregressiveViT,
-        folder: Path,
-        kind: str,
-        target: Path,
-        source: Source,
-        config: ExportConfig,
+        model: AutoregressiveViT, folder: Path, kind: str, target: Path, source: Source, config: ExportConfig,
         repository: str | None,
 ) -> None:
-    """Write one folder of weights.
-
-    Args:
-        model: The whole model.
-        folder: Where to write.
-        kind: 'encoder' or 'pretrain'.
-        target: Where the folder will lie.
-        source: What the card says of the run.
-        config: Settings; with `half` None, float16 is for outputs that stay within HALF_LIMIT.
-        repository: On the Hub, or None.
-    """
+    """Write the weights of one kind, 'encoder' or 'pretrain', of the whole model to `folder`, which will lie at
+    `target`; with `config.half` None, float16 is for outputs that stay within HALF_LIMIT."""
     part: nn.Module = model.encoder if kind == 'encoder' else model
     trained = record(part)
     cfg: dict[str, Any] = {k: model.pretrained_cfg[k] for k in ('mean', 'std', 'crop_pct', 'interpolation')}
     if config.license:
         cfg['license'] = config.license
 
-    def store(dtype: torch.dtype) -> None:
+    def store(dtype: torch.dtype) -> tuple[torch.dtype, dict[str, Any], float]:
         if kind == 'encoder':
             export_encoder(model.encoder, folder, dtype=dtype, **cfg)
         else:
             export_pretraining(model, folder, dtype=dtype, **cfg)
-
-    store(torch.float32)
-    trained_sum = sha256_of(folder / WEIGHTS)
-    dtype = torch.float32 if config.half is False else torch.float16
-    store(dtype)
-    golden = record(load_folder(folder))
-    change = deviation(golden, trained)
-    if config.half is None and change > HALF_LIMIT:
-        dtype = torch.float32
-        store(dtype)
         golden = record(load_folder(folder))
-        change = deviation(golden, trained)
+        return dtype, golden, deviation(golden, trained)
+
+    dtype, golden, change = store(torch.float32)
+    trained_sum = sha256_of(folder / WEIGHTS)
+    if config.half is not False:
+        dtype, golden, change = store(torch.float16)
+        if config.half is None and change > HALF_LIMIT:
+            dtype, golden, change = store(torch.float32)
     if not change < float('inf'):
         raise CheckpointError(f'Outputs of {target.name} are not finite when stored as {dtype}: leave --half out.')
     write_synced(folder / GOLDEN, json.dumps({
@@ -164,41 +143,34 @@ def write_folder(
         model_config[DEFAULT] = True
         write_config(folder / CONFIG, model_config)
     sums = {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)}
-    weights = Weights(target.name, kind, target, sum(p.numel() for p in part.parameters()),
+    weights = Weights(kind, target, sum(p.numel() for p in part.parameters()),
                       str(dtype).removeprefix('torch.'), change, trained_sum, repository, sums)
     write_synced(folder / 'README.md', card(weights, source, model_config))
     write_sums(folder)
 
 
 class Hub:
-    """The repositories of an upload, made before anything is written.
-
-    Args:
-        repository: OWNER/NAME of the encoder's.
-        private: Make new ones private.
-        kinds: 'encoder', and 'pretrain' for OWNER/NAME-pretrain.
-
-    Raises:
-        UsageError: where the Hub cannot be reached or refuses, with the remedy.
-    """
+    """The repositories of an upload, made before anything is written: OWNER/NAME of encoders, OWNER/NAME-pretrain of
+    whole models. Raises UsageError where the Hub cannot be reached or refuses, with the remedy."""
 
     def __init__(self, repository: str, private: bool, kinds: list[str]):
         self.api = HfApi()
-        names = {'encoder': repository, 'pretrain': f'{repository}-pretrain'}
-        self.repositories = {kind: names[kind] for kind in kinds}
+        self.repositories = {kind: repository + ('-pretrain' if kind == 'pretrain' else '') for kind in kinds}
         for name in self.repositories.values():
-            self._call(name, functools.partial(self.api.create_repo, name, private=private, exist_ok=True))
+            with self._reaching(name):
+                self.api.create_repo(name, private=private, exist_ok=True)
 
     def upload(self, kind: str, folder: Path) -> None:
         """Upload a folder as one commit."""
         name = self.repositories[kind]
-        self._call(name, functools.partial(
-            self.api.upload_folder, repo_id=name, folder_path=folder, commit_message=f'Upload {folder.name}'))
+        with self._reaching(name):
+            self.api.upload_folder(repo_id=name, folder_path=folder, commit_message=f'Upload {folder.name}')
 
     @staticmethod
-    def _call(name: str, action: Callable[[], Any]) -> None:
+    @contextmanager
+    def _reaching(name: str) -> Iterator[None]:
         try:
-            action()
+            yield
         except Exception as error:  # the library's own, those of its HTTP client, OSError: by version and cause
             status = getattr(getattr(error, 'response', None), 'status_code', None)
             kind = type(error).__name__

@@ -104,7 +104,7 @@ def loading(architecture: str, pretrained: bool, options: dict[str, Any]) -> Ite
     except UsageError:
         raise
     except Exception as error:  # by the kind of damage: RuntimeError, UnpicklingError, SafetensorError, KeyError, ...
-        if not pretrained or 'No pretrained weights exist' in str(error):
+        if not pretrained:
             raise
         cfg = resolve_pretrained_cfg(architecture, options.get('pretrained_cfg'), options.get('pretrained_cfg_overlay'))
         raise CheckpointError(f'Cannot load {cfg.file or cfg.hf_hub_id or cfg.url or "the weights"} into '

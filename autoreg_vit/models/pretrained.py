@@ -64,7 +64,8 @@ def weights_options(
 
     Raises:
         ModelError: for a tag that the architecture does not have, or none where it has several and no default.
-        CheckpointError: for files that are missing, or that do not match the checksums beside them.
+        CheckpointError: for a model without weights, and for files that are missing, or that do not match the
+            checksums beside them.
     """
     source, overlay = options.get('pretrained_cfg'), options.get('pretrained_cfg_overlay')
     if isinstance(source, str):
@@ -72,8 +73,10 @@ def weights_options(
     elif not pretrained:
         return {}
     cfg = resolve_pretrained_cfg(architecture, source, overlay)
-    if source is None and registered.is_pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise ModelError(_ambiguous(architecture, [tag for tag in registered.tags if tag != cfg.tag]))
+    if pretrained and not (cfg.has_weights or cfg.state_dict):
+        if source is None and registered.is_pretrained:
+            raise ModelError(_ambiguous(architecture, [tag for tag in registered.tags if tag != cfg.tag]))
+        raise CheckpointError(_untrained(architecture, f'.{source}' if isinstance(source, str) else ''))
     if cfg.state_dict:
         return {}
     shipped = shipped_weights().get(f'{architecture}.{cfg.tag}')
@@ -115,6 +118,16 @@ def _ambiguous(architecture: str, tags: list[str]) -> str:
     example = f'{architecture}.{(declared or tags)[0]}'
     return (f'{architecture!r} has the weights {", ".join(sorted(tags))}, and {reason}: name one, as in {example!r}, '
             f'or have one config.json, and no other, say "{DEFAULT}": true.')
+
+
+def _untrained(architecture: str, tag: str) -> str:
+    """What to say where weights are asked for and there are none: which there are, and what else there is."""
+    encoder = architecture.startswith('vit_')
+    trained = [name for name in shipped_weights() if name.startswith('vit_') == encoder]
+    folder, stock = ('encoder', ", timm's own ('vit_base_patch16_224.mae')") if encoder else ('pretrain', '')
+    return (f'{architecture + tag!r} has no trained weights{", unlike " if trained else ""}{", ".join(trained)}. Take '
+            f"instead those of a run of autoreg-vit pretrain ('local-dir:runs/NAME/{folder}'), a published checkpoint "
+            f"(pretrained_cfg_overlay=dict(file='saim_base.pth')){stock}, or none (pretrained=False, --no-pretrained).")
 
 
 def check_files(path: Path) -> None:

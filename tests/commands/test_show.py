@@ -74,7 +74,7 @@ class TestReconstruction:
         if model.target.norm_pix:
             pred = pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
         for image in range(3):
-            for number in range(done.first, done.segments(image)):
+            for number in range(done.first, done.counts[image]):
                 step, so_far = done.step(image, number), done.predicted(image, number)
                 for token, rank in enumerate(done.ranks[image].tolist()):
                     if rank > number:
@@ -88,7 +88,7 @@ class TestReconstruction:
         model = make(kind, randomise)
         images = images_of(model, 1)
         before = pictures.reconstruct(model, images)
-        for number in range(before.first, before.segments(0)):
+        for number in range(before.first, before.counts[0]):
             later = before.ranks[0, :, None] > number
             changed = torch.where(later, 7 * torch.randn_like(before.truth[0]), before.truth[0])
             changed = unpatchify(changed[None], model.serialization.grid, (2, 2))
@@ -109,7 +109,7 @@ class TestReconstruction:
         for kind in MODELS:
             done = pictures.reconstruct(make(kind, randomise), images_of(make(kind, randomise)))
             for image in range(3):
-                last = done.segments(image) - 1
+                last = done.counts[image] - 1
                 for most in (2, 6, 40):
                     steps = done.steps(image, most)
                     assert len(steps) == most and steps[0] == done.first and steps[-1] == last

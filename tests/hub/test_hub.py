@@ -175,7 +175,9 @@ class TestClone:
         assert in_clone['near tag'] == ['ModelError', f"'{ENCODER}' has no tag 'tset'. Did you mean 'test'?"]
         kind, message = in_clone['grey model']
         assert kind == 'CheckpointError' and 'in_chans' in message
-        assert 'No pretrained weights exist for vit_base_randsac' in in_clone['no weights'][1]
+        kind, message = in_clone['no weights']
+        assert kind == 'CheckpointError' and message.startswith("'vit_base_randsac' has no trained weights")
+        assert f'unlike {ENCODER}.test. Take instead' in message and MODEL not in message
 
 
 class TestOutside:

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from autoreg_vit.errors import ModelError, SerializationError, ShapeError, UsageError
+from autoreg_vit.errors import CheckpointError, ModelError, SerializationError, ShapeError, UsageError
 from autoreg_vit.models import AutoregressiveViT, create_pretraining_model
 from autoreg_vit.models.decoders import MaskedDecoder
 from autoreg_vit.models.targets import PixelTarget
@@ -169,7 +169,7 @@ def test_create_pretraining_model(tiny):
 
 
 def test_no_published_weights_yet_is_said_so(tiny):
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for saim_vit_tiny'):
+    with pytest.raises(CheckpointError, match=r"'saim_vit_tiny' has no trained weights.*local-dir:runs/NAME/pretrain'"):
         timm.create_model('saim_vit_tiny', pretrained=True, **tiny)
 
 
