@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError, UsageError, one_line
 
 #: What a folder of weights holds, as timm reads it, and the checksums of a folder's files.
 CONFIG, WEIGHTS, SUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
@@ -153,7 +153,7 @@ def write_error(path: Path, error: Exception) -> CheckpointError:
     if number in OUT_OF_SPACE:
         return CheckpointError(f'The disk is full or a quota is reached: cannot write {path} ({os.strerror(number)}). '
                                'The last good checkpoint is kept: free some space and run the same command again.')
-    reason = os.strerror(number) if number else ' '.join(str(error).split())
+    reason = os.strerror(number) if number else one_line(error)
     return CheckpointError(f'Cannot write {path}: {reason}. The last good checkpoint is kept.')
 
 
@@ -259,7 +259,7 @@ def load_network(folder: str | Path, build: Callable[[dict[str, Any]], N], kind:
     except UsageError:
         raise
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        reason = f'{type(error).__name__}: {one_line(error, 300)}'
         raise CheckpointError(f'{folder} holds no whole {kind} ({reason}): name the folder model/ of a run of '
                               f'autoreg-vit {command}.') from error
     cast(Any, model).config = config

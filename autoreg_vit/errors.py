@@ -32,6 +32,11 @@ class DataError(UsageError):
     """Images that are missing, unreadable or not laid out as a data set."""
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error says, in one line of at most so many characters."""
+    return ' '.join(str(error).split())[:most]
+
+
 def suggest(name: str, known: list[str]) -> str:
     """A sentence naming the entries of `known` nearest to `name`, or all of them where they are few."""
     from difflib import get_close_matches

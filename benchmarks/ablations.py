@@ -37,7 +37,7 @@ from autoreg_vit.engine.locks import FolderLock
 from autoreg_vit.engine.log import read_log
 from autoreg_vit.engine.loss_history import NonFiniteLoss
 from autoreg_vit.engine.signals import Stopped
-from autoreg_vit.errors import ConfigError, UsageError, suggest
+from autoreg_vit.errors import ConfigError, UsageError, one_line, suggest
 from autoreg_vit.evaluation.cached import CACHE
 from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.models import create_pretraining_model
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(args)
     except UsageError as error:
-        print(f'ablations: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'ablations: {one_line(error)}', file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f'ablations: {stopped}', file=sys.stderr)

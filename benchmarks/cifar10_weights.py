@@ -32,7 +32,7 @@ from autoreg_vit.commands.recipes import load_recipe
 from autoreg_vit.engine.log import logged, read_log
 from autoreg_vit.engine.loss_history import NonFiniteLoss
 from autoreg_vit.engine.signals import Stopped
-from autoreg_vit.errors import UsageError
+from autoreg_vit.errors import UsageError, one_line
 from autoreg_vit.hub.card import training_hours
 from autoreg_vit.hub.publishing import export
 from autoreg_vit.settings.classification import FinetuneConfig, ProbeConfig
@@ -150,7 +150,7 @@ def _run(function: Callable, config: type, settings: dict[str, Any]) -> None:
     try:
         function(config(**settings))
     except (UsageError, NonFiniteLoss) as error:
-        sys.exit(f'{settings["output_dir"]}: {" ".join(str(error).split())}')
+        sys.exit(f'{settings["output_dir"]}: {one_line(error)}')
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from ..engine.console import patient_streams
 from ..engine.launcher import shown_rank
-from ..errors import UsageError, suggest
+from ..errors import UsageError, one_line, suggest
 from ..version import __version__
 
 
@@ -58,7 +58,7 @@ def _say_error(error: UsageError, debug: bool) -> int:
         traceback.print_exc()
     if not getattr(error, 'said_elsewhere', False):
         place = f', rank {rank}' if (rank := shown_rank()) else ''
-        print(f'autoreg-vit{place}: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'autoreg-vit{place}: {one_line(error)}', file=sys.stderr)
     return 2
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..artifacts import writing
 from ..data.folders import FlatFolder
-from ..data.images import DAMAGE, open_image
+from ..data.images import DAMAGE, damaged, open_image
 from ..data.sources import Digits
 from ..data.transforms import ImageSpec, evaluation_transform
 from ..engine.progress import say
@@ -111,8 +111,7 @@ def _read(file: Path, patch_size: tuple[int, int]) -> Image.Image:
     try:
         image = open_image(file)
     except DAMAGE as error:
-        raise DataError(f'Cannot read {file}: it is damaged or no image ({" ".join(str(error).split())}). Replace it '
-                        'or name another.') from error
+        raise damaged(file, error) from error
     if image.height < patch_size[0] or image.width < patch_size[1]:
         raise DataError(f'{file} has {image.width} x {image.height} pixels, less than one patch of this model, '
                         f'{patch_size[1]} x {patch_size[0]}: name a larger image.')

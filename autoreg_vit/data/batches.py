@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from .._compat import counted_readers
 from ..engine.processes import Processes
 from ..engine.seeding import kept_random_state, mix_seed, seed_cpu
-from ..errors import DataError
+from ..errors import DataError, one_line
 from .checks import image_name, tolerate
-from .images import DAMAGE, one_line
+from .images import DAMAGE
 from .loaders import all_or_none, fitting
 from .order import EpochSampler, batches_per_epoch
 from .samples import Samples

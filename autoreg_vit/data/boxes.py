@@ -18,10 +18,10 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..engine.processes import Processes
 from ..engine.progress import say
-from ..errors import DataError
+from ..errors import DataError, one_line
 from ..settings.dense import DetectConfig
 from .checks import check_images, some_names
-from .images import DAMAGE, ToMode, damaged, one_line, open_image, prepared, stored_size
+from .images import DAMAGE, ToMode, damaged, open_image, prepared, stored_size
 from .labelled import divide, some_of
 
 Target = dict[str, torch.Tensor]

@@ -10,8 +10,8 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from ..engine import progress
-from ..errors import DataError
-from .images import DAMAGE, one_line, open_image, prepared
+from ..errors import DataError, one_line
+from .images import DAMAGE, open_image, prepared
 from .samples import Samples
 
 

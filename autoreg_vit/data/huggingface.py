@@ -9,8 +9,8 @@ import fsspec
 import torch
 from torchvision.datasets import VisionDataset
 
-from ..errors import DataError, suggest
-from .images import one_line, open_image
+from ..errors import DataError, one_line, suggest
+from .images import open_image
 
 #: Columns that are taken for labels where no column is of ClassLabel's type; such a one needs no name.
 LABEL_NAMES = ('label', 'labels', 'target', 'class')
@@ -83,7 +83,7 @@ def load(name: str, data_dir: str | None, split: str, streaming: bool = False) -
             rows = rows._resolve_features()
     except Exception as error:  # OSError, ValueError, RuntimeError, those of pyarrow and of the Hub: by the cause
         raise DataError(f'Cannot open the data set {name!r} of Hugging Face, split {split!r} '
-                        f'({type(error).__name__}: {one_line(error)[:400]}).') from error
+                        f'({type(error).__name__}: {one_line(error, 400)}).') from error
     return rows
 
 

@@ -8,16 +8,11 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 
 #: What reading and decoding a damaged file raises.
 DAMAGE = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, struct.error, zlib.error,
           Image.DecompressionBombError)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return ' '.join(str(error).split())
 
 
 def damaged(name: str | Path, error: Exception) -> DataError:

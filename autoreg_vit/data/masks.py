@@ -14,12 +14,12 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..engine.processes import Processes
 from ..engine.progress import say
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, one_line
 from ..models.dense.segmenter import IGNORED
 from ..settings.dense import SegmentConfig
 from .checks import check_images, some_names
 from .folders import LeftOut, find_split, list_folder, no_files, walk
-from .images import DAMAGE, ToMode, one_line, open_image, stored_size
+from .images import DAMAGE, ToMode, open_image, stored_size
 from .labelled import distinct, divide, some_of
 from .transforms import ImageSpec
 

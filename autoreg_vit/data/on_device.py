@@ -11,9 +11,9 @@ from torch.utils.data import IterableDataset
 
 from ..engine.processes import Processes
 from ..engine.seeding import mix_seed
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, one_line
 from .checks import image_name, tolerate
-from .images import DAMAGE, ToMode, one_line
+from .images import DAMAGE, ToMode
 from .order import EpochSampler, batches_per_epoch
 from .samples import Samples
 from .transforms import CROP_RATIO, ImageSpec

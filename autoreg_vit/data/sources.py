@@ -11,10 +11,10 @@ from torch.utils.data import IterableDataset
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import Compose
 
-from ..errors import ConfigError, DataError, suggest
+from ..errors import ConfigError, DataError, one_line, suggest
 from . import huggingface, streams
 from .folders import open_folder
-from .images import one_line, open_image, prepared
+from .images import open_image, prepared
 from .samples import Samples
 
 #: What timm's names of data sets begin with.

@@ -16,9 +16,9 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .._compat import mixed_shards
-from ..errors import DataError
+from ..errors import DataError, one_line
 from . import huggingface
-from .images import DAMAGE, image_extensions, one_line, open_image
+from .images import DAMAGE, image_extensions, open_image
 
 #: Endings of images in shards: the usual ones first, then what else Pillow opens.
 ENDINGS = list(dict.fromkeys(['jpg', 'jpeg', 'png', 'webp', *sorted(e.lstrip('.') for e in image_extensions())]))
@@ -184,7 +184,7 @@ class Shards:
                     yield sample
             except Exception as error:  # OSError, tarfile's, ValueError, those of a network: by the cause
                 raise DataError(f'The shard {url} cannot be read to its end ({type(error).__name__}: '
-                                f'{one_line(error)[:200]}). Fetch or write it again.') from error
+                                f'{one_line(error, 200)}). Fetch or write it again.') from error
             if count < self.lengths[url]:  # tarfile takes a damaged header for the end
                 raise DataError(f'The shard {url} ends after {count} of {self.lengths[url]} samples that its '
                                 'description gives: fetch or write it again, or correct shard_lengths in _info.json.')
@@ -236,7 +236,7 @@ class HubStream:
                             partial(huggingface.content_of, row[self.column]))
         except Exception as error:  # of pyarrow, of a network, OSError, ValueError: by the cause
             raise DataError(f'The stream {self.name} cannot be read to its end ({type(error).__name__}: '
-                            f'{one_line(error)[:200]}). Fetch it again, or correct it.') from error
+                            f'{one_line(error, 200)}). Fetch it again, or correct it.') from error
 
 
 def _check_shard(url: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..artifacts import check_regular, checksum_path, read_checksum, sha256_of, sync, write_checksum, write_file
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -77,7 +77,7 @@ def load_file(path: Path) -> Any:
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # UnpicklingError, EOFError, RuntimeError, IndexError, ... by the kind of damage
-        reason = ' '.join(str(error).split())[:200] or 'it ends too early'
+        reason = one_line(error, 200) or 'it ends too early'
         raise CheckpointError(
             f'Cannot read the checkpoint {path} ({type(error).__name__}: {reason}). It is truncated, or not a file of '
             'tensors and plain values; nothing else is loaded, since a pickle can run code.') from error
@@ -116,7 +116,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any],
                     raise ValueError(f'its {name} has the shape {tuple(value.shape)} for a parameter of '
                                      f'{tuple(parameter.shape)}')
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'The optimizer state of {source} does not fit ({" ".join(str(error).split())}). Use the '
+        raise CheckpointError(f'The optimizer state of {source} does not fit ({one_line(error)}). Use the '
                               'settings the run began with, or another --output-dir.') from error
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import one_line
 from ..settings.base import read_settings, with_added
 from ..settings.parts import Training
 from .log import read_log
@@ -96,4 +97,4 @@ def cannot_capture(config: Training, group: Processes) -> str:
 
 def reason_of(error: BaseException) -> str:
     """An error of another package in one line."""
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    return f'{type(error).__name__}: {one_line(error, 300)}'

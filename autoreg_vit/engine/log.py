@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import write_error, write_synced, writing
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from .progress import say
 
 
@@ -117,7 +117,7 @@ def _track(config: Any, folder: Path, resumed: bool) -> Callable[[dict[str, Any]
         tracked = wandb.init(project='autoreg-vit', id=_tracker_id(folder, resumed), name=folder.name, dir=str(folder),
                              resume='allow', config=dataclasses.asdict(config))
     except Exception as error:  # the library's own, those of its HTTP client, OSError: by version and cause
-        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+        reason = f'{type(error).__name__}: {one_line(error, 200)}'
         raise ConfigError(f'wandb does not start ({reason}): log in (wandb login), set WANDB_MODE=offline, or leave '
                           '--tracker out.') from error
     return lambda line: tracked.log({**numbers(line), 'images': line['images']}) if 'images' in line else None

@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError, one_line, suggest
 from ..settings.parts import Training
 
 
@@ -40,7 +40,7 @@ def create_optimizer(
             model_or_groups, opt=config.opt, lr=config.scaled(config.lr), weight_decay=config.weight_decay, **options)
     except (TypeError, ValueError) as error:  # an option that it does not have, or a value that it refuses
         raise ConfigError(f'The optimizer {config.opt!r} does not work with these settings: '
-                          f'{" ".join(str(error).split())}') from error
+                          f'{one_line(error)}') from error
 
 
 def create_schedule(config: Training, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import state_dict as whole_states
 from torch.nn.parallel import DistributedDataParallel
 
 from .._compat import own_buffers
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, one_line
 from .checkpoints import load_into, load_optimizer
 from .objective import M
 from .processes import Processes
@@ -89,7 +89,7 @@ def set_state(
         whole_states.set_model_state_dict(model, state['model'], options=options)
         whole_states.set_optimizer_state_dict(model, optimizer, state['optimizer']['optimizer'], options=options)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f'{source} does not fit this sharded model ({" ".join(str(error).split())[:300]}). Use '
+        raise CheckpointError(f'{source} does not fit this sharded model ({one_line(error, 300)}). Use '
                               'the settings the run began with, or another --output-dir.') from error
 
 

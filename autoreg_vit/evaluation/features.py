@@ -47,7 +47,7 @@ def extract_features(
     encoder runs with plain attention. `shown`: with a progress bar.
 
     Raises:
-        DataError: where no image is left.
+        DataError: where none of the images can be read.
     """
     was_training = encoder.training
     encoder.eval()
@@ -58,6 +58,8 @@ def extract_features(
                 features.append(features_of(encoder, batch[0].to(device)).float().cpu())
             labels.append(batch[1])
     encoder.train(was_training)
+    if not len(dataset):  # the part of a process that had none to share
+        return np.empty((0, as_timm(encoder).head_hidden_size), np.float32), np.empty(0, np.int64)
     if not labels:
         raise DataError(f'None of the {len(dataset)} images to compute features of can be read, of which '
                         f'{image_name(dataset, 0)} is the first: mend or remove them.')

@@ -12,7 +12,7 @@ from torch import nn
 
 from .._compat import loads_channels
 from ..artifacts import CONFIG, WEIGHTS, replaced, save_tensors, write_config
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from ..models.encoders import STOCK_ARCHITECTURES, SinCosVisionTransformer
 from ..models.interface import encoder_of
 from ..models.pretraining import AutoregressiveViT
@@ -64,7 +64,7 @@ def _check_loads(folder: Path) -> None:
             timm.create_model(f'local-dir:{folder}', pretrained=True)
     except Exception as error:  # by what does not fit: RuntimeError, ModelError, CheckpointError, TypeError, ...
         raise ModelError(f'The model was changed after it was made, into one that its arguments do not describe '
-                         f'({" ".join(str(error).split())[:300]}): export it as it was made, or save its state_dict '
+                         f'({one_line(error, 300)}): export it as it was made, or save its state_dict '
                          'yourself.') from error
 
 

@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from ..artifacts import CONFIG, WEIGHTS, verify_checksum
-from ..errors import CheckpointError, ModelError, UsageError, suggest
+from ..errors import CheckpointError, ModelError, UsageError, one_line, suggest
 from ..models.designs import pretraining_models
 from ..models.encoders import check_sizes
 
@@ -46,14 +46,14 @@ def _create(name: str, weights: str, pretrained: bool, options: dict[str, Any]) 
     except UsageError:
         raise
     except (AssertionError, TypeError) as error:  # what timm says of options that it does not take
-        reason = _line(error) or 'timm refuses them'
+        reason = one_line(error, 300) or 'timm refuses them'
         raise ModelError(f'{weights!r} cannot be created with {shown}: {reason}') from error
     except Exception as error:  # by the kind of damage: OSError, RuntimeError, SafetensorError, KeyError, ...
         if pretrained and 'No pretrained weights exist' in str(error):
             raise CheckpointError(f'{weights!r} has no trained weights: name a folder that pretraining wrote, or start '
                                   'from initialisation with --no-pretrained.') from error
         raise CheckpointError(f'Cannot load {weights!r} with {shown or "no options"} ({type(error).__name__}: '
-                              f'{_line(error)}).') from error
+                              f'{one_line(error, 300)}).') from error
     embed: Any = getattr(model, 'patch_embed', None)
     if getattr(embed, 'img_size', None) and hasattr(embed, 'patch_size'):
         check_sizes(embed.img_size, embed.patch_size)  # timm rounds down
@@ -124,10 +124,7 @@ def _architecture(folder: Path) -> str:
         if 'architecture' in config or not ('model_type' in config or 'architectures' in config):
             return config['architecture'].partition('.')[0]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f'{folder / CONFIG} is damaged: it names no architecture ({_line(error)}).') from error
+        raise CheckpointError(f'{folder / CONFIG} is damaged: it names no architecture ({one_line(error, 300)}).'
+                              ) from error
     raise ModelError(f'{folder} holds a model of transformers ({config.get("model_type") or config["architectures"]}), '
                      'not one of timm: --weights takes encoders that pretraining wrote, and models of timm.')
-
-
-def _line(error: Exception) -> str:
-    return ' '.join(str(error).split())[:300]

@@ -17,7 +17,7 @@ from ..engine.checkpoints import load_checkpoint, load_into
 from ..engine.log import logged, read_log
 from ..engine.progress import say
 from ..engine.run import CHECKPOINT
-from ..errors import CheckpointError, ConfigError, UsageError
+from ..errors import CheckpointError, ConfigError, UsageError, one_line
 from ..models.pretrained import DEFAULT, check_files, load_folder
 from ..models.pretraining import AutoregressiveViT
 from ..settings.base import make_config, read_settings, save_config, with_added
@@ -86,7 +86,7 @@ def read_run(run: Path, config: ExportConfig) -> tuple[AutoregressiveViT, Source
         model = cast(AutoregressiveViT, load_folder(run / 'pretrain'))
     except Exception as error:  # by the kind of damage: CheckpointError, OSError, KeyError, RuntimeError, ...
         kind = '' if isinstance(error, UsageError) else f'{type(error).__name__}: '
-        raise CheckpointError(f'Cannot load {run / "pretrain"} ({kind}{" ".join(str(error).split())[:300]}).'
+        raise CheckpointError(f'Cannot load {run / "pretrain"} ({kind}{one_line(error, 300)}).'
                               ) from error
     finished = lines[-1]['event'] == 'finish' or max(line.get('epoch', 0) for line in lines) >= settings.epochs
     if not finished:
@@ -182,7 +182,7 @@ class Hub:
                 remedy = 'This token may not write there: name a repository of your own, or use a token that may.'
             else:
                 remedy = 'Expected OWNER/NAME.' if kind == 'HFValidationError' else 'Try again later.'
-            reason = ' '.join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UsageError(
                 f'Cannot upload to {name!r} on the Hugging Face Hub. {remedy} ({kind}: {reason})') from error
 

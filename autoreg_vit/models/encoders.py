@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .._compat import refit_positions
-from ..errors import ModelError, ShapeError, UsageError, suggest
+from ..errors import ModelError, ShapeError, UsageError, one_line, suggest
 from .fitting import check_fit, loading, resample, unwrap
 from .interface import as_timm
 from .pretrained import register_weights, weights_options
@@ -79,7 +79,7 @@ class SinCosVisionTransformer(VisionTransformer):
         except (AssertionError, KeyError, TypeError, ValueError) as error:  # by the option: norm_layer, attn_layer, ...
             given = ', '.join(f'{k}={v!r}' for k, v in kwargs.items())
             raise ModelError(f'timm makes no VisionTransformer with {given} ({type(error).__name__}: '
-                             f'{" ".join(str(error).split())}).') from error
+                             f'{one_line(error)}).') from error
         self.init_args = kwargs
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from .._compat import adapts_any_channels
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, one_line
 from .interface import as_timm, encoder_of
 
 #: Entries in which training scripts keep weights, in the order in which timm looks for them.
@@ -83,7 +83,7 @@ def check_fit(
                               f'{unexpected}. {_remedy(content, model)}')
     if problem is not None:
         raise CheckpointError(f'The weights cannot be resampled to the model ({type(problem).__name__}: '
-                              f'{" ".join(str(problem).split())[:200]}). {_remedy(content, model)}') from problem
+                              f'{one_line(problem, 200)}). {_remedy(content, model)}') from problem
     for name, tensor in own.items():
         shape, expected = getattr(given[name], 'shape', ()), tensor.shape
         if name.endswith('patch_embed.proj.weight'):
@@ -108,7 +108,7 @@ def loading(architecture: str, pretrained: bool, options: dict[str, Any]) -> Ite
             raise
         cfg = resolve_pretrained_cfg(architecture, options.get('pretrained_cfg'), options.get('pretrained_cfg_overlay'))
         raise CheckpointError(f'Cannot load {cfg.file or cfg.hf_hub_id or cfg.url or "the weights"} into '
-                              f'{architecture!r} ({type(error).__name__}: {" ".join(str(error).split())[:300]}).'
+                              f'{architecture!r} ({type(error).__name__}: {one_line(error, 300)}).'
                               ) from error
 
 

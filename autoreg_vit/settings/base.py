@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from ..artifacts import write_synced
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError, one_line, suggest
 
 S = TypeVar('S', bound='Settings')
 #: A setting that is turned on, off, or left to the run: `auto` is chosen when it begins.
@@ -126,7 +126,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f'{path} is not valid YAML: {" ".join(str(error).split())}') from error
+        raise ConfigError(f'{path} is not valid YAML: {one_line(error)}') from error
     if not isinstance(recipe, dict):
         raise ConfigError(f'{path} must hold settings as "key: value" lines, got {type(recipe).__name__}.')
     return recipe

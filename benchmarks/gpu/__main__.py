@@ -93,7 +93,7 @@ def main() -> int:
         print(plan.describe(args.minutes, args.parts, done_before(args.out)))
         return 0
     use_wheels()
-    from autoreg_vit.errors import UsageError
+    from autoreg_vit.errors import UsageError, one_line
 
     try:
         if args.pack:
@@ -106,7 +106,7 @@ def main() -> int:
             from .queue import go, go_sweep
             return go_sweep(args, began) if args.sweep else go(args, began)
     except UsageError as error:
-        print(f'benchmarks.gpu: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'benchmarks.gpu: {one_line(error)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -36,7 +36,7 @@ from autoreg_vit.engine.log import read_log
 from autoreg_vit.engine.machine import resolve_device
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.trainer import Supply, Trainer, prepare
-from autoreg_vit.errors import ConfigError, UsageError, suggest
+from autoreg_vit.errors import ConfigError, UsageError, one_line, suggest
 from autoreg_vit.evaluation.cached import fingerprint
 from autoreg_vit.evaluation.features import Readable
 from autoreg_vit.models import create_pretraining_model
@@ -446,7 +446,7 @@ def main() -> int:
         if left := sweeper.run(sys.argv[1:]):
             print(f'Left for want of time: {", ".join(left)}.')
     except UsageError as error:
-        print(' '.join(str(error).split()), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -54,3 +54,9 @@ class TestAccuracies:
         features, labels = extract_features(encoder, dataset, torch.device('cpu'), batch_size=2)
         assert encoder.training and labels.tolist() == [0, 1, 2, 3, 4]
         torch.testing.assert_close(torch.from_numpy(features), encoder.eval()(images))
+
+    def test_a_process_without_an_image_has_no_features(self):
+        """Where processes share out fewer images than there are of them."""
+        encoder = timm.create_model('vit_tiny_patch4_32_randsac', depth=1)
+        features, labels = extract_features(encoder, torch.utils.data.Subset([], []), torch.device('cpu'))
+        assert features.shape == (0, encoder.num_features) and labels.shape == (0,)
