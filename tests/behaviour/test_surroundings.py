@@ -28,7 +28,7 @@ from autoreg_vit.hub.folders import export_encoder
 from autoreg_vit.settings.classification import ProbeConfig
 from tests.models.test_saim_checkpoint import published_checkpoint
 from tests.support.exporting import write_run
-from tests.support.launching import SETTINGS, _child, _server, flags
+from tests.support.launching import SETTINGS, _child, flags, server
 from tests.support.supervising import write_encoder
 
 SHORT = ['--steps', '1', '--warmup-steps', '0', '--precision', 'float32', '--no-pretrained']
@@ -98,7 +98,7 @@ def complete(arguments: list[str], out: Path) -> list[str]:
 
 def start(arguments: list[str], out: Path, log: Path, before: Callable[[], None] | None) -> tuple[int, str]:
     """Exit status and output of a command that writes to `out`, in a process of its own in which `before` is called."""
-    process = _server().Process(target=_child, args=(complete(arguments, out), {}, str(log), before))
+    process = server().Process(target=_child, args=(complete(arguments, out), {}, str(log), before))
     process.start()
     process.join(240)
     assert process.exitcode is not None, log.read_text(errors='replace')
@@ -143,7 +143,7 @@ def on_a_full_disk(arguments: list[str], bytes_left: int, answer: Connection) ->
 @pytest.mark.parametrize('command', COMMANDS)
 def test_a_full_disk_is_one_line(command: str, bytes_left: int, arguments: dict, tmp_path: Path):
     here, there = multiprocessing.Pipe()
-    process = _server().Process(
+    process = server().Process(
         target=on_a_full_disk, args=(complete(arguments[command], tmp_path / 'out'), bytes_left, there))
     process.start()
     there.close()  # so that a crash ends the waiting

@@ -18,7 +18,7 @@ from autoreg_vit.models import create_pretraining_model
 from autoreg_vit.settings.pretraining import PretrainConfig
 from benchmarks import ablations, ablations_report
 from benchmarks.ablations_rows import BASES, CLAIMS, CURVES, ROWS, SCALES, Claim, Row
-from tests.support.launching import free_port, log_of
+from tests.support.launching import free_port, log_of, server
 from tests.support.supervising import stop_after
 
 needs_transformers = pytest.mark.skipif(
@@ -287,8 +287,13 @@ def test_mae_in_two_processes_equals_one(tmp_path):
     settings = {**ablations.pretrain_settings(ablations.find_row('mae'), SCALES['smoke']), 'dataset': 'folder',
                 'data_dir': str(images), 'check_images': 0, 'log_every': 1, 'precision': 'float32'}
     ablations_mae.pretrain_mae(ablations_mae.MaeConfig(**settings, output_dir=str(tmp_path / 'one')))
-    torch.multiprocessing.spawn(
-        _mae_process, (free_port(), {**settings, 'output_dir': str(tmp_path / 'two')}), nprocs=2)
+    port, settings = free_port(), {**settings, 'output_dir': str(tmp_path / 'two')}
+    both = [server().Process(target=_mae_process, args=(rank, port, settings)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(240)
+        assert process.exitcode == 0
 
     one, two = (load_file(tmp_path / name / 'encoder' / 'model.safetensors') for name in ('one', 'two'))
     for weights in (one, two):  # softmax ignores the keys' bias: its gradient is rounding, which Adam makes large

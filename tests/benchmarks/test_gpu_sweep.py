@@ -212,14 +212,14 @@ class TestTime:
         monkeypatch.setattr(sweeping.Trainer, 'take_step', step)
         monkeypatch.setattr(sweeping.Pretraining, 'evaluate', judge)
         monkeypatch.setattr(sweeping, 'timed', timed)
-        tried = Sweeper(read_sweep(write(tmp_path / 'some.yaml'), TOY), images, tmp_path / 'rows.jsonl', 1200)
-        assert tried.run() == [] and 1150 < now[0] < 1200
+        tried = Sweeper(read_sweep(write(tmp_path / 'some.yaml'), TOY), images, tmp_path / 'rows.jsonl', 1120)
+        assert tried.run() == [] and 1090 < now[0] < 1120
         rows = rows_of(tmp_path)
         share = rows['plain']['share']
-        # Of 200 s five judgements, and ten times three steps of 0.8 s: two times a row, and once more for two of them.
-        assert share == pytest.approx(0.95 * (200 - 5 * 5 - 10 * 3 * 0.8) / 4, rel=0.02)
+        # Of 120 s five judgements, and ten times three steps of 0.8 s: two times a row, and once more for two of them.
+        assert share == pytest.approx(0.95 * (120 - 5 * 5 - 10 * 3 * 0.8) / 4, rel=0.02)
         assert {name: row['epochs'] for name, row in rows.items()} == {
-            'untrained': 0, 'plain': 11, 'rate': 11, 'raw': 11, 'crops': 13}
+            'untrained': 0, 'plain': 5, 'rate': 5, 'raw': 5, 'crops': 6}
         for name in ROWS:
             assert rows[name]['share'] == share and share - 3.3 < rows[name]['seconds'] <= share
             assert rows[name]['images_per_second'] == pytest.approx(12 if name == 'crops' else 10)

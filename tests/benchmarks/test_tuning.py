@@ -12,6 +12,7 @@ from autoreg_vit.ops.triton import launches
 from benchmarks import tune_attention
 from benchmarks.attention import floors, make_case
 from benchmarks.candidates import longest
+from tests.support.launching import run_python
 
 TIMED = 'NVIDIA H100, Triton 3.6'
 
@@ -59,6 +60,13 @@ def test_tuning_goes_on_where_it_stopped(toy):
     tune_attention.tune(toy, torch.device('cpu'), math.inf)
     timings = json.loads(toy.out.read_text())['timings']
     assert timings[:4] == first['timings'] and len(timings) == 5
+
+
+def test_the_tuner_compiles_without_a_gpu():
+    done = run_python('-m', 'benchmarks.tune_attention', '--dry-run', '--limit', '1', '--jobs', '1', '--minutes',
+                      '20')
+    assert done.returncode == 0, done.stderr
+    assert '1 candidates' in done.stdout
 
 
 def test_nothing_is_compiled_beyond_the_deadline():

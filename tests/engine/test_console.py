@@ -51,12 +51,18 @@ with patient_streams():
 
 
 def test_a_reader_who_leaves(tmp_path):
-    both = subprocess.Popen([sys.executable, '-c', SCRIPT, str(tmp_path / 'done')], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-    both.stdout.readline()
-    both.stdout.close()
-    both.stderr.close()
-    assert both.wait(timeout=120) == 0
+    pytest.importorskip('sklearn')
+    from tests.support.launching import python, server
+
+    pipes = [tmp_path / name for name in ('out', 'err')]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    process = server().Process(target=python, args=(('-c', SCRIPT, str(tmp_path / 'done')), pipes))
+    process.start()
+    with open(pipes[0]) as out, open(pipes[1]):
+        out.readline()
+    process.join(120)
+    assert process.exitcode == 0
     assert (tmp_path / 'done').read_text() == 'done'
 
 

@@ -1,7 +1,7 @@
 """Triton's kernels of segment attention: on the GPU where there is one, else in Triton's interpreter.
 
-`test_ops` holds what every implementation must do; here is what only these kernels have: launches, layouts, and models
-that run on them. `test_triton_operator` holds how calls reach them.
+`test_ops` holds what every implementation must do; here is what only these kernels have: launches and layouts.
+`test_triton_operator` holds how calls reach them, `test_triton_models` models that run on them.
 """
 
 import json
@@ -11,9 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autoreg_vit.ops.triton  # noqa: F401 (registers the operator)
@@ -48,14 +46,6 @@ def poisoned(monkeypatch):
         allocate = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, allocate=allocate, **kwargs: (
             x.fill_(float('nan')) if (x := allocate(*args, **kwargs)).is_floating_point() else x))
-
-
-@pytest.fixture
-def forced():
-    """Models run on these kernels."""
-    ops.set_implementation('triton')
-    yield
-    ops.set_implementation('auto')
 
 
 # Values and gradients
@@ -171,56 +161,6 @@ def test_any_strides():
     assert_near(actual, expected_results(q, k, v, shared, torch.ones_like(grad)), 1e-5)
 
 
-# Models
-
-
-FAMILIES = [
-    dict(model_name='randsac_vit_tiny', serialization='blobs', segments=(5, 3)),
-    dict(model_name='saim_vit_tiny'),
-    dict(model_name='randsac_vit_tiny', decoder='none', serialization='raster'),
-]
-
-
-def small(model_name, **options):
-    model = timm.create_model(model_name, img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=2, **options)
-    return model.to(DEVICE)
-
-
-@pytest.mark.parametrize('options', FAMILIES, ids=lambda o: f'{o["model_name"]}-{o.get("decoder", "own")}')
-def test_models_equal_their_eager_selves(options, randomise, forced):
-    model = randomise(small(**options), std=0.1)
-    images = torch.randn(2, 3, 16, 16, device=DEVICE)
-    ranks = model.draw_ranks(2, device=DEVICE)
-
-    def loss_and_gradients():
-        model.zero_grad()
-        loss = model(images, ranks).loss
-        loss.backward()
-        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-    with_kernels = loss_and_gradients()
-    model.set_grad_checkpointing(True)
-    for plain, recomputed in zip(with_kernels, loss_and_gradients()):
-        torch.testing.assert_close(plain, recomputed)
-    model.set_grad_checkpointing(False)
-    ops.set_implementation('eager')
-    for got, want in zip(with_kernels, loss_and_gradients(), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * max(1.0, want.abs().max().item()))
-
-
-@pytest.mark.parametrize('options', FAMILIES, ids=lambda o: f'{o["model_name"]}-{o.get("decoder", "own")}')
-def test_a_whole_model_compiles_to_one_graph(options, forced):
-    model = small(**options)
-    images = torch.randn(2, 3, 16, 16, device=DEVICE)
-    ranks = model.draw_ranks(2, device=DEVICE)
-    expected = model(images).loss if options.get('decoder') == 'none' else model(images, ranks).loss
-    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
-    loss = compiled(images).loss if options.get('decoder') == 'none' else compiled(images, ranks).loss
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.encoder.blocks.parameters())
-
-
 # What auto chooses, and what is refused
 
 
@@ -296,75 +236,6 @@ except autoreg_vit.errors.ModelError as error:
 ''')
     for word in ('CUDA tensors', 'TRITON_INTERPRET=1', 'got cpu'):
         assert word in done.stdout, done.stderr
-
-
-# What launches compile to
-
-
-def row(direction, design, arch, dtype, head_dim, launch, below=None):
-    return {'pass': direction, 'design': design, 'arch': arch, 'dtype': dtype, 'head_dim': head_dim, 'tokens': 64,
-            'launches': [dict(zip(('block', 'step', 'num_warps', 'num_stages'), launch))], 'triton_below': below,
-            'timed_on': None}
-
-
-@pytest.mark.parametrize('row, status', [
-    (row('backward', 'fused', 90, 'bfloat16', 32, (64, 64, 4, 1)), 0),
-    (row('forward', 'two_loops', 80, 'float32', 64, (64, 64, 8, 1)), 1),
-    (row('forward', 'two_loops', 80, 'float32', 64, (64, 64, 8, 1), below='3.0'), 0),
-], ids=['clean', 'spills', 'for another version'])
-def test_kernel_resources_finds_spills(row, status, tmp_path):
-    table, output = tmp_path / 'launches.json', tmp_path / 'resources.json'
-    table.write_text(json.dumps({'launches': [row]}))
-    done = run_python('-m', 'benchmarks.kernel_resources', '--jobs', '1', '--table', str(table), '--output',
-                      str(output))
-    assert done.returncode == status, done.stderr
-    assert ('FAULT' in done.stdout) == bool(status)
-    assert triton.__version__ in done.stdout
-    compiled = json.loads(output.read_text())['launches']
-    assert [(r['kernel'], r['fault']) for r in compiled] == (
-        [] if row['triton_below'] else [(f'{row["design"]}_kernel', bool(status))])
-
-
-def test_the_tuner_compiles_without_a_gpu():
-    done = run_python('-m', 'benchmarks.tune_attention', '--dry-run', '--limit', '1', '--jobs', '1', '--minutes',
-                      '20')
-    assert done.returncode == 0, done.stderr
-    assert '1 candidates' in done.stdout
-
-
-def test_kernel_resources_finds_transposed_accumulators(tmp_path):
-    script = tmp_path / 'script.py'  # Triton wants its kernels in a file
-    script.write_text('''
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from benchmarks.compiling import transposed_accumulators
-
-@triton.jit
-def loaded(x_ptr, steps):
-    at = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
-    total = tl.zeros([64, 64], tl.float32)
-    for _ in range(steps):
-        x = tl.load(x_ptr + at)
-        total += tl.dot(x, tl.trans(x))
-    tl.store(x_ptr + at, total.to(tl.float16))
-
-@triton.jit
-def accumulated(x_ptr, steps):
-    at = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
-    x = tl.load(x_ptr + at)
-    total = tl.zeros([64, 64], tl.float32)
-    for _ in range(steps):
-        total += tl.dot(x, x)
-    tl.store(x_ptr + at, tl.dot(tl.trans((total * 2).to(tl.float16)), x).to(tl.float16))
-
-for kernel in (loaded, accumulated):
-    source = ASTSource(kernel, {'x_ptr': '*fp16', 'steps': 'i32'})
-    ttir = triton.compile(source, target=GPUTarget('cuda', 90, 32)).asm['ttir']
-    print(ttir.count('tt.trans'), len(transposed_accumulators(ttir)))
-''')
-    done = run_python(str(script))
-    assert done.stdout.split() == ['1', '0', '1', '1'], done.stderr
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ SETTINGS = {**load_recipe('digits'), 'embed_dim': 16, 'depth': 2, 'num_heads': 1
             'checkpoint_every_steps': 5, 'drop_path_rate': 0.1, 'precision': 'float32'}
 
 
-def _server() -> multiprocessing.context.BaseContext:
+def server() -> multiprocessing.context.BaseContext:
+    """Starts processes that have imported PyTorch and the commands."""
     os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['tests.support.launching'])
@@ -56,16 +57,18 @@ def run_python(*words: str) -> subprocess.CompletedProcess:
     """What `python *words` would print and end with."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ('out', 'err')]
-        process = _server().Process(target=_python, args=(words, files))
+        process = server().Process(target=python, args=(words, files))
         process.start()
         process.join(300)
         return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in files))
 
 
-def _python(words: tuple[str, ...], files: list[Path]) -> None:
+def python(words: tuple[str, ...], files: list[Path]) -> None:
+    """What `python *words` does, writing to two files; called in a process of the server."""
     for file, descriptor in zip(files, (1, 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     if words[0] == '-c':
+        sys.argv = ['-c', *words[2:]]
         exec(words[1], {'__name__': '__main__'})
     elif words[0] == '-m':
         sys.argv = [*words[1:]]
@@ -87,7 +90,7 @@ class Launch:
     def __init__(self, settings: dict, sabotage: Callable[[], None] | None = None, **environment: str):
         folder = Path(settings['output_dir'])
         self.output = folder.with_name(f'{folder.name}.out{environment.get("RANK", "")}')
-        self.process = _server().Process(
+        self.process = server().Process(
             target=_child, args=(flags(settings), environment, str(self.output), sabotage))
         self.process.start()
 
