@@ -42,10 +42,15 @@ FAMILIES = {'randsac': 'randsac_vit_tiny', 'saim': 'saim_vit_tiny'}
 
 def dependence(function, x: torch.Tensor, patches: bool = True) -> torch.Tensor:
     """How much each output token i depends on each input token j of its image, [B, i, j]: the Jacobian of `function`,
-    from x to [B, i, outputs], summed in magnitude over outputs and inputs. `x` is images [B, 1, H, W] of 2 x 2
-    patches, or tokens [B, j, C] where `patches` is False."""
-    # Images do not mix (a test of its own), so one backward pass serves an output of all images.
-    jacobian = torch.autograd.functional.jacobian(lambda x: function(x).sum(0), x, vectorize=True).abs().sum(1)
+    from x to [B, i, outputs], of a weighted sum of outputs, summed in magnitude over inputs. `x` is images [B, 1, H, W]
+    of 2 x 2 patches, or tokens [B, j, C] where `patches` is False."""
+    def weighted(x: torch.Tensor) -> torch.Tensor:
+        # Images do not mix (a test of its own), so one backward pass serves a token of all images. Weights are drawn,
+        # so that no two outputs cancel.
+        outputs = function(x)
+        return outputs.sum(0) @ torch.rand(outputs.shape[-1:], generator=torch.Generator().manual_seed(0)).to(outputs)
+
+    jacobian = torch.autograd.functional.jacobian(weighted, x, vectorize=True).abs()
     if patches:
         # [i, B, 1, H, W] to pixels of a patch side by side
         jacobian = jacobian.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).sum((2, 4, 6)).flatten(2)
