@@ -41,10 +41,10 @@ def held_out_error(model, train: torch.Tensor, test: torch.Tensor) -> float:
 
 
 def test_learns_digits(tiny):
-    """Three seeds give 0.61 to 0.68 of the baseline's error: what is seen of a digit tells about the rest of it."""
+    """Three seeds give 0.66 to 0.69 of the baseline's error: what is seen of a digit tells about the rest of it."""
     train, test = digits()
     model = timm.create_model(
-        'randsac_vit_tiny', **{**tiny, 'embed_dim': 64, 'depth': 2}, decoder_depth=2, serialization='raster',
+        'randsac_vit_tiny', **{**tiny, 'embed_dim': 64, 'depth': 1}, decoder_depth=1, serialization='raster',
         norm_pix=False)
     fit(model, lambda: train[torch.randint(len(train), (64,))], steps=200, lr=5e-3, betas=(0.8, 0.9))
     assert held_out_error(model, train, test) < 0.75
