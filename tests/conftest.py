@@ -6,23 +6,27 @@ from pathlib import Path
 os.environ['HF_HUB_OFFLINE'] = '1'
 
 import pytest
-import torch
-
-# Where there is no GPU, Triton's kernels run in its interpreter; it decides when they are first imported.
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'
-from torch import nn
-
-import autoreg_vit  # noqa: F401  registers the models with timm
 
 pytest.register_assert_rewrite('tests.support')
 
-# Tensors are tiny here: a second thread costs more than it gives.
-torch.set_num_threads(1)
+
+def pytest_collectstart() -> None:
+    """What every test needs, imported where tests run alone: the process that starts the others waits for nothing."""
+    import torch
+
+    # Where there is no GPU, Triton's kernels run in its interpreter; it decides when they are first imported.
+    if not torch.cuda.is_available():
+        os.environ['TRITON_INTERPRET'] = '1'
+    import autoreg_vit  # noqa: F401  registers the models with timm
+
+    # Tensors are tiny here: a second thread costs more than it gives.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is none."""
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('gpu'):
@@ -32,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test draws the same numbers, whichever tests ran before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -44,8 +50,9 @@ def tiny() -> dict:
 @pytest.fixture
 def randomise():
     """A function that redraws every parameter, so that no property holds by initialisation alone."""
+    import torch
 
-    def redraw(module: nn.Module, std: float = 0.3) -> nn.Module:
+    def redraw(module, std: float = 0.3):
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.normal_(std=std)

@@ -281,7 +281,7 @@ class TestResumedRuns:
         launch = Launch(settings, disk_full_at_the_second_checkpoint)
         assert launch.wait() == 2
         assert 'The disk is full' in launch.text() and 'Traceback' not in launch.text()
-        assert checkpoint.load_checkpoint(tmp_path / 'run' / 'last.pt')['step'] == 5
+        assert checkpoint.load_checkpoint(tmp_path / 'run' / 'last.pt')['step'] == 8
         assert Launch(settings).wait() == 0
 
     def test_without_config_or_checkpoint(self, tmp_path: Path):

@@ -186,7 +186,7 @@ class TestShards:
         assert all(map(torch.equal, take(3, 5), straight[3:]))
         assert not torch.equal(straight[0], straight[1])
 
-    def test_streams_are_not_evaluated_and_that_is_said(self, tmp_path: Path, capsys):
+    def test_streams_are_not_evaluated_and_that_is_said(self, tmp_path: Path, capsys, no_figures):
         root = write_shards(tmp_path / 'shards', [{'png': encoded(i), 'cls': str(i % 2).encode()} for i in range(8)])
         settings = {**TINY, 'dataset': 'wds/x', 'data_dir': str(root), 'output_dir': str(tmp_path / 'run')}
         with pytest.raises(ConfigError, match=r"eval_split='train' needs labels: .*streams are not evaluated"):
@@ -206,12 +206,6 @@ def test_columns_are_for_data_that_have_them(tmp_path: Path):
     for dataset, option in (('folder', 'image_column'), ('digits', 'label_column'), ('wds/x', 'label_column')):
         with pytest.raises(ConfigError, match=f'--{option.replace("_", "-")} x is for .*{dataset}'):
             data.open_dataset(dataset, str(tmp_path), 'train', TRANSFORM, **{option: 'x'})
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Most of so short a run's time."""
-    monkeypatch.setattr(pretraining, 'draw_figures', lambda *arguments: None)
 
 
 @pytest.fixture(scope='module')
