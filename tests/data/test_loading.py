@@ -68,8 +68,9 @@ from torch.utils.data import TensorDataset
 from autoreg_vit.data.batches import Batches
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.data.loaders import InOrder
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
-Iterator._try_get_data.__defaults__ = (0.2,)  # seconds, instead of five, until it looks for processes that died
+from torch.utils.data import _utils, dataloader
+_utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds, instead of five, until it looks for processes that died
+dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)
 data = TensorDataset(torch.arange(64.0)[:, None].expand(64, 4096).clone(), torch.zeros(64))
 stream = Batches(data, 16, 0, Processes(torch.device("cpu")), workers=2).start_at(0)
 print("training", [int(x) for _ in range(5) for x in next(stream)[0][:, 0]])
