@@ -20,10 +20,16 @@ def cached_features(
     """Features of the training images without augmentation and of the test images, on the main process. They are kept
     in the run's folder and read from there when its command is repeated with the same weights."""
     path, key = run.folder / CACHE, fingerprint(encoder)
-    if run.group.on_main(lambda: _read(path, key) is not None):
-        run.say(f'Reading the features from {path}.')
-        found = _read(path, key) if run.group.is_main else None
-        return found or (None, None)
+    kept: tuple[Features, Features] | None = None  # on the main process
+
+    def are_kept() -> bool:
+        nonlocal kept
+        kept = _read(path, key)
+        return kept is not None
+
+    if run.group.on_main(are_kept):
+        run.say(f'The features were read from {path}.')
+        return kept or (None, None)
     train, test = (gather_features(encoder, part, precision=precision, workers=workers, group=run.group)
                    for part in (images.plain, images.test))
     if train is not None and test is not None:

@@ -18,14 +18,13 @@ from .features import images_at_once
 @torch.no_grad()
 def evaluate(
         predict: Callable[[torch.Tensor], torch.Tensor], dataset: Samples, classes: int, *, precision: str,
-        workers: int, batch_size: int | None = None, group: Processes,
+        workers: int, group: Processes,
 ) -> dict[str, Any]:
     """Accuracies over `dataset`, of which every process sees its own part of the images, each once.
 
     Args:
         predict: Images [B, C, H, W] on the device to logits [B, classes].
         dataset: Of (image, label).
-        batch_size: Images at a time a process; by default what suits the device.
 
     Returns:
         On every process: top1 and, for more than five classes, top5 in percent, the mean cross entropy `loss`, how many
@@ -33,8 +32,7 @@ def evaluate(
     """
     # Counts as float64, exact below 2^53: the confusion matrix, then hits of top 1 and 5, loss and images.
     counts = torch.zeros(classes * classes + 4, dtype=torch.float64)
-    at_once = batch_size or images_at_once(group.device)
-    for images, labels in own_part(dataset, at_once, workers=workers, group=group):
+    for images, labels in own_part(dataset, images_at_once(group.device), workers=workers, group=group):
         with autocast(precision, group.device):
             logits = predict(images.to(group.device, non_blocking=True))
         logits = logits.float().cpu()

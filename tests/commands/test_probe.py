@@ -184,7 +184,7 @@ class TestFast:
                 probe(config)
         capsys.readouterr()
         probe(config)
-        assert 'Reading the features' in capsys.readouterr().out
+        assert 'The features were read from' in capsys.readouterr().out
         path = tmp_path / 'run' / 'features.safetensors'
         assert features._read(path, 'of another encoder') is None
         damaged = bytearray(path.read_bytes())
