@@ -50,7 +50,6 @@ def pretrain(config: PretrainConfig) -> Path:
         # Model and data, all checked before anything is written.
         check_untrained(config.model)
         model = create_pretraining_model(config.model, **config.model_options()).to(group.device)
-        model.set_grad_checkpointing(config.grad_checkpointing)
         spec, attention = ImageSpec.of(model), try_attention(model, config, group.device)
         resolve_data(config)
         if config.reader == 'auto':  # a resumed run goes on as it began
@@ -123,6 +122,8 @@ class Pretraining(Objective[AutoregressiveViT]):
             **about, 'parameters': sum(p.numel() for p in model.parameters()),
             'encoder_parameters': sum(p.numel() for p in model.encoder.parameters())})
         self.config, self.spec, self.labelled, self.group = config, spec, labelled, group
+        model.set_grad_checkpointing(config.grad_checkpointing)
+        model.residual_in_fp32 = config.residual_in_fp32
         self.share = group.share(config.batch_size)
         # A product and a sum for each parameter and token, and twice as much backward.
         self.flops_per_image = 6.0 * sum(p.numel() for p in model.parameters()) * model.encoder.patch_embed.num_patches

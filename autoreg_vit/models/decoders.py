@@ -112,7 +112,7 @@ class MaskedDecoder(nn.Module):
             memories = [encoder.norm(z) for z in mix_layers(self.mix, hidden[1:])]
         else:
             memories = [encoder.norm(hidden[-1])] * len(self.blocks)
-        x = layout.sort(self.pos_embed)
+        x = layout.sort(self.pos_embed).to(hidden[0].dtype)
         for block, memory in zip(self.blocks, memories):
             x = run_block(self, block, x, memory, layout.query_limits, layout.memory_limits)
         return self.norm(x)
@@ -161,7 +161,7 @@ class ParallelDecoder(nn.Module):
     def forward(self, hidden: list[torch.Tensor], layout: Layout, encoder: VisionTransformer) -> torch.Tensor:
         blocks = encoder.blocks if self.blocks is None else self.blocks
         memories = hidden[self.stride::self.stride] if self.memory == 'output' else hidden[:-1]
-        x = layout.sort(positions_of(encoder)[:, encoder.num_prefix_tokens:])
+        x = layout.sort(positions_of(encoder)[:, encoder.num_prefix_tokens:]).to(hidden[0].dtype)
         for block, memory in zip(blocks, memories):
             x = run_block(self, query_block, block, x, memory, layout.memory_limits)
         return encoder.norm(x)

@@ -28,13 +28,20 @@ def mix_layers(weights: torch.Tensor, layers: Sequence[torch.Tensor]) -> list[to
     Returns:
         Z^l for each row of `weights`, of the layers' shape; in autocast's dtype where that is enabled.
     """
-    dtype, kind = torch.promote_types(weights.dtype, layers[0].dtype), layers[0].device.type
-    # The meta device knows no autocast, and asking for it raises.
-    if kind != 'meta' and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.promote_types(weights.dtype, layers[0].dtype)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(layers[0].device) or dtype
     if torch.compiler.is_compiling():
         return _fusible(weights, layers, dtype)
     return list(_Mix.apply(weights, dtype, *layers))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on a device, or None where it is not enabled."""
+    # The meta device knows no autocast, and asking for it raises.
+    if device.type == 'meta' or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _fusible(weights: torch.Tensor, layers: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ from .decoders import Decoder, MaskedDecoder, NextTokenDecoder, ParallelDecoder
 from .embedding import embed_patches
 from .encoders import SinCosVisionTransformer, check_sizes, init_xavier
 from .interface import attention_of, blocks_of, mlp_width, positions_of
+from .mixing import autocast_dtype
 from .targets import PixelTarget
 
 __all__ = ['AutoregressiveViT', 'PretrainOutput', 'compose']
@@ -61,6 +62,9 @@ class AutoregressiveViT(nn.Module):
         ModelError: for an encoder or option that cannot be pretrained this way.
         SerializationError: for an order that the decoder cannot follow.
     """
+    #: Under autocast, whether the sum that blocks add to is kept in float32, as timm's encoders keep it, or in
+    #: autocast's dtype, which is half as much to read and write.
+    residual_in_fp32 = True
     #: Set by `timm.create_model`: the arguments that made it, and timm's configuration of its weights.
     init_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
@@ -130,6 +134,8 @@ class AutoregressiveViT(nn.Module):
             front = torch.cat(tokens, dim=1) + positions_of(encoder)[:, :prefix]
             x = torch.cat([front.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         x = encoder.norm_pre(encoder.pos_drop(x))
+        if not self.residual_in_fp32 and (dtype := autocast_dtype(x.device)) is not None:
+            x = x.to(dtype)
         hidden = [x]
         for block in encoder.blocks:
             hidden.append(run_block(encoder, content_block, block, hidden[-1], layout.encoder_limits))

@@ -172,7 +172,6 @@ class Sweeper:
         """A model from scratch and what trains it, about to begin; on batches of `supply`, or of the sweep's images."""
         check_untrained(config.model)
         model = create_pretraining_model(config.model, **config.model_options()).to(self.group.device)
-        model.set_grad_checkpointing(config.grad_checkpointing)
         spec = ImageSpec.of(model)
         objective = Pretraining(config, model, spec, self.judges(spec) if supply is None else None, self.group)
         return Trainer(config, objective, supply or self.batches(config, spec), self.group)
@@ -208,7 +207,7 @@ class Sweeper:
         config = make_config(PretrainConfig, {**self.sweep.settings, **changed}, {})
         options = {k: v for k, v in config.model_options().items() if k not in DRAWN}
         return repr((config.model, sorted(options.items()), config.batch_size, config.accumulate, config.precision,
-                     config.grad_checkpointing, config.impl))
+                     config.grad_checkpointing, config.residual_in_fp32, config.impl))
 
     def settle(self, kind: str) -> bool:
         """Make room for a row of a kind; whether its step was compiled here before.

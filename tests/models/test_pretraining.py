@@ -86,6 +86,31 @@ def test_gradient_checkpointing_changes_nothing(tiny, design, monkeypatch):
 
 
 @every_design
+def test_the_residual_stream_is_kept_in_float32_unless_said_otherwise(tiny, design):
+    model = build(tiny, design)
+    x, ranks = images(), model.draw_ranks(3)
+
+    def streams(autocast: bool) -> tuple[float, set[torch.dtype]]:
+        dtypes = set()
+        blocks = [*model.encoder.blocks, *(getattr(model.decoder, 'blocks', None) or [])]
+        hooks = [block.norm2.register_forward_pre_hook(lambda _, args: dtypes.add(args[0].dtype)) for block in blocks]
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            loss = model(x, ranks).loss.item()
+        for hook in hooks:
+            hook.remove()
+        return loss, dtypes
+
+    loss, dtypes = streams(autocast=True)
+    assert dtypes == {torch.float32}
+    exact, _ = streams(autocast=False)
+    model.residual_in_fp32 = False
+    half_loss, dtypes = streams(autocast=True)
+    assert dtypes == {torch.bfloat16}
+    assert half_loss == pytest.approx(loss, rel=1e-2) and half_loss != loss
+    assert streams(autocast=False) == (exact, {torch.float32})
+
+
+@every_design
 def test_positions_stay_as_they_are(tiny, design):
     model = build(tiny, design)
     before = copy.deepcopy(model)
