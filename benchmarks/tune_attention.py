@@ -7,9 +7,9 @@
 Workers compile every candidate (`benchmarks/candidates.py`), the most valuable first, while this process times those
 that compiled without spills within the shared memory of the architecture, one at a time. Each must first be as good as
 the eager operator. It is timed on RandSAC's encoder attention, and SAIM's at 65 tokens, device time alone. One of the
-candidates of every size is what the table has for it, and the fastest becomes a row. FILE grows with every timing, and
-a second call goes on where the first stopped; a candidate that ended it, as an illegal memory access does, is not run
-again. --dry-run only compiles, and needs no GPU.
+candidates of every size is what the table has for it, and the fastest becomes a row unless that is as fast. FILE grows
+with every timing, and a second call goes on where the first stopped; a candidate that ended it, as an illegal memory
+access does, is not run again. --dry-run only compiles, and needs no GPU.
 
 --take puts the rows of FILE into the table of launches. A row that spills with the installed Triton serves the versions
 below it, and what it replaces stays behind it for the others. Kernels never tune themselves in use: their numerics must
@@ -60,6 +60,8 @@ HEADS = 12
 # Candidates of every size and dtype that come before the rest of any.
 FIRST = 8
 VERSION = '.'.join(map(str, TRITON))
+# Part of a time by which another candidate must be faster to replace what the table has.
+NOISE = 0.01
 # Seconds kept for what is under way when time is up.
 MARGIN = 10
 
@@ -160,7 +162,8 @@ def time_job(job: Job, device: str, images: int | None, seconds: float) -> dict[
 
 
 def best_rows(timings: list[dict[str, Any]], timed_on: str) -> list[dict[str, Any]]:
-    """The fastest candidate of every size for which what the table has was tried too."""
+    """The fastest candidate of every size for which what the table has was tried too, which stays where it is as
+    fast."""
     rows = []
     sizes: dict[tuple, list[dict]] = {}
     for timing in timings:
@@ -168,7 +171,8 @@ def best_rows(timings: list[dict[str, Any]], timed_on: str) -> list[dict[str, An
     for found in sizes.values():
         timed = [t for t in found if 'median_us' in t]
         if timed and any(t['today'] for t in found):
-            rows.append({**min(timed, key=lambda t: t['median_us'])['row'], 'timed_on': timed_on})
+            fastest = min(timed, key=lambda t: t['median_us'] * (1 - NOISE * t['today']))
+            rows.append({**fastest['row'], 'timed_on': timed_on})
     return rows
 
 
@@ -184,18 +188,23 @@ def updated_table(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[
 
 def covers(first: dict[str, Any], row: dict[str, Any]) -> bool:
     """Whether a row serves wherever another does."""
-    def version(row: dict[str, Any]) -> tuple:
-        return (math.inf,) if row['triton_below'] is None else tuple(map(int, row['triton_below'].split('.')))
-
     return (kind_of(first) == kind_of(row) and (first['tokens'] or math.inf) >= (row['tokens'] or math.inf)
-            and version(first) >= version(row))
+            and end_of(first) >= end_of(row))
+
+
+def end_of(row: dict[str, Any]) -> tuple[float, ...]:
+    """The first version of Triton that a row does not serve, infinity where there is none."""
+    return (math.inf,) if row['triton_below'] is None else tuple(map(int, row['triton_below'].split('.')))
 
 
 def take(path: Path) -> None:
     """Put the rows that were timed into the table of launches."""
     new = json.loads(path.read_text())['launches']
+    # Other versions of Triton than this one have spilled rows of these plans.
+    ends = {(*kind_of(row), plan_of(row)): row['triton_below'] for row in sorted(table(), key=end_of, reverse=True)}
     for row in new:
-        if fault := refusal(row):
+        row['triton_below'] = ends.get((*kind_of(row), plan_of(row)))
+        if (fault := refusal(row)) and end_of(row) > TRITON:
             row['triton_below'] = VERSION
             print(f'serves Triton below {VERSION}: {fault}')
     text = ',\n'.join('  ' + json.dumps(row) for row in updated_table(table(), new))

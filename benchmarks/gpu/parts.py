@@ -15,8 +15,10 @@ from .steps import VARIANTS
 
 #: Seconds after which a worker that still compiles is given up, so that nothing compiles beside what is timed.
 READY_WITHIN = 150
+#: Seconds after which all are, of which some wait for others' memory.
+SETTLED_WITHIN = 240
 #: Part of the device's memory that workers may take while they compile.
-ROOM = 0.7
+ROOM = 0.95
 #: pytest's plugins that are used where they are installed.
 PLUGINS = ('xdist', 'pytest_timeout')
 
@@ -207,14 +209,16 @@ class Workers:
         return self.jobs[key]
 
     def settle(self, limit: float) -> None:
-        """Wait until nothing compiles any more, and end what would take too long; what was not begun stays so."""
-        self.waiting, stop = [], time.monotonic() + limit
+        """Wait until all is compiled, and end what would take too long."""
+        stop = time.monotonic() + limit
         while time.monotonic() < stop:
+            self.begin()
             jobs = [self.jobs[key] for key in self.preparing()] + [self.peers] * (self.peers is not None)
             busy = [job for job in jobs if job.process.poll() is None]
             if all(time.monotonic() - job.began > READY_WITHIN for job in busy):
                 break
             pause(0.2)
+        self.waiting = []
         end([self.jobs.pop(key) for key in self.preparing()] + [self.peers] * (self.peers is not None))
 
     def all(self) -> list[Job]:

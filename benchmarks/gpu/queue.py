@@ -47,7 +47,7 @@ def go(args: argparse.Namespace, began: float) -> int:
     try:
         for name in ORDER:
             if name == 'launches':
-                workers.settle(parts.READY_WITHIN)
+                workers.settle(parts.SETTLED_WITHIN)
             if name not in shares or sitting.limit(name) < LEAST:
                 continue
             if name == 'steps':

@@ -50,8 +50,9 @@ FULL = Size(
     # By name of file, then those with the marker wherever they are.
     tests=((('tests/**/test_*.py',), 'gpu and not slow'),
            (('tests/ops/test_*.py',), 'not slow')),
-    steps=(('randsac_vit_base', 64, {}, 10), ('saim_vit_base', 64, {}, 16),
-           ('randsac_vit_base', 256, {}, 32), ('saim_vit_base', 256, {}, 56)),
+    # The last waits until some of the others have compiled, and given back their memory.
+    steps=(('randsac_vit_base', 256, {}, 24), ('randsac_vit_base', 64, {}, 8),
+           ('randsac_vit_tiny_patch4_32', 512, {}, 5), ('saim_vit_base', 64, {}, 12), ('saim_vit_base', 256, {}, 36)),
     run={'compile': True, 'cuda_graph': True, 'cache_on_device': True, 'check_images': 0,
          'checkpoint_every_minutes': 1.0},
     least_epochs=10,

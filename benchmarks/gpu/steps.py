@@ -55,12 +55,11 @@ class Worker:
 
     def prepare(self) -> None:
         """Compile all that the variants launch."""
-        for variant in ('plain', 'compiled'):
-            step = self.step(variant)
-            step()
-            step()
-            del step
-            self.free()
+        step = self.step('compiled')
+        step()
+        step()
+        del step
+        self.free()
 
     def free(self) -> None:
         gc.collect()
@@ -75,9 +74,9 @@ class Worker:
             return {'refused': 'a CUDA graph needs a GPU'}
         step, product = self.step(variant), product_rate(self.precision, self.device,
                                                          None if self.device.type == 'cuda' else 64)
-        count = 5 if self.device.type == 'cuda' else 1
         for _ in range(5):
             step()
+        count = min(max(int(0.5 / seconds(step, self.device)), 1), 5) if self.device.type == 'cuda' else 1
         rates, times = [], []
         for _ in range(5):
             rates.append(product())
