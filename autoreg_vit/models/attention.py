@@ -92,10 +92,15 @@ def is_untouched(module: nn.Module) -> bool:
     return 'forward' not in module.__dict__ and not any(hooks)
 
 
+def add_to(stream: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """Their sum in the dtype of the residual stream; a layer scale leaves float32 behind, whatever autocast says."""
+    return stream + branch.to(stream.dtype)
+
+
 def content_block(block: Block, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """A timm block on x [B, N, C] with self-attention under limits [B, N]."""
-    x = _add(x, block.drop_path1(block.ls1(self_attention(attention_of(block), block.norm1(x), limits))))
-    return _add(x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+    x = add_to(x, block.drop_path1(block.ls1(self_attention(attention_of(block), block.norm1(x), limits))))
+    return add_to(x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
 
 
 def query_block(block: Block, x: torch.Tensor, memory: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
@@ -103,13 +108,8 @@ def query_block(block: Block, x: torch.Tensor, memory: torch.Tensor, limits: tor
 
     One norm serves queries and memory, as in SAIM's published code."""
     attended = cross_attention(attention_of(block), block.norm1(x), block.norm1(memory), limits)
-    x = _add(x, block.drop_path1(block.ls1(attended)))
-    return _add(x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
-
-
-def _add(stream: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """Their sum in the dtype of the residual stream; a layer scale leaves float32 behind, whatever autocast says."""
-    return stream + branch.to(stream.dtype)
+    x = add_to(x, block.drop_path1(block.ls1(attended)))
+    return add_to(x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
 
 
 def run_block(owner: nn.Module, block: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:

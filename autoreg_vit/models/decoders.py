@@ -15,7 +15,7 @@ from torch import nn
 from .. import ops
 from ..errors import ModelError
 from ..serialization import Layout
-from .attention import query_block, run_block, self_attention
+from .attention import add_to, query_block, run_block, self_attention
 from .encoders import check_sizes, init_xavier, sincos_position_embedding
 from .interface import mlp_width, positions_of
 from .mixing import mix_layers
@@ -52,9 +52,9 @@ class DecoderBlock(nn.Module):
     def forward(
             self, x: torch.Tensor, memory: torch.Tensor, query_limits: torch.Tensor,
             memory_limits: torch.Tensor) -> torch.Tensor:
-        x = x + self_attention(self.self_attn, self.norm1(x), query_limits)
-        x = x + self.cross_attn(self.norm2(x), memory, memory_limits)
-        return x + self.mlp(self.norm3(x))
+        x = add_to(x, self_attention(self.self_attn, self.norm1(x), query_limits))
+        x = add_to(x, self.cross_attn(self.norm2(x), memory, memory_limits))
+        return add_to(x, self.mlp(self.norm3(x)))
 
 
 class MaskedDecoder(nn.Module):

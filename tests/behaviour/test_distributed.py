@@ -21,6 +21,7 @@ from autoreg_vit.engine.log import read_log
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.settings.pretraining import PretrainConfig
 from tests.support.launching import SETTINGS, Launch, launch_together, log_of, weights_of
+from tests.support.supervising import write_encoder
 
 # Plain SGD, since Adam would magnify rounding; no drop path, which each process draws for its own images.
 PLAIN = {**SETTINGS, 'opt': 'sgd', 'lr': 0.1, 'warmup_epochs': 0, 'drop_path_rate': 0.0, 'eval_every': 0,
@@ -96,6 +97,38 @@ def test_sigterm_to_one_process_stops_all_and_resumes(fsdp: bool, tmp_path: Path
     assert [launch.wait() for launch in launches] == [128 + signal.SIGTERM] * 2, launches[0].text()
     stopped = run(settings, tmp_path / 'stopped', count=2)
     assert weights_of(stopped) == weights_of(straight)
+
+
+@pytest.fixture(scope='module')
+def finetuning(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    torch.manual_seed(0)
+    encoder = write_encoder(tmp_path_factory.mktemp('weights') / 'encoder')
+    return {'command': 'finetune', 'weights': str(encoder), 'eval_split': 'test', 'epochs': 1, 'batch_size': 48,
+            'train_images': 384, 'test_images': 60, 'opt': 'sgd', 'lr': 1.0, 'warmup_epochs': 0, 'layer_decay': 1.0,
+            'drop_path_rate': 0.0, 'mixup': 0.0, 'cutmix': 0.0, 'auto_augment': 'none', 'precision': 'float32'}
+
+
+@pytest.fixture(scope='module')
+def finetuned_alone(finetuning: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return classifier_of(run(finetuning, tmp_path_factory.mktemp('alone') / 'run'))
+
+
+@pytest.mark.parametrize('count, more', [
+    (2, {}), (2, {'fsdp': True}), pytest.param(1, {'compile': True}, marks=pytest.mark.slow)],
+    ids=['two processes', 'sharded', 'compiled'])
+def test_finetuning_is_the_same_but_for_rounding(
+        count: int, more: dict, finetuning: dict, finetuned_alone: dict, tmp_path: Path):
+    weights = classifier_of(run({**finetuning, **more}, tmp_path / 'run', count))
+    before = load_file(Path(finetuning['weights']) / 'model.safetensors')
+    assert max((finetuned_alone[name] - before[name]).abs().max() for name in before) > 1e-2
+    assert weights.keys() == finetuned_alone.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            weight, finetuned_alone[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f'{name}: {m}')
+
+
+def classifier_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / 'model' / 'model.safetensors')
 
 
 @pytest.mark.slow
