@@ -1,5 +1,6 @@
 """A model spread over the processes of a run, by PyTorch's DistributedDataParallel or fully_shard (FSDP2)."""
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,6 +31,8 @@ def shard(model: nn.Module, group: Processes) -> None:
                           'autoreg_vit pretrain ..., or leave --fsdp out.')
     from torch.distributed.fsdp import fully_shard
 
+    # It warns of sums in place, which would go around it; blocks add to their stream out of place.
+    warnings.filterwarnings('ignore', r'FSDP2-wrapped module .* returned a view tensor')
     for module in model.modules():
         if isinstance(module, Mlp):
             fully_shard(module)

@@ -82,6 +82,7 @@ def test_two_processes_accumulate(alone: Path, start: Path, tmp_path: Path):
 def test_sharded_processes_equal_one(alone: Path, start: Path, tmp_path: Path):
     sharded = run({**PLAIN, 'fsdp': True}, tmp_path / 'run', count=2)
     assert_same_but_for_rounding(alone, sharded, start)
+    assert 'Warning' not in (tmp_path / 'run.out0').read_text()
 
 
 @pytest.mark.parametrize('fsdp', [False, True])
