@@ -33,7 +33,7 @@ def server() -> multiprocessing.context.BaseContext:
     """Starts processes that have imported PyTorch and the commands."""
     os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['tests.support.launching'])
+    context.set_forkserver_preload(['tests.support.server'])
     with mock.patch.dict(os.environ):
         os.environ.pop('TRITON_INTERPRET', None)  # Triton decides when it is imported; commands run without it
         forkserver.ensure_running()
