@@ -1,5 +1,6 @@
 """Fixtures of all tests: no network, a fixed seed, and models that run in milliseconds."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -8,6 +9,11 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 import pytest
 
 pytest.register_assert_rewrite('tests.support')
+
+
+def pytest_configure() -> None:
+    """Nothing of what is imported goes again, so that to look for what can is time lost."""
+    gc.disable()
 
 
 def pytest_collectstart() -> None:
@@ -19,8 +25,16 @@ def pytest_collectstart() -> None:
         os.environ['TRITON_INTERPRET'] = '1'
     import autoreg_vit  # noqa: F401  registers the models with timm
 
+    # A loader that garbage collection ends waits this long in vain for each of its processes; five seconds by default.
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
     # Tensors are tiny here: a second thread costs more than it gives.
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Tests collect garbage, of their own alone: to walk through what was imported takes half a second each time."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,13 +1,12 @@
 """Imports run downward only: the floors of the package, read from its syntax trees, and what importing it loads."""
 
 import ast
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.bare import run_bare
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = 'autoreg_vit'
@@ -133,11 +132,10 @@ def test_a_module_on_no_floor_is_named(tree: Path):
         f'{PACKAGE}/utils.py:1 is on no floor: add utils to FLOORS']
 
 
-def loaded(code: str, **environment: str) -> set[str]:
-    """The modules that are there after some code in a process of its own."""
-    run = subprocess.run(
-        [sys.executable, '-c', f'{code}\nimport sys\nprint(*sys.modules)'], capture_output=True, text=True, check=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), **environment}, cwd=ROOT, timeout=300)
+def loaded(code: str) -> set[str]:
+    """The modules that are there after some code in a process of its own, which has PyTorch and timm."""
+    run = run_bare(f'{code}\nimport sys\nprint(*sys.modules)')
+    assert run.returncode == 0, run.stderr
     return set(run.stdout.split())
 
 

@@ -87,7 +87,8 @@ def test_sharded_processes_equal_one(alone: Path, start: Path, tmp_path: Path):
 
 @pytest.mark.parametrize('fsdp', [False, True])
 def test_sigterm_to_one_process_stops_all_and_resumes(fsdp: bool, tmp_path: Path):
-    settings = {**SETTINGS, 'epochs': 1, 'eval_every': 0, 'checkpoint_every_steps': 0, 'log_every': 2, 'fsdp': fsdp}
+    settings = {**SETTINGS, 'epochs': 1, 'eval_every': 0, 'checkpoint_every_steps': 0, 'log_every': 2, 'fsdp': fsdp,
+                'train_images': 360}
     straight = run(settings, tmp_path / 'straight', count=2)
     settings['output_dir'] = str(tmp_path / 'stopped')
     launches = launch_together(settings, 2)

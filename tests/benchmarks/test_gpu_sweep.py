@@ -1,8 +1,10 @@
 """A sweep of settings at toy size: its file, its rows, its time, and what becomes of what it finds."""
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +25,9 @@ from autoreg_vit.models.pretrained import load_folder
 from autoreg_vit.settings.base import make_config, read_settings
 from autoreg_vit.settings.pretraining import PretrainConfig
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import plan, queue, state, take
+from benchmarks.gpu import plan, queue, sitting, state, take
 from benchmarks.gpu import sweep as sweeping
+from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.sitting import FULL, TOY
 from benchmarks.gpu.sweep import Sweeper, read_sweep
 from tests.benchmarks.test_gpu_travel import FACTS
@@ -177,7 +180,7 @@ class TestRows:
         monkeypatch.setattr(Sweeper, 'compile_all', lambda *args: [])
         rows = {'plain': {}, 'batch': {'batch_size': 16}, 'rate': {'lr': 0.01}, 'blobs': {'segments': [3]}}
         compiling = {name: {**row, 'compile': True} for name, row in rows.items()}
-        swept = sweeper(tmp_path, images, rows=compiling)
+        swept = sweeper(tmp_path, images, rows=compiling, most_epochs=1)
         assert swept.order(compiling) == ['plain', 'rate', 'blobs', 'batch']
         per_row = []
         keep = swept.keep
@@ -264,8 +267,25 @@ def test_a_step_is_compiled_by_a_process_of_its_own(tmp_path: Path, images: Path
     assert begun == [['benchmarks.gpu.sweep', *arguments, '--compile', 'raw']]
 
 
-def test_by_the_command_and_taken(tmp_path: Path, images: Path, monkeypatch, capsys):
+class Here(Job):
+    """A job that this process does instead."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, environment: dict[str, str] | None = None):
+        assert arguments[0] == 'benchmarks.gpu.sweep'
+        with pytest.MonkeyPatch.context() as patch, log.open('a') as output, contextlib.redirect_stdout(output):
+            patch.setattr(sys, 'argv', list(arguments))
+            status = sweeping.main()
+        self.log, self.began = log, time.monotonic()
+        self.process = SimpleNamespace(poll=lambda: status, returncode=status)
+
+    def stop(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize('job', [Here, pytest.param(Job, marks=pytest.mark.slow)])
+def test_by_the_command_and_taken(job: type[Job], tmp_path: Path, images: Path, monkeypatch, capsys):
     """A call, one of another file by that name, and what is taken home."""
+    monkeypatch.setattr(sitting, 'Job', job)
     file = write(tmp_path / 'some.yaml', {'plain': {}, 'rate': {'lr': 0.01}})
     monkeypatch.setattr(sys, 'argv', [
         'gpu', '--toy', '--minutes', '4', '--out', str(tmp_path / 'out'), '--work-dir', str(tmp_path / 'work'),

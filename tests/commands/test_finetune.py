@@ -1,8 +1,6 @@
 """`autoreg-vit finetune`: RandSAC's Table 15 from any encoder that timm can load."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +28,7 @@ from autoreg_vit.evaluation.class_scores import evaluate
 from autoreg_vit.hub.lookup import load_encoder
 from autoreg_vit.settings.base import read_settings
 from autoreg_vit.settings.classification import FinetuneConfig
+from tests.support.bare import run_bare
 from tests.support.launching import launch_together
 from tests.support.supervising import log_of, results_of, stop_after, write_encoder
 
@@ -80,7 +79,7 @@ class TestRun:
         code = (f'import sys, timm; timm.create_model("local-dir:{run / name}", pretrained=True); '
                 'assert "autoreg_vit" not in sys.modules')
         if name == 'model':
-            assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+            assert run_bare(code).returncode == 0
 
     def test_it_can_be_fine_tuned_again(self, run: Path, tmp_path: Path):
         folder = finetune(FinetuneConfig(**SHORT, weights=str(run / 'model'), output_dir=str(tmp_path / 'again')))

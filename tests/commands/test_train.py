@@ -1,8 +1,6 @@
 """`autoreg-vit pretrain`, from the command line down to what it leaves behind."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from autoreg_vit.engine.loss_history import NonFiniteLoss
 from autoreg_vit.errors import ConfigError, DataError, UsageError
 from autoreg_vit.settings.base import make_config, read_settings
 from autoreg_vit.settings.pretraining import PretrainConfig
+from tests.support.bare import run_bare
 
 SMALL = {'embed_dim': 32, 'depth': 2, 'num_heads': 1, 'decoder_depth': 1}
 
@@ -95,7 +94,7 @@ class TestRun:
                 f'model = timm.create_model("local-dir:{run / "encoder"}", pretrained=True).eval()\n'
                 'print(model(torch.ones(1, 1, 8, 8)).sum().item())\n'
                 'assert "autoreg_vit" not in sys.modules\n')
-        alone = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        alone = run_bare(code)
         assert alone.returncode == 0, alone.stderr
         model = timm.create_model(f'local-dir:{run / "pretrain"}', pretrained=True).eval()
         expected = model.encoder(torch.ones(1, 1, 8, 8)).sum().item()

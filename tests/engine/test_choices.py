@@ -145,7 +145,8 @@ class TestWhatFails:
 
     def run(self, folder: Path, **settings) -> Path:
         return pretrain(PretrainConfig(**{**SETTINGS, 'epochs': 1, 'eval_every': 0, 'accumulate': 2, 'batch_size': 16,
-                                          'checkpoint_every_steps': 0, **settings, 'output_dir': str(folder)}))
+                                          'train_images': 360, 'checkpoint_every_steps': 0, **settings,
+                                          'output_dir': str(folder)}))
 
     def choosing(self, choices: Choices, monkeypatch) -> None:
         monkeypatch.setattr(trainer, 'choose', lambda *arguments: choices)

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -16,6 +15,7 @@ from autoreg_vit.commands import pretraining as pretraining
 from autoreg_vit.engine.locks import FolderLock
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.settings.pretraining import PretrainConfig
+from tests.support.bare import run_bare
 from tests.support.launching import SETTINGS, log_of
 
 
@@ -65,5 +65,5 @@ class TestWithoutFcntl:
     def test_the_command_line(self):
         code = ("import runpy, sys; sys.modules['fcntl'] = sys.modules['resource'] = None; "
                 "sys.argv[1:] = ['--version']; runpy.run_module('autoreg_vit', run_name='__main__')")
-        run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+        run = run_bare(code)
         assert (run.returncode, run.stdout) == (0, f'{__version__}\n') and 'autoreg-vit' not in run.stderr

@@ -1,7 +1,5 @@
 """Work that takes long shows how far it is; quick work shows nothing."""
 
-import time
-
 import pytest
 import timm
 import torch
@@ -15,17 +13,34 @@ from autoreg_vit.engine.progress import with_progress
 from autoreg_vit.evaluation.features import extract_features
 
 
-class SlowImages(Dataset):
-    """Four images, for each of which one waits."""
+class Clock:
+    """What tqdm goes by."""
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr('tqdm.std.time', clock)
+    return clock
+
+
+class SlowImages(Dataset):
+    """Four images, each of which takes so long by a clock."""
+
+    def __init__(self, seconds: float, clock: Clock):
+        self.seconds, self.clock = seconds, clock
 
     def __len__(self) -> int:
         return 4
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        time.sleep(self.seconds)
+        self.clock.now += self.seconds
         return torch.zeros(3, 32, 32), index
 
 
@@ -40,17 +55,18 @@ def evaluation(images: Dataset) -> None:
     assert [int(label) for _, label in batches] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize('seconds', [0.0, 0.8])
+@pytest.mark.parametrize('seconds', [0.4, 0.8])
 @pytest.mark.parametrize('work', [features, evaluation])
-def test_a_bar_appears_when_work_takes_long(work, seconds: float, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_bar_appears_when_work_takes_long(work, seconds: float, clock: Clock, monkeypatch, capsys):
     monkeypatch.setattr('sys.stderr.isatty', lambda: True)
-    work(SlowImages(seconds))
+    work(SlowImages(seconds, clock))
     found = capsys.readouterr().err
-    assert ('/4' in found) if seconds else found == ''
+    assert ('/4' in found) if seconds > 0.5 else found == ''
 
 
-def test_other_processes_show_none(monkeypatch: pytest.MonkeyPatch, capsys):
+@pytest.mark.parametrize('shown', [True, False])
+def test_other_processes_show_none(shown: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr('sys.stderr.isatty', lambda: True)
-    for _ in with_progress(range(4), 'evaluating', shown=False):
-        time.sleep(0.8)
-    assert capsys.readouterr().err == ''
+    for _ in with_progress(range(4), 'evaluating', shown=shown):
+        clock.now += 0.8
+    assert ('/4' in capsys.readouterr().err) is shown

@@ -68,7 +68,7 @@ def test_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     body = card_of(encoder)[1]
     start = log_of(tmp_path / 'run')[0]
-    assert "scikit-learn's digits, 360 images" in body
+    assert "scikit-learn's digits, 240 images" in body
     assert f'commit {start["commit"] or "not recorded"},' in body and start['hardware'] in body
     assert main(['probe', '--weights', str(encoder), '--dataset', 'digits', '--fast', '--epochs', '1', '--knn', '0',
                  '--output-dir', str(tmp_path / 'probe')]) == 0

@@ -2,7 +2,6 @@
 package; transformers. Each gives the outputs that were recorded when the weights were written."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import torch
 pytest.importorskip('sklearn')
 
 from autoreg_vit.hub.golden import golden_images
+from tests.support.bare import run_bare
 from tests.support.exporting import ENCODER, MODEL, write_weights
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,11 +47,9 @@ def golden(clone: Path) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value) for name, value in outputs.items()}
 
 
-def run_python(script: str, *arguments: object, path: Path | None = None, **environment: str) -> dict:
+def run_python(script: str, *arguments: object, path: Path | str = '/', **environment: str) -> dict:
     """Run a script outside the repository, with `path` on the path; it prints a JSON object as its last line."""
-    environment = {**os.environ, 'PYTHONPATH': str(path or ''), 'OMP_NUM_THREADS': '1', **environment}
-    run = subprocess.run([sys.executable, '-c', script, *map(str, arguments)], capture_output=True, text=True,
-                         cwd='/', env=environment, timeout=300)
+    run = run_bare(script, *arguments, path=path, folder='/', **environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -23,17 +23,17 @@ from autoreg_vit.commands.recipes import load_recipe
 
 ROOT = Path(__file__).parents[2]
 
-# Some digits with a model that takes a millisecond a step: 44 steps, three evaluations.
+# Some digits with a model that takes a millisecond a step: 30 steps, three evaluations.
 SETTINGS = {**load_recipe('digits'), 'embed_dim': 16, 'depth': 2, 'num_heads': 1, 'decoder_depth': 1, 'epochs': 2,
-            'batch_size': 16, 'train_images': 360, 'eval_images': 60, 'eval_every': 1, 'log_every': 4,
-            'checkpoint_every_steps': 8, 'drop_path_rate': 0.1, 'precision': 'float32'}
+            'batch_size': 16, 'train_images': 240, 'eval_images': 60, 'eval_every': 1, 'log_every': 4,
+            'checkpoint_every_steps': 5, 'drop_path_rate': 0.1, 'precision': 'float32'}
 
 
 def server() -> multiprocessing.context.BaseContext:
     """Starts processes that have imported PyTorch and the commands."""
     os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['tests.support.launching'])
+    context.set_forkserver_preload(['tests.support.server'])
     with mock.patch.dict(os.environ):
         os.environ.pop('TRITON_INTERPRET', None)  # Triton decides when it is imported; commands run without it
         forkserver.ensure_running()
