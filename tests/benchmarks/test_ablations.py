@@ -278,6 +278,7 @@ def _mae_process(rank, port, settings):
 
 
 @needs_transformers
+@pytest.mark.slow
 def test_mae_in_two_processes_equals_one(tmp_path):
     from safetensors.torch import load_file
 
