@@ -81,9 +81,9 @@ def main() -> None:
         tasks.append((folder, settings, precision == 'float32' and not in_fp32))
     with multiprocessing.get_context('spawn').Pool(args.jobs, maxtasksperchild=1) as pool:
         rows = pool.starmap(train, tasks, chunksize=1)
-    write_rows(args.output or RESULTS / f'residual_stream-{device_name(device)}.json',
-               {**provenance(), 'recipe': RECIPE, 'settings': args.settings, 'epochs': args.epochs,
-                'stream': 'rounded in float32 training' if precision == 'float32' else 'autocast'}, rows=rows)
+    facts = {**provenance(), 'recipe': RECIPE, 'settings': {k: v for k, v in common.items() if k != 'data_dir'},
+             'stream': 'rounded in float32 training' if precision == 'float32' else 'autocast'}
+    write_rows(args.output or RESULTS / f'residual_stream-{device_name(device)}.json', facts, rows=rows)
     for row in rows:
         print('seed {seed}, {0}: last loss {1:.4f}, linear {linear:.2f} %, kNN {knn:.2f} %'.format(
             'float32' if row['residual_in_fp32'] else 'bfloat16', row['loss_by_epoch'][-1], **row))

@@ -63,7 +63,7 @@ class AutoregressiveViT(nn.Module):
         SerializationError: for an order that the decoder cannot follow.
     """
     #: Under autocast, whether the sum that blocks add to is kept in float32, as timm's encoders keep it, or in
-    #: autocast's dtype, which is half as much to read and write.
+    #: autocast's dtype, which is half as much to read and write; `autoreg-vit pretrain` does the latter by default.
     residual_in_fp32 = True
     #: Set by `timm.create_model`: the arguments that made it, and timm's configuration of its weights.
     init_args: dict[str, Any]
