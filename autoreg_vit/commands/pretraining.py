@@ -52,8 +52,12 @@ def pretrain(config: PretrainConfig) -> Path:
         model = create_pretraining_model(config.model, **config.model_options()).to(group.device)
         spec, attention = ImageSpec.of(model), try_attention(model, config, group.device)
         resolve_data(config)
-        if config.reader == 'auto':  # a resumed run goes on as it began
-            config.reader = group.on_main(lambda: begun_with(config.output_dir, type(config))).get('reader', 'auto')
+        # A resumed run goes on as it began.
+        kept = group.on_main(lambda: begun_with(config.output_dir, type(config)))
+        if config.reader == 'auto':
+            config.reader = kept.get('reader', 'auto')
+        if config.residual_in_fp32 == 'auto':
+            config.residual_in_fp32 = kept.get('residual_in_fp32', False)
         batches, labelled = training_batches(config, spec, group), labelled_sets(config, spec, group)
         train_images = batches.sampler.length if batches.sampler else None
         title = (f'{config.model} on {config.dataset}: {train_images or "streamed"} images, {config.epochs} epochs of '
@@ -123,7 +127,7 @@ class Pretraining(Objective[AutoregressiveViT]):
             'encoder_parameters': sum(p.numel() for p in model.encoder.parameters())})
         self.config, self.spec, self.labelled, self.group = config, spec, labelled, group
         model.set_grad_checkpointing(config.grad_checkpointing)
-        model.residual_in_fp32 = config.residual_in_fp32
+        model.residual_in_fp32 = config.residual_in_fp32 is True
         self.share = group.share(config.batch_size)
         # A product and a sum for each parameter and token, and twice as much backward.
         self.flops_per_image = 6.0 * sum(p.numel() for p in model.parameters()) * model.encoder.patch_embed.num_patches

@@ -62,8 +62,9 @@ class PretrainConfig(TrainedEncoder, Design, NamedData, InEpochs, Adam, Compiled
     """Settings of `autoreg-vit pretrain`. What is None is left to the model's or the paper's own default."""
     eval_images: int = option(
         10000, 'images used for accuracies at most, of either split', group='data', free=True, least=1)
-    residual_in_fp32: bool = option(
-        False, 'under bfloat16 autocast, keep the sum that blocks add to in float32', group='machine', before=True)
+    residual_in_fp32: Auto = option(
+        'auto', 'under bfloat16 autocast, keep the sum that blocks add to in float32; auto does so in runs that began '
+        'before there was a choice', group='machine', before=True)
     impl: str = option('auto', f'segment attention: auto, {", ".join(IMPLEMENTATIONS)}', group='machine')
     reader: str = option(
         'auto', 'what decodes and crops images: torchvision (JPEG files; others as pil), pil, or auto', group='data',

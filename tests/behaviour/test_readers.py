@@ -1,4 +1,5 @@
-"""What reads the images of a run is kept when it is resumed; before there was a choice, Pillow did."""
+"""What a run began with is kept when it is resumed: what reads its images, and the precision of its residual stream. Of
+runs that began before there was a choice, Pillow read, and the stream was in float32."""
 
 import os
 import signal
@@ -93,6 +94,23 @@ def test_a_run_of_before_keeps_pil(settings: dict, whole: dict, tmp_path: Path):
     recipe.write_text(recipe.read_text().replace('reader: pil\n', ''))
     launch = Launch({**settings, 'output_dir': str(folder)})
     assert launch.wait() == 0 and 'is finished' in launch.text()
+
+
+def test_a_run_of_before_keeps_its_stream_in_float32(settings: dict, tmp_path: Path):
+    settings = {**settings, 'precision': 'bfloat16'}
+    new, _ = finish(settings, tmp_path / 'new')
+    assert read_settings(tmp_path / 'new/config.yaml')['residual_in_fp32'] is False
+    whole, _ = finish({**settings, 'residual_in_fp32': True}, tmp_path / 'whole')
+    assert new != whole
+    folder = tmp_path / 'run'
+    stop({**settings, 'residual_in_fp32': True}, folder)
+    recipe = folder / 'config.yaml'
+    recipe.write_text(recipe.read_text().replace('residual_in_fp32: true\n', ''))
+    other = PretrainConfig(**{**settings, 'residual_in_fp32': False, 'output_dir': str(folder)})
+    with pytest.raises(ConfigError, match='residual_in_fp32: was True, is False'):
+        pretrain(other)
+    assert 'residual_in_fp32' not in read_settings(recipe)
+    assert finish(settings, folder)[0] == whole
 
 
 def test_what_was_chosen_is_kept(settings: dict, whole: dict, tmp_path: Path):

@@ -128,7 +128,7 @@ class TestWhatItBeganWith:
 
     def test_is_no_difference_of_settings(self, tmp_path: Path):
         folder = Path(self.write(tmp_path / 'run', NOTHING._asdict()))
-        before = {'compile': 'auto', 'cuda_graph': 'auto', 'cache_on_device': 'auto', 'reader': 'auto'}
+        before = dict.fromkeys(['compile', 'cuda_graph', 'cache_on_device', 'reader', 'residual_in_fp32'], 'auto')
         assert not setting_differences(before, PretrainConfig(), folder)
         assert not setting_differences({**before, 'compile': False}, PretrainConfig(), folder)
         assert not setting_differences(before, PretrainConfig(compile=False), folder)
