@@ -47,7 +47,9 @@ def choose(config: Training, group: Processes, work: Work, say: Callable[[str], 
     """
     begun = begun_with(config.output_dir, type(config))
     refused = {'compile': cannot_compile(group.device), 'cuda_graph': cannot_capture(config, group)}
-    pays = {'compile': work.flops >= LONG * FLOPS_PER_SECOND, 'cuda_graph': work.steps >= MANY_STEPS}
+    # Of several processes no captured step was timed, whose gradients wait for the end of the backward pass.
+    pays = {'compile': work.flops >= LONG * FLOPS_PER_SECOND,
+            'cuda_graph': work.steps >= MANY_STEPS and group.world_size == 1}
     chosen = {}
     for name, reason in refused.items():
         asked, before = getattr(config, name), begun.get(name)
@@ -88,8 +90,6 @@ def cannot_capture(config: Training, group: Processes) -> str:
         return f'a CUDA graph needs a CUDA device, and this run is on {group.device.type}'
     if config.fsdp:
         return 'a CUDA graph does not hold a model that is sharded'
-    if group.world_size > 1:
-        return f'a CUDA graph is of one process, and these are {group.world_size}'
     if config.opt.lower() != 'adamw':
         return f'a CUDA graph needs the optimizer adamw, and this is {config.opt!r}'
     return ''

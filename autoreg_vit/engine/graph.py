@@ -1,6 +1,7 @@
-"""A whole training step captured in a CUDA graph, for models so small that launching kernels takes longer than they."""
+"""A training step captured in CUDA graphs, for models so small that launching kernels takes longer than they."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from .machine import to_device
 
 
 class GraphedStep:
-    """Calls `step` and, after some calls, replays the kernels it launched instead. The first calls warm up what must
-    not begin inside a capture. Draws inside the step follow the seeds that `generators` have at each call.
+    """Calls `step` and, after some calls, replays the kernels it launched instead, as one graph, or more where the step
+    does work `outside`. The first calls warm up what must not begin inside a capture. Draws inside the step follow the
+    seeds that `generators` have at each call.
 
     Args:
         step: From the batches of a step on the device, tensors of fixed shapes in any structure, to the loss: forward,
@@ -29,7 +31,9 @@ class GraphedStep:
     ):
         self.step, self.optimizer, self.generators, self.refused = step, optimizer, generators, refused
         self.calls, self.stream = 0, torch.cuda.Stream()
-        self.graph: torch.cuda.CUDAGraph | None = None
+        #: What is done instead of the step, in its order: replays, and the work between; empty before it is captured.
+        self.parts: list[Callable[[], Any]] = []
+        self._capture: ExitStack | None = None
         self.device = optimizer.param_groups[0]['params'][0].device
         self.rates = [torch.tensor(float(group['lr']), device=self.device) for group in optimizer.param_groups]
 
@@ -53,22 +57,42 @@ class GraphedStep:
             return loss
         if self.calls == self.warm_up + 1:
             try:
-                self.graph = self._captured(batch)
+                self.parts = self._captured(batch)
             except Exception as error:  # by what cannot be captured: RuntimeError, AcceleratorError, of Inductor, ...
                 self.refused(error)
-        if self.graph is None:
+        if not self.parts:
             return self.step(batch)
         for kept, given in zip(tree_leaves(self.batch), tree_leaves(batch)):
             if torch.is_tensor(kept):
                 kept.copy_(given)
-        self.graph.replay()
+        for part in self.parts:
+            part()
         return self.loss.clone()
 
-    def _captured(self, batch: Any) -> torch.cuda.CUDAGraph:
+    def outside(self, work: Callable[[], Any]) -> None:
+        """Within the step: do `work` that is not to be captured, such as a sum over processes. What the step does
+        before and after it is replayed as graphs of their own."""
+        if self._capture is None:
+            work()
+        else:
+            self._capture.close()
+            self._parts.append(work)
+            self._begin_graph(self._capture)
+
+    def _captured(self, batch: Any) -> list[Callable[[], Any]]:
         self.batch = tree_map_only(torch.Tensor, torch.Tensor.clone, batch)
+        self._parts: list[Callable[[], Any]] = []
+        try:
+            with ExitStack() as self._capture:
+                self._begin_graph(self._capture)
+                self.loss = self.step(self.batch)
+        finally:
+            self._capture = None
+        return self._parts
+
+    def _begin_graph(self, capture: ExitStack) -> None:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            self.loss = self.step(self.batch)
-        return graph
+        capture.enter_context(torch.cuda.graph(graph))
+        self._parts.append(graph.replay)

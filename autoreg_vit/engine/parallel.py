@@ -47,6 +47,34 @@ def replicate(model: nn.Module, group: Processes) -> nn.Module:
     return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **own_buffers())
 
 
+class GradientMean:
+    """Gradients of a model in one tensor, which one sum averages over the processes after the backward pass: instead of
+    DistributedDataParallel, whose sums within it would have to be captured where a CUDA graph replays steps.
+
+    Args:
+        model: Whose gradients lie in that tensor from here on; takes the main process's weights and buffers.
+    """
+
+    def __init__(self, model: nn.Module, group: Processes):
+        self.world_size = group.world_size
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sizes = [-(-parameter.numel() // 64) * 64 for parameter in parameters]  # so that kernels can read vectors
+        self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+        for parameter, part in zip(parameters, self.flat.split(sizes)):
+            parameter.grad = part[:parameter.numel()].view_as(parameter)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+    def average(self) -> None:
+        """Over the processes, in place; called on each."""
+        dist.all_reduce(self.flat)
+        self.flat /= self.world_size
+
+    def clear(self) -> None:
+        """Zeros, before the next step."""
+        self.flat.zero_()
+
+
 def share_buffers(model: nn.Module, group: Processes) -> None:
     """Give all processes the main one's buffers: a batch norm has statistics of its own on each."""
     if group.world_size > 1:

@@ -25,7 +25,7 @@ from .loss_history import LossHistory
 from .machine import autocast, keep_freed_memory, resolve_precision, to_device
 from .objective import Evaluation, M, Objective, Part
 from .optimizers import create_optimizer, create_schedule
-from .parallel import gather_weights, get_state, replicate, set_state, shard, synchronised
+from .parallel import GradientMean, gather_weights, get_state, replicate, set_state, shard, synchronised
 from .processes import Flags, Processes
 from .progress import progress_bar, say
 from .run import CHECKPOINT, Run
@@ -124,6 +124,7 @@ class Trainer(Generic[M]):
         self.losses = LossHistory(group, self._explain)
         self._state = State(objective.model, self.optimizer, self.losses, self.average, config.fsdp)
         self._replay: GraphedStep | None = None
+        self._gradients: GradientMean | None = None
         self._has_stepped = False
         self._run: Run | None = None
 
@@ -152,7 +153,10 @@ class Trainer(Generic[M]):
 
     def _spread(self, network: nn.Module) -> None:
         """Take a network, as it is or compiled, over the processes of the run."""
-        self.network = network if self.config.fsdp else replicate(network, self.group)
+        if self.choices.cuda_graph and self.group.world_size > 1:
+            self.network, self._gradients = network, GradientMean(self.objective.model, self.group)
+        else:
+            self.network = network if self.config.fsdp else replicate(network, self.group)
         if self.network is not self.objective.network:
             # A pass for nothing. Compiling happens in it, and may fail; and DistributedDataParallel sums gradients in
             # another order from its second pass on, and the first step after a resume must round like every other.
@@ -206,10 +210,15 @@ class Trainer(Generic[M]):
             loss += part_loss.detach()
         if update:
             self.losses.check(loss)
+            if self._gradients is not None and self._replay is not None:
+                self._replay.outside(self._gradients.average)
             if self.config.clip_grad:
                 nn.utils.clip_grad_norm_(self.objective.model.parameters(), self.config.clip_grad)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._gradients is not None:
+            self._gradients.clear()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         if update and self.average is not None:
             self.average.update(self.objective.model)
         return loss

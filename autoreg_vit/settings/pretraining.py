@@ -73,8 +73,8 @@ class PretrainConfig(TrainedEncoder, Design, NamedData, InEpochs, Adam, Compiled
         'auto', 'keep all images on the device as uint8, and crop and flip them there; auto does it on a GPU, for '
         'small images of one size', group='machine')
     cuda_graph: Auto = option(
-        'auto', 'replay each step as one CUDA graph; auto does it on a GPU, with one process and adamw',
-        group='machine')
+        'auto', 'replay each step as a CUDA graph; auto does it on a GPU, with one process and adamw, and several '
+        'average their gradients after the backward pass then, not during it', group='machine')
 
     def check(self) -> None:
         super().check()

@@ -1,10 +1,13 @@
 """Several processes, accumulation and sharding change nothing but rounding."""
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +20,9 @@ from safetensors.torch import load_file
 
 from autoreg_vit.commands.pretraining import pretrain
 from autoreg_vit.engine import processes as distributed
+from autoreg_vit.engine import trainer
+from autoreg_vit.engine.choices import Choices
+from autoreg_vit.engine.graph import GraphedStep
 from autoreg_vit.engine.log import read_log
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.settings.pretraining import PretrainConfig
@@ -28,9 +34,9 @@ PLAIN = {**SETTINGS, 'opt': 'sgd', 'lr': 0.1, 'warmup_epochs': 0, 'drop_path_rat
          'epochs': 1, 'checkpoint_every_steps': 0, 'batch_size': 48, 'train_images': 720}
 
 
-def run(settings: dict, folder: Path, count: int = 1) -> Path:
+def run(settings: dict, folder: Path, count: int = 1, sabotage: Callable[[], None] | None = None) -> Path:
     settings = {**settings, 'output_dir': str(folder)}
-    launches = launch_together(settings, count) if count > 1 else [Launch(settings)]
+    launches = launch_together(settings, count, sabotage) if count > 1 else [Launch(settings)]
     for launch in launches:
         assert launch.wait() == 0, launch.text()
     return folder
@@ -67,6 +73,27 @@ def test_processes_equal_one(count: int, alone: Path, start: Path, tmp_path: Pat
     (both / 'log.jsonl').write_text(''.join(lines[:-1]))
     with pytest.raises(ConfigError, match=f'processes: was {count}, is 1'):
         pretrain(PretrainConfig(**{**PLAIN, 'output_dir': str(both)}))
+
+
+def test_processes_that_average_gradients_between_graphs_equal_one(start: Path, tmp_path: Path):
+    """On a CPU, where nothing is captured: the steps around the graphs are the real ones. Gradients are averaged before
+    they are clipped."""
+    clipped = {**PLAIN, 'clip_grad': 0.5}
+    alone = run(clipped, tmp_path / 'alone')
+    both = run({**clipped, 'batch_size': 24, 'accumulate': 2}, tmp_path / 'both', 2, as_if_captured)
+    assert log_of(both)[0]['choices']['cuda_graph']
+    assert_same_but_for_rounding(alone, both, start)
+
+
+def as_if_captured() -> None:
+    """Have this process choose a graph on a CPU, which never captures it, for any optimizer."""
+    create = trainer.create_optimizer
+    trainer.create_optimizer = lambda config, optimized, capturable, **options: create(config, optimized, **options)
+    trainer.choose = lambda *arguments: Choices(cuda_graph=True)
+    trainer.cannot_capture = lambda *arguments: ''
+    GraphedStep.warm_up = 10 ** 9
+    torch.cuda.Stream = torch.cuda.current_stream = mock.Mock()
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
 
 
 def test_accumulation_equals_a_larger_batch(alone: Path, start: Path, tmp_path: Path):

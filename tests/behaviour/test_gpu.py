@@ -15,7 +15,7 @@ pytest.importorskip('matplotlib')
 
 from safetensors.torch import load_file
 
-from autoreg_vit.engine import processes
+from autoreg_vit.engine import processes, trainer
 from benchmarks.gpu.equality import MODELS, compare, trained
 from tests.support.launching import SETTINGS, Launch, free_port, launch_together, log_of, weights_of
 
@@ -96,6 +96,23 @@ def test_a_captured_run_that_was_stopped_ends_in_the_same_weights(tmp_path: Path
     assert stopped.wait() == 143, stopped.text()
     resumed = run(tmp_path / 'stopped', [Launch({**GRAPH, 'output_dir': str(tmp_path / 'stopped')})])
     assert weights_of(resumed) == weights_of(straight)
+
+
+def test_captured_steps_of_two_processes_equal_plain_ones(tmp_path: Path):
+    """A sum over processes stands between two graphs."""
+    plain, captured = (run(tmp_path / str(graph), launch_together(
+        {**PLAIN, 'opt': 'adamw', 'lr': 0.01, 'compile': False, 'cuda_graph': graph, 'train_images': 720,
+         'output_dir': str(tmp_path / str(graph))}, 2, share_a_gpu_calmly)) for graph in (False, True))
+    assert [log_of(folder)[0]['choices']['cuda_graph'] for folder in (plain, captured)] == [False, True]
+    assert_near(plain, captured)
+
+
+def share_a_gpu_calmly() -> None:
+    """By an AdamW whose epsilon outweighs the gradients, so that it does not magnify rounding."""
+    share_a_gpu_by_gloo()
+    create = trainer.create_optimizer
+    trainer.create_optimizer = lambda config, optimized, capturable, **options: create(
+        config, optimized, capturable=True, eps=0.1, **options)
 
 
 def stop_after_ten_steps() -> None:

@@ -18,7 +18,7 @@ from autoreg_vit.data import on_device, pretraining
 from autoreg_vit.data.on_device import suits_device
 from autoreg_vit.data.transforms import ImageSpec
 from autoreg_vit.engine import trainer
-from autoreg_vit.engine.choices import Choices, Work, begun_with, choose
+from autoreg_vit.engine.choices import Choices, Work, begun_with, cannot_capture, choose
 from autoreg_vit.engine.graph import GraphedStep
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.run import setting_differences
@@ -51,9 +51,15 @@ class TestWhatPays:
         assert chosen(card, Work(5000, 1e14)) == Choices(cuda_graph=True)
 
     def test_what_a_graph_cannot_hold(self, card: Processes):
-        for group, settings in ((card, {'opt': 'lamb'}), (card, {'fsdp': True}), (Processes(CUDA, 0, 2), {})):
-            assert chosen(group, **settings) == Choices(compile=True)
+        for settings in ({'opt': 'lamb'}, {'fsdp': True}):
+            assert chosen(card, **settings) == Choices(compile=True)
+            assert cannot_capture(PretrainConfig(**settings), card)
         assert chosen(card, accumulate=4) == BOTH
+
+    def test_several_processes_capture_where_it_is_asked_for(self, card: Processes):
+        two = Processes(CUDA, 0, 2)
+        assert chosen(two) == Choices(compile=True)
+        assert chosen(two, cuda_graph=True) == BOTH and not cannot_capture(PretrainConfig(), two)
 
     def test_old_gpus_and_cpus(self, card: Processes, monkeypatch):
         assert chosen(Processes(CPU)) == NOTHING
