@@ -129,8 +129,8 @@ class Pretraining(Objective[AutoregressiveViT]):
         model.set_grad_checkpointing(config.grad_checkpointing)
         model.residual_in_fp32 = config.residual_in_fp32 is True
         self.share = group.share(config.batch_size)
-        # A product and a sum for each parameter and token, and twice as much backward.
-        self.flops_per_image = 6.0 * sum(p.numel() for p in model.parameters()) * model.encoder.patch_embed.num_patches
+        self.normed_values_per_image = model.encoder.patch_embed.num_patches * sum(
+            norm.normalized_shape[0] for norm in model.modules() if isinstance(norm, nn.LayerNorm))
         self.generators = [torch.Generator(group.device)]
 
     def seed(self, step: int) -> None:

@@ -13,9 +13,10 @@ from ..settings.parts import Training
 from .log import read_log
 from .processes import Processes
 
-#: Seconds that a run takes at least, at a rate that no plain step on one GPU passes, before compiling pays: that takes
-#: one to two minutes, and saves a third of the time and more.
-LONG, FLOPS_PER_SECOND = 300, 1e14
+#: Seconds that compiling takes, one to two minutes, and those that it then saves for each value that a LayerNorm reads,
+#: where memory moves so many bytes per second: an H100 saved 0.03 ns of ViT-B's and 0.07 of ViT-Tiny's ("a step on a
+#: GPU" in benchmarks/README.md).
+COMPILING, SAVED, BANDWIDTH = 100, 0.04e-9, 3e12
 #: Steps before capturing pays, which takes some seconds.
 MANY_STEPS = 100
 
@@ -33,10 +34,10 @@ class Choices(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How much a run has to do, by which it is chosen what pays: optimizer steps, and the operations of all their
-    forward and backward passes."""
+    """How much a process of a run has to do, by which it is chosen what pays: optimizer steps, and the values that the
+    LayerNorms of all their forward passes read."""
     steps: int
-    flops: float
+    normed_values: float
 
 
 def choose(config: Training, group: Processes, work: Work, say: Callable[[str], None]) -> Choices:
@@ -48,7 +49,7 @@ def choose(config: Training, group: Processes, work: Work, say: Callable[[str], 
     begun = begun_with(config.output_dir, type(config))
     refused = {'compile': cannot_compile(group.device), 'cuda_graph': cannot_capture(config, group)}
     # Of several processes no captured step was timed, whose gradients wait for the end of the backward pass.
-    pays = {'compile': work.flops >= LONG * FLOPS_PER_SECOND,
+    pays = {'compile': not refused['compile'] and seconds_saved(work, group.device) >= COMPILING,
             'cuda_graph': work.steps >= MANY_STEPS and group.world_size == 1}
     chosen = {}
     for name, reason in refused.items():
@@ -61,6 +62,14 @@ def choose(config: Training, group: Processes, work: Work, say: Callable[[str], 
                 say(f'The run began with {name}, and goes on without it: {reason}. Steps may round otherwise '
                     'from here on.')
     return Choices(**chosen)
+
+
+def seconds_saved(work: Work, device: torch.device) -> float:
+    """About what a run on a GPU saves by being compiled, compiling aside: steps then read and write less."""
+    properties = torch.cuda.get_device_properties(device)
+    # Both edges of the clock, which is in kHz, move a word of so many bits; taken for an H100's where it is not told.
+    bandwidth = 2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8 or BANDWIDTH
+    return work.normed_values * SAVED * BANDWIDTH / bandwidth
 
 
 def begun_with(output_dir: str | Path | None, config_class: type) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class Objective(Generic[M]):
 
     #: Whether the model is evaluated before the first step too.
     evaluated_untrained = False
-    #: Of the forward and backward pass of an image, about, where it is known: whether compiling pays depends on it.
-    flops_per_image = 0.0
+    #: That LayerNorms read in the forward pass of an image, where it is known: whether compiling pays depends on it.
+    normed_values_per_image = 0
 
     def __init__(self, model: M, title: str, about: dict[str, Any]):
         self.model, self.title, self.about = model, title, about

@@ -113,7 +113,8 @@ class Trainer(Generic[M]):
             shard(objective.model, group)
         self.steps_per_epoch = batches.per_epoch // config.accumulate
         self.steps, self.eval_every, self.epochs = config.length(self.steps_per_epoch)
-        work = Work(self.steps, self.steps * config.images_per_step * objective.flops_per_image)
+        images = self.steps * config.images_per_step // group.world_size
+        work = Work(self.steps, images * objective.normed_values_per_image)
         self.choices = choose(config, group, work, say if group.is_main else lambda text: None)
         if self.choices.cuda_graph and (reason := cannot_capture(config, group)):
             raise ConfigError(f'{reason[0].upper()}{reason[1:]}: leave --cuda-graph out.')
@@ -137,12 +138,7 @@ class Trainer(Generic[M]):
 
     def begin(self) -> None:
         """Compile the network, spread it over the processes and take up the batches, before the first step."""
-        if self.choices.compile:
-            try:
-                self._spread(cast(nn.Module, torch.compile(self.objective.network)))
-            except Exception as error:  # by what is missing or not supported: a C compiler, an operation, memory, ...
-                self._give_up('compile', error)
-        if not self.choices.compile:
+        if not (self.choices.compile and self._compile()):
             self._spread(self.objective.network)
         self.network.train()
         self._supply = self.batches.start_at(self.step * self.config.accumulate)
@@ -150,6 +146,15 @@ class Trainer(Generic[M]):
             self._replay = GraphedStep(
                 lambda batches: self._optimize(self._passes(iter(batches), 0)), self.optimizer,
                 self.objective.generators, partial(self._give_up, 'cuda_graph'))
+
+    def _compile(self) -> bool:
+        """Spread the compiled network; whether that worked, if compiling was not asked for."""
+        try:
+            self._spread(cast(nn.Module, torch.compile(self.objective.network)))
+        except Exception as error:  # by what is missing or not supported: a C compiler, an operation, memory, ...
+            self._give_up('compile', error)
+            return False
+        return True
 
     def _spread(self, network: nn.Module) -> None:
         """Take a network, as it is or compiled, over the processes of the run."""
@@ -163,7 +168,7 @@ class Trainer(Generic[M]):
             self._optimize([partial(self.objective.settle, self.network)], update=False)
 
     def _give_up(self, name: str, error: Exception) -> None:
-        """Go on without what was chosen and has failed; what was asked for is an error."""
+        """Choose against what has failed, and say so; where it was asked for, raise ConfigError."""
         flag = name.replace('_', '-')
         if getattr(self.config, name) is True:
             raise ConfigError(f'--{flag} failed ({reason_of(error)}): leave it out.') from error

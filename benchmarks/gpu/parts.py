@@ -204,8 +204,8 @@ class Workers:
         self.path(key).unlink(missing_ok=True)
         self.jobs[key] = self.sitting.start(
             f'steps-{name}-{batch}', 'benchmarks.gpu.steps', '--model', name, '--batch-size', str(batch), '--device',
-            'cpu' if self.sitting.state.content['toy'] else 'cuda', '--options', json.dumps(options), '--variants',
-            *left_to_time(self.sitting, name, batch), '--output', str(self.path(key)))
+            'cpu' if self.sitting.state.content['toy'] else 'cuda', '--options', json.dumps(options), '--output',
+            str(self.path(key)))
         return self.jobs[key]
 
     def settle(self, limit: float) -> None:
@@ -232,30 +232,32 @@ def left_to_time(sitting: Sitting, name: str, batch: int) -> list[str]:
 
 
 def steps(sitting: Sitting, workers: Workers) -> None:
-    """Time the workers one at a time; one that is not ready is compiled now if time is left for it."""
-    began, why = time.monotonic(), None
-    for name, batch, options, _ in sitting.size.steps:
-        if not left_to_time(sitting, name, batch):
-            continue
-        key, limit = (name, batch), sitting.limit('steps')
-        if limit < 5:
-            break
-        job = workers.jobs.get(key)
-        if job is None or job.process.poll() is not None:
-            job = workers.start(name, batch, options)
-        earlier = sitting.state.part('steps').get('rows', [])
+    """Time the workers one at a time, each variant of all of them before the next, since goals are of the first; one
+    that is not ready is compiled now if time is left for it."""
+    began, failed = time.monotonic(), None
+    for variant in VARIANTS:
+        for name, batch, options, _ in sitting.size.steps:
+            if variant not in left_to_time(sitting, name, batch) or sitting.limit('steps') < 5:
+                continue
+            key = name, batch
+            job = workers.jobs.get(key)
+            if job is None or job.process.poll() is not None:
+                job = workers.start(name, batch, options)
+            job.tell(variant)
+            stop = time.monotonic() + sitting.limit('steps')
+            while job.process.poll() is None and time.monotonic() < stop and variant in left_to_time(sitting, *key):
+                pause(0.05)
+                keep_rows(sitting, workers.path(key))
+            if job.process.poll():
+                failed = f'{name} at batch {batch}: {ending(job, job.process.returncode)}'
+    left = [f'{name} at batch {batch}, {variant}' for name, batch, *_ in sitting.size.steps
+            for variant in left_to_time(sitting, name, batch)]
+    why = failed or (f'left: {"; ".join(left)}' if left else None)
+    sitting.finish('steps', began, why, complete=bool(failed) or not left)
 
-        def read(earlier=earlier, key=key) -> None:
-            rows = [row for row in rows_of(workers.path(key)) if row['event'] == 'row']
-            sitting.state.update('steps', rows=earlier + rows)
 
-        job.tell('go')
-        status = sitting.wait(job, limit, read)
-        if status:
-            why = f'{name} at batch {batch}: {ending(job, status)}'
-    left = [f'{name} at batch {batch}' for name, batch, *_ in sitting.size.steps if left_to_time(sitting, name, batch)]
-    if left and not why:
-        why = f'left: {", ".join(left)}'
-        sitting.finish('steps', began, why, complete=False)
-    else:
-        sitting.finish('steps', began, why)
+def keep_rows(sitting: Sitting, path: Path) -> None:
+    """Add what a worker has timed to the state."""
+    kept = sitting.state.part('steps').get('rows', [])
+    if new := [row for row in rows_of(path) if row['event'] == 'row' and row not in kept]:
+        sitting.state.update('steps', rows=kept + new)

@@ -4,7 +4,7 @@ told.
     python -m benchmarks.gpu.steps --model randsac_vit_base --batch-size 64 --device cuda --output FILE
 
 Adds rows to FILE, a JSON object a line. The first, `ready`, says that everything is compiled and memory is given back;
-then it waits for a line on its standard input, and times one variant after the other. At the end of its input it ends.
+then each line of its standard input names a variant to be timed. At the end of its input it ends.
 """
 
 import argparse
@@ -101,7 +101,6 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, required=True)
     parser.add_argument('--device', default='cuda')
     parser.add_argument('--options', type=json.loads, default={}, help='of the model, as JSON, for toy sizes')
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=VARIANTS)
     parser.add_argument('--output', type=Path, required=True)
     args = parser.parse_args()
 
@@ -113,9 +112,8 @@ def main() -> None:
     worker = Worker(args.model, args.batch_size, torch.device(args.device), **args.options)
     worker.prepare()
     write(event='ready', seconds=round(time.monotonic() - start, 1))
-    if not sys.stdin.readline():
-        return
-    for variant in args.variants:
+    for line in sys.stdin:
+        variant = line.strip()
         try:
             row = worker.time(variant)
         # A variant that does not fit this card is a row that says so.

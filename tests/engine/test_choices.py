@@ -4,6 +4,7 @@ fails."""
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 pytest.importorskip('sklearn')
 
 from PIL import Image
+from torch import nn
 
 from autoreg_vit.commands import PretrainConfig, pretrain
+from autoreg_vit.commands.pretraining import Pretraining
+from autoreg_vit.commands.recipes import bundled_recipes, load_recipe
 from autoreg_vit.data import on_device, pretraining
 from autoreg_vit.data.on_device import suits_device
 from autoreg_vit.data.transforms import ImageSpec
@@ -23,21 +27,29 @@ from autoreg_vit.engine.graph import GraphedStep
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.run import setting_differences
 from autoreg_vit.errors import ConfigError, DataError
+from autoreg_vit.models import create_pretraining_model
 from autoreg_vit.settings.base import save_config
 from tests.data.test_device_data import Pictures
 from tests.support.launching import SETTINGS, log_of, weights_of
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
-LONG, SHORT = Work(100_000, 1e18), Work(50, 1e12)
+LONG, SHORT = Work(100_000, 1e14), Work(50, 1e10)
+#: Compiling saves 40 seconds of it on an H100.
+SLOW_CARDS = Work(5000, 1e12)
 NOTHING, BOTH = Choices(), Choices(compile=True, cuda_graph=True)
 
 
 @pytest.fixture
 def card(monkeypatch) -> Processes:
     """One process on a GPU that is not there, an H100 as far as anybody asks."""
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    make_card(monkeypatch, (9, 0), memory_clock_rate=2_619_000, memory_bus_width=5120)
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (80 << 30, 80 << 30))
     return Processes(CUDA)
+
+
+def make_card(monkeypatch, capability: tuple[int, int], **properties: int) -> None:
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(**properties))
 
 
 def chosen(group: Processes, work: Work = LONG, **settings) -> Choices:
@@ -48,7 +60,48 @@ class TestWhatPays:
     def test_on_a_gpu_by_the_length_of_the_run(self, card: Processes):
         assert chosen(card) == BOTH
         assert chosen(card, SHORT) == NOTHING
-        assert chosen(card, Work(5000, 1e14)) == Choices(cuda_graph=True)
+        assert chosen(card, SLOW_CARDS) == Choices(cuda_graph=True)
+
+    def test_by_how_fast_the_memory_is(self, card: Processes, monkeypatch):
+        """A T4 has a tenth of an H100's, and one that does not tell is taken for an H100."""
+        make_card(monkeypatch, (7, 5), memory_clock_rate=5_001_000, memory_bus_width=256)
+        assert chosen(card, SLOW_CARDS) == BOTH and chosen(card, SHORT) == NOTHING
+        make_card(monkeypatch, (7, 5), memory_clock_rate=0, memory_bus_width=0)
+        assert chosen(card, SLOW_CARDS) == Choices(cuda_graph=True) and chosen(card) == BOTH
+
+    def test_work_is_what_norms_read(self, monkeypatch, tmp_path: Path):
+        seen: list[tuple[Work, int]] = []
+
+        def note(self, config, objective, batches, group):
+            choose = mock.Mock(return_value=NOTHING)
+            with mock.patch.object(trainer, 'choose', choose):
+                init(self, config, objective, batches, group)
+            values: list[int] = []
+            for module in objective.model.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.register_forward_hook(lambda norm, arguments, out: values.append(out.numel()))
+            objective.model(torch.zeros(1, 1, 8, 8))
+            seen.append((choose.call_args.args[2], sum(values)))
+            raise StopIteration
+
+        init = trainer.Trainer.__init__
+        monkeypatch.setattr(trainer.Trainer, '__init__', note)
+        with pytest.raises(StopIteration):
+            pretrain(PretrainConfig(**{**SETTINGS, 'dataset': 'digits', 'output_dir': str(tmp_path / 'run')}))
+        (work, values), = seen
+        assert work == Work(30, 30 * 16 * values)
+
+    @pytest.mark.parametrize('name', sorted({*bundled_recipes()} - {'digits'}))
+    def test_bundled_recipes_take_all_flags(self, name: str, card: Processes):
+        """Without a word on an H100, where a run that says nothing is then as fast as one that says everything."""
+        config = PretrainConfig(**load_recipe(name))
+        images = 50_000 if 'cifar' in name else 126_689 if '100' in name else 1_281_167
+        with torch.device('meta'):
+            model = create_pretraining_model(config.model, **config.model_options())
+        steps = config.length(images // config.images_per_step).steps
+        objective = Pretraining(config, model, ImageSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3), None, Processes(CPU))
+        values = steps * config.images_per_step * objective.normed_values_per_image
+        assert choose(config, card, Work(steps, values), pytest.fail) == BOTH
 
     def test_what_a_graph_cannot_hold(self, card: Processes):
         for settings in ({'opt': 'lamb'}, {'fsdp': True}):
