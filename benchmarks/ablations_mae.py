@@ -11,7 +11,7 @@ from torch import nn
 from autoreg_vit.commands.runs import begun
 from autoreg_vit.data.pretraining import training_batches
 from autoreg_vit.data.transforms import ImageSpec
-from autoreg_vit.engine.objective import Evaluation, Objective, Part
+from autoreg_vit.engine.objective import Evaluation, ForwardPass, Objective
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.run import Run
 from autoreg_vit.engine.seeding import mix_seed
@@ -133,7 +133,7 @@ class MaskedAutoencoding(Objective):
     def seed(self, step: int) -> None:
         self.generators[0].manual_seed(mix_seed(self.config.seed, 'ranks', step))
 
-    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+    def loss(self, network: nn.Module, batch: Any, part: ForwardPass) -> torch.Tensor:
         # What is masked is drawn for all processes, so that no sharing out of the images changes it.
         noise = torch.rand(self.config.batch_size, self.sizes.encoder.patch_embed.num_patches,
                            generator=self.generators[0], device=self.group.device)

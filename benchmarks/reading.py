@@ -31,7 +31,7 @@ from sklearn.datasets import load_sample_images
 
 from autoreg_vit.data.batches import Batches, SeededSamples
 from autoreg_vit.data.folders import FlatFolder
-from autoreg_vit.data.reading import NormalisedBatches, read_by_torchvision
+from autoreg_vit.data.torchvision_reader import NormalisedBatches, read_by_torchvision
 from autoreg_vit.data.transforms import ImageSpec, training_transform
 from autoreg_vit.engine.machine import keep_freed_memory
 from autoreg_vit.engine.processes import Processes

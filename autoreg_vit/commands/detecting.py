@@ -13,8 +13,7 @@ from ..artifacts import write_synced, writing
 from ..data.batches import batches_of
 from ..data.boxes import Part, collate, open_data
 from ..data.transforms import ImageSpec
-from ..engine.objective import Evaluation, Objective
-from ..engine.objective import Part as ForwardPass
+from ..engine.objective import Evaluation, ForwardPass, Objective
 from ..engine.processes import Processes
 from ..engine.run import Run
 from ..engine.seeding import mix_seed

@@ -14,7 +14,7 @@ from ..artifacts import CONFIG, WEIGHTS, replaced, seal, write_config, writing
 from ..data.batches import batches_of
 from ..data.labelled import LabelledImages, labelled_images
 from ..data.transforms import ImageSpec
-from ..engine.objective import Evaluation, Objective, Part
+from ..engine.objective import Evaluation, ForwardPass, Objective
 from ..engine.parallel import share_buffers
 from ..engine.processes import Processes
 from ..engine.run import Run
@@ -99,7 +99,7 @@ class Finetuning(Objective[nn.Module]):
         else:
             self.criterion = nn.CrossEntropyLoss()
 
-    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+    def loss(self, network: nn.Module, batch: Any, part: ForwardPass) -> torch.Tensor:
         images, labels = batch
         if self.mixup is not None:
             seed_cpu(mix_seed(self.config.seed, 'mixup', part.number, self.group.rank))

@@ -15,7 +15,7 @@ from ..data.sources import open_split
 from ..data.transforms import ImageSpec, evaluation_transform
 from ..engine.choices import begun_with
 from ..engine.log import Log
-from ..engine.objective import Evaluation, Objective, Part
+from ..engine.objective import Evaluation, ForwardPass, Objective
 from ..engine.processes import Processes
 from ..engine.run import Run
 from ..engine.seeding import mix_seed
@@ -137,7 +137,7 @@ class Pretraining(Objective[AutoregressiveViT]):
         self.generators[0].manual_seed(mix_seed(self.config.seed, 'ranks', step))
         torch.manual_seed(mix_seed(self.config.seed, 'dropout', step, self.group.rank))
 
-    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+    def loss(self, network: nn.Module, batch: Any, part: ForwardPass) -> torch.Tensor:
         if part.place == 0:
             # Orders are drawn for the whole step, so that no sharing out of its images changes them.
             self._ranks = self.model.draw_ranks(

@@ -14,7 +14,7 @@ from ..data.batches import batches_of
 from ..data.labelled import LabelledImages, hold_out, labelled_images, some_of
 from ..data.samples import some
 from ..data.transforms import ImageSpec
-from ..engine.objective import Evaluation, Objective, Part
+from ..engine.objective import Evaluation, ForwardPass, Objective
 from ..engine.processes import Processes
 from ..engine.run import Run
 from ..engine.trainer import Trainer
@@ -93,7 +93,7 @@ class Probing(Objective[LinearHead]):
     def optimized(self) -> tuple[Any, dict[str, Any]]:
         return lars_groups(self.model), optimizer_options(self.config)
 
-    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+    def loss(self, network: nn.Module, batch: Any, part: ForwardPass) -> torch.Tensor:
         images, labels = batch
         return cross_entropy(network(frozen_features(self.encoder, images)).float(), labels)
 

@@ -13,7 +13,7 @@ from ..artifacts import writing
 from ..data.batches import batches_of
 from ..data.masks import SegmentationData, open_data
 from ..data.transforms import ImageSpec
-from ..engine.objective import Evaluation, Objective, Part
+from ..engine.objective import Evaluation, ForwardPass, Objective
 from ..engine.parallel import share_buffers
 from ..engine.processes import Processes
 from ..engine.run import Run
@@ -89,7 +89,7 @@ class Segmentation(Objective[Segmenter]):
             {'train_images': count, 'classes': classes, 'parameters': sum(p.numel() for p in model.parameters())})
         self.config, self.spec, self.data, self.group = config, spec, data, group
 
-    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+    def loss(self, network: nn.Module, batch: Any, part: ForwardPass) -> torch.Tensor:
         torch.manual_seed(mix_seed(self.config.seed, 'dropout', part.number, self.group.rank))
         return network(*batch)
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from ..errors import DataError, one_line
 
-#: What reading and decoding a damaged file raises.
+#: What reading and decoding a damaged file raises; DataError, of values that mean nothing, is a ValueError among them.
 DAMAGE = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, struct.error, zlib.error,
           Image.DecompressionBombError)
 

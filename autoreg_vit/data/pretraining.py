@@ -14,9 +14,9 @@ from .batches import Batches, batches_of
 from .checks import check_images
 from .labelled import Images, NoLabels, open_splits, say_untrained, some_of
 from .on_device import DeviceBatches, DeviceImages, SeveralSizes, suits_device
-from .reading import NormalisedBatches, choose_reader, read_by_torchvision
 from .samples import Samples, some
 from .sources import open_split
+from .torchvision_reader import NormalisedBatches, choose_reader, read_by_torchvision
 from .transforms import ImageSpec, evaluation_transform, training_transform
 
 

@@ -11,7 +11,7 @@ from torch import nn
 M = TypeVar('M', bound=nn.Module)
 
 
-class Part(NamedTuple):
+class ForwardPass(NamedTuple):
     """One forward pass: number `place` of the optimizer step `step`, and number `number` of the run, all from 0."""
     step: int
     place: int
@@ -60,7 +60,7 @@ class Objective(Generic[M]):
         """Seed what the forward passes of a step draw from; called before each step, outside of what a CUDA graph
         replays."""
 
-    def loss(self, network: nn.Module, batch: Any, part: Part) -> torch.Tensor:
+    def loss(self, network: nn.Module, batch: Any, part: ForwardPass) -> torch.Tensor:
         """The loss of a batch, a scalar on the device.
 
         Args:

@@ -23,7 +23,7 @@ from .choices import Choices, Work, cannot_capture, choose, reason_of
 from .graph import GraphedStep
 from .loss_history import LossHistory
 from .machine import autocast, keep_freed_memory, resolve_precision, to_device
-from .objective import Evaluation, M, Objective, Part
+from .objective import Evaluation, ForwardPass, M, Objective
 from .optimizers import create_optimizer, create_schedule
 from .parallel import GradientMean, gather_weights, get_state, replicate, set_state, shard, synchronised
 from .processes import Flags, Processes
@@ -199,9 +199,9 @@ class Trainer(Generic[M]):
     def _passes(self, batches: Iterator, step: int) -> list[Callable[[], torch.Tensor]]:
         """The forward passes of a step over the batches that come next, each yet to be done; they give losses."""
         count = self.config.accumulate
-        return [partial(self._loss, batches, Part(step, place, step * count + place)) for place in range(count)]
+        return [partial(self._loss, batches, ForwardPass(step, place, step * count + place)) for place in range(count)]
 
-    def _loss(self, batches: Iterator, part: Part) -> torch.Tensor:
+    def _loss(self, batches: Iterator, part: ForwardPass) -> torch.Tensor:
         return self.objective.loss(self.network, to_device(next(batches), self.group.device), part)
 
     def _optimize(self, passes: list[Callable[[], torch.Tensor]], update: bool = True) -> torch.Tensor:

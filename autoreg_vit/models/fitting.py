@@ -142,15 +142,16 @@ def _check_prefix(content: dict[str, Any], model: nn.Module) -> None:
 def _check_channels(shape: tuple[int, ...], own: tuple[int, ...], model: nn.Module, name: str) -> None:
     """Raise CheckpointError for a patch embedding that timm would not adapt to the model's channels but leave out, or
     fail on: it takes the channels that the configuration says, and before timm 1.0.31 three alone."""
-    cfg = as_timm(model).pretrained_cfg
-    said, any_count = (cfg.get('input_size') or (3,))[0], adapts_any_channels()
+    cfg, any_count = as_timm(model).pretrained_cfg, adapts_any_channels()
+    adapts, said = cfg.get('first_conv') is not None, (cfg.get('input_size') or (3,))[0]
     if shape == own:
-        if any_count or own[1] in (1, 3) or cfg.get('first_conv') is None:
-            return
-        raise CheckpointError(f'timm before 1.0.31 cannot load weights of {own[1]} channels this way: update timm.')
-    if hasattr(model, 'encoder') or len(shape) != 4 or (shape[0], *shape[2:]) != (own[0], *own[2:]):
-        return  # an error of its shape
-    if cfg.get('first_conv') is None or shape[1] != said or not (any_count or said == 3):
+        if adapts and not any_count and own[1] not in (1, 3):
+            raise CheckpointError(f'timm before 1.0.31 cannot load weights of {own[1]} channels this way: update timm.')
+        return
+    alike = len(shape) == 4 and (shape[0], *shape[2:]) == (own[0], *own[2:])
+    if hasattr(model, 'encoder') or not alike:
+        return  # not of channels alone: the caller compares shapes
+    if not (adapts and shape[1] == said and (any_count or said == 3)):
         raise CheckpointError(f'{name} is of {shape[1]} channels in the weights and {own[1]} in the model, and cannot '
                               f'be adapted: create the model with in_chans={shape[1]}.')
 

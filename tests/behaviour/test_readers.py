@@ -11,8 +11,8 @@ import torch
 pytest.importorskip('sklearn')
 
 from autoreg_vit.commands.pretraining import pretrain
-from autoreg_vit.data.reading import decodes_jpeg
 from autoreg_vit.data.sources import Digits
+from autoreg_vit.data.torchvision_reader import decodes_jpeg
 from autoreg_vit.engine.log import read_log
 from autoreg_vit.errors import ConfigError
 from autoreg_vit.hub.publishing import read_run

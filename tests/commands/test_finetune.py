@@ -19,7 +19,7 @@ from autoreg_vit.commands.finetuning import Finetuning, add_classifier, check_pa
 from autoreg_vit.data import labelled
 from autoreg_vit.data.transforms import ImageSpec, evaluation_transform
 from autoreg_vit.engine.loss_history import NonFiniteLoss
-from autoreg_vit.engine.objective import Part
+from autoreg_vit.engine.objective import ForwardPass
 from autoreg_vit.engine.optimizers import create_optimizer, create_schedule
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.signals import Stopped
@@ -168,7 +168,7 @@ class TestParts:
         spec = ImageSpec((2, 2), 3, (0.5,) * 3, (0.25,) * 3)
         objective = Finetuning(FinetuneConfig(weights='x'), model, spec, some, CPU)
         images, labels = torch.randn(6, 3, 2, 2), torch.arange(6) % 4
-        values = [objective.loss(model, [images.clone(), labels], Part(number, 0, number)).item()
+        values = [objective.loss(model, [images.clone(), labels], ForwardPass(number, 0, number)).item()
                   for number in (0, 1, 0)]
         assert values[0] == values[2] != values[1]
         assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], images)

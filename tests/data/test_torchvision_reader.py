@@ -17,18 +17,24 @@ pytest.importorskip('sklearn')
 from sklearn.datasets import load_sample_images
 
 from autoreg_vit.commands.cli import main
-from autoreg_vit.data import reading
+from autoreg_vit.data import torchvision_reader
 from autoreg_vit.data.batches import Batches
 from autoreg_vit.data.images import DAMAGE, ToMode, open_image
-from autoreg_vit.data.reading import ByteCrops, NormalisedBatches, choose_reader, read_by_torchvision, read_image
 from autoreg_vit.data.sources import open_dataset
+from autoreg_vit.data.torchvision_reader import (
+    ByteCrops,
+    NormalisedBatches,
+    choose_reader,
+    read_by_torchvision,
+    read_image,
+)
 from autoreg_vit.data.transforms import ImageSpec, training_transform
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.engine.seeding import seed_cpu
 from autoreg_vit.errors import ConfigError
 from tests.support.pictures import write_turned
 
-pytestmark = pytest.mark.skipif(not reading.decodes_jpeg(), reason='torchvision without a decoder of JPEG')
+pytestmark = pytest.mark.skipif(not torchvision_reader.decodes_jpeg(), reason='torchvision without a decoder of JPEG')
 
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[1]).resize((160, 120))
 COLOUR = ImageSpec((32, 24), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -203,13 +209,13 @@ class TestChoice:
         assert choose_reader('pil', self.opened('folder', folder)) == 'pil'
         assert choose_reader('auto', self.opened('torch/image_folder', folder / 'train')) == 'torchvision'
         assert choose_reader('auto', self.opened('digits', None)) == 'pil'
-        monkeypatch.setattr(reading, 'decodes_jpeg', lambda: False)
+        monkeypatch.setattr(torchvision_reader, 'decodes_jpeg', lambda: False)
         assert choose_reader('auto', self.opened('folder', folder)) == 'pil'
 
     def test_where_it_cannot_read(self, folder: Path, monkeypatch):
         with pytest.raises(ConfigError, match=r'reads image files.*--reader pil'):
             choose_reader('torchvision', self.opened('digits', None))
-        monkeypatch.setattr(reading, 'decodes_jpeg', lambda: False)
+        monkeypatch.setattr(torchvision_reader, 'decodes_jpeg', lambda: False)
         with pytest.raises(ConfigError, match='does not decode JPEG: use --reader pil'):
             choose_reader('torchvision', self.opened('folder', folder))
 
@@ -217,8 +223,8 @@ class TestChoice:
         def refuse(*_, **__):
             raise RuntimeError
 
-        monkeypatch.setattr(reading, 'decode_jpeg', refuse)
-        assert not reading.decodes_jpeg.__wrapped__()
+        monkeypatch.setattr(torchvision_reader, 'decode_jpeg', refuse)
+        assert not torchvision_reader.decodes_jpeg.__wrapped__()
 
     @pytest.mark.parametrize('arguments, words', [
         (['--reader', 'torchvison'], "got 'torchvison'. Did you mean"),
