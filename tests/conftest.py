@@ -25,8 +25,6 @@ def pytest_collectstart() -> None:
         os.environ['TRITON_INTERPRET'] = '1'
     import autoreg_vit  # noqa: F401  registers the models with timm
 
-    # A loader that garbage collection ends waits this long in vain for each of its processes; five seconds by default.
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
     # Tensors are tiny here: a second thread costs more than it gives.
     torch.set_num_threads(1)
 

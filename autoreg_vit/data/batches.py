@@ -149,14 +149,20 @@ class Batches:
             self.loader = self._loader_of(self.dataset, workers)
 
     def start_at(self, batch: int) -> Iterator:
-        """Batches from number `batch` of the whole run on, as `collate` makes them."""
+        """Batches from number `batch` of the whole run on, as `collate` makes them. Once they are closed or forgotten,
+        the processes that loaded them end."""
         first, offset = divmod(batch, self.per_epoch)
-        for epoch in count(first):
-            if isinstance(self.dataset, SeededStream):
+        if isinstance(self.dataset, SeededStream):
+            for epoch in count(first):
                 yield from self._from_stream(self.dataset, epoch, offset)
-            else:
-                yield from self._from_samples(self.dataset, epoch, offset)
-            offset = 0
+                offset = 0
+        else:
+            try:
+                for epoch in count(first):
+                    yield from self._from_samples(self.dataset, epoch, offset)
+                    offset = 0
+            finally:
+                self.loader = self._loader_of(self.dataset, self.loader.num_workers)
 
     def describe(self, batch: int, count: int) -> str:
         """What a person can find `count` batches by, from number `batch` of the whole run on."""

@@ -239,6 +239,13 @@ class Trainer(Generic[M]):
             Stopped: when SIGTERM or SIGINT asked any process for it, after a checkpoint.
         """
         self._start(run)
+        try:
+            self._take_steps(run)
+        finally:
+            self._supply = iter(())  # loader processes end here, and not when the trainer is collected
+        return self._evaluate(run, again=True)
+
+    def _take_steps(self, run: Run) -> None:
         flags, self._last_save = Flags(self.group), time.monotonic()
         # Of the speed that is logged: the step it is counted from, and the time, without that of evaluations.
         self._counted_from, self._since = self.step, time.perf_counter()
@@ -259,7 +266,6 @@ class Trainer(Generic[M]):
                     raise Stopped(f'Stopped after step {self.step} of {self.steps}. The same command goes on from '
                                   'there.', signals.received or signal.SIGTERM)
             flags.settle()
-        return self._evaluate(run, again=True)
 
     def export(self, folder: Path) -> M:
         """Have the objective write its weights to a run's folder as others load them; called on every process. Gives

@@ -1,17 +1,24 @@
-"""Loader processes with too little shared memory: fewer of them go on, and no batch is lost or doubled."""
+"""Loader processes: they end with what they load for, and with too little shared memory fewer of them go on, and no
+batch is lost or doubled."""
 
+import multiprocessing
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+pytest.importorskip('sklearn')
+
+from autoreg_vit.commands import PretrainConfig, pretrain
 from autoreg_vit.data.batches import Batches
 from autoreg_vit.data.loaders import InOrder, all_or_none, fitting, lacks_shared_memory
 from autoreg_vit.engine.processes import Processes
 from autoreg_vit.errors import DataError
+from tests.support.launching import SETTINGS
 
 FULL = RuntimeError('unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)')
 DATA = TensorDataset(torch.arange(40), torch.zeros(40))
@@ -60,6 +67,26 @@ def test_streams_say_it():
 def test_in_order():
     batches = InOrder(DATA, 16, 0)
     assert len(batches) == 3 and torch.cat([images for images, _ in batches]).tolist() == list(range(40))
+
+
+def test_loader_processes_end_with_the_batches():
+    before = set(multiprocessing.active_children())
+    batches = Batches(DATA, 16, 0, ONE, workers=1)
+    for _ in range(2):
+        given = batches.start_at(3)
+        first = next(given)[0].tolist()
+        assert len(set(multiprocessing.active_children()) - before) == 1
+        given.close()
+        assert not set(multiprocessing.active_children()) - before
+    assert first == next(Batches(DATA, 16, 0, ONE).start_at(3))[0].tolist()
+
+
+@pytest.mark.usefixtures('no_figures')
+def test_loader_processes_end_with_training(tmp_path: Path):
+    before = set(multiprocessing.active_children())
+    pretrain(PretrainConfig(**{**SETTINGS, 'dataset': 'digits', 'train_images': 32, 'epochs': 1, 'workers': 1,
+                               'output_dir': str(tmp_path / 'run')}))
+    assert not set(multiprocessing.active_children()) - before
 
 
 SCRIPT = '''
