@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
 from ..engine.processes import Processes
@@ -21,6 +22,9 @@ from .transforms import CROP_RATIO, ImageSpec
 #: Images that are loaded to be kept on a device where nobody asked for it.
 MOST_UNASKED = 200_000
 
+#: Bits of Pillow's weights after the point.
+PRECISION = 22
+
 
 class SeveralSizes(DataError):
     """Images that are not all of one size."""
@@ -30,7 +34,8 @@ class DeviceImages:
     """All images of a data set on the device, and training batches from them.
 
     Random resized crops and flips are as `transforms.training_transform` has them, but drawn from a generator on the
-    device: the same boxes are as likely, and pixels are Pillow's (bicubic, with its filter) but for the last level.
+    device: the same boxes are as likely, and pixels are Pillow's to the bit (bicubic, with its filter) where it changes
+    the width first, which it may not do of crops that are higher than the model's images.
 
     Args:
         dataset: Map-style, of PIL images that are all of one size: opened without a transform.
@@ -75,6 +80,8 @@ class DeviceImages:
         for index in set(range(len(dataset))) - set(readable):
             images[index] = images[readable[bisect.bisect(readable, index) % len(readable)]]
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)  # uint8 [N, C, H, W]
+        self.down, self.across = (Taps(*(t.to(device) for t in pillow_taps(length, size)))
+                                  for length, size in zip(self.images.shape[2:], spec.size))
         self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
 
     def __len__(self) -> int:
@@ -83,14 +90,16 @@ class DeviceImages:
     def augment(self, indices: torch.Tensor, crops: 'Crops') -> torch.Tensor:
         """Crops of the images of these numbers, int64 [B], resized to the model's size, flipped and normalised: float32
         [B, C, height, width]."""
-        images, (height, width) = self.images[indices].float(), self.spec.size
         top, left, rows, columns = crops.boxes.unbind(1)
-        # As Pillow resizes: along one axis and then the other, whole levels between the two.
-        wide = images @ resampling(left, columns, images.shape[3], width).mT[:, None]  # [B, C, H, width]
-        wide = wide.round().clamp(0, 255)
-        small = resampling(top, rows, images.shape[2], height)[:, None] @ wide  # [B, C, height, width]
-        small = torch.where(crops.flips[:, None, None, None], small.flip(-1), small)
-        return (small.round().clamp(0, 255) / 255 - self.mean) / self.std
+        across, down = self.across.of(left, columns), self.down.of(top, rows)
+        across = Taps(*(torch.where(crops.flips[:, None], t.flip(-1), t) for t in across))
+        images = self.images.index_select(0, indices)
+        channels, lines = images.shape[1:3]
+        # As Pillow resizes: along one axis and then the other, whole levels between the two. An axis that is resized
+        # goes before all others, so that what a weight is for lies together in memory.
+        wide = resample(images.permute(0, 3, 1, 2).flatten(2), across).unflatten(2, (channels, lines))
+        small = resample(wide.permute(0, 3, 2, 1).flatten(2), down).unflatten(2, (channels, -1))
+        return (small.transpose(1, 2).contiguous() / 255 - self.mean) / self.std
 
 
 def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device) -> bool:
@@ -145,19 +154,54 @@ def draw_crops(
     return Crops(chosen.long(), draws[40] < hflip)
 
 
-def resampling(start: torch.Tensor, count: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """The weights by which each of `size` new pixels is a mean of `length` old ones: bicubic (a = -0.5), and wider by
-    as much as it shrinks them, as Pillow resizes; float32 [B, size, length], rows sum to 1. A crop has `count` pixels
-    from `start` on, int64 [B] each, and pixels outside of it have no weight."""
-    step = (count / size)[:, None, None]  # old pixels of a new one
-    centre = (torch.arange(size, device=start.device)[None, :, None] + 0.5) * step
-    pixel = torch.arange(length, device=start.device) - start[:, None, None]
-    distance = ((pixel + 0.5 - centre) / step.clamp(min=1)).abs()
-    near = (1.5 * distance - 2.5) * distance.square() + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+class Taps(NamedTuple):
+    """What each of `size` new pixels is a mean of, for each of some crops or of their sizes: the first old pixel, int64
+    [crops, size], and weights of it and of those after it, int32 [most old pixels, crops, size], of which 2 ** 22 are
+    the whole."""
+    first: torch.Tensor
+    weights: torch.Tensor
+
+    def of(self, start: torch.Tensor, count: torch.Tensor) -> 'Taps':
+        """Those of crops of `count` pixels from `start` on, int64 [B] each, out of those of all sizes."""
+        return Taps(start[:, None] + self.first[count - 1], self.weights[:, count - 1])
+
+
+def pillow_taps(length: int, size: int) -> Taps:
+    """Pillow's bicubic interpolation (a = -0.5), wider by as much as it shrinks, of crops of 1 to `length` pixels."""
+    firsts, weights = zip(*(_taps_of(count, size) for count in range(1, length + 1)))
+    return Taps(torch.stack(firsts), pad_sequence(list(weights)))
+
+
+def _taps_of(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of crops of `count` pixels: first old pixels [size], and weights [most old pixels, size]. Each sum and product is
+    Pillow's, in its order and precision, so that weights are rounded alike."""
+    step = count / size  # old pixels of a new one
+    spread = max(step, 1.0)
+    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * step
+    first = (centre - 2 * spread + 0.5).floor().clamp(min=0)
+    last = (centre + 2 * spread + 0.5).floor().clamp(max=count)  # the first without weight
+    pixel = first + torch.arange(int((last - first).max()))[:, None]
+    distance = ((pixel - centre + 0.5) * (1 / spread)).abs()
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
     weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    weights = torch.where((pixel >= 0) & (pixel < count[:, None, None]), weights, 0.0)
-    return weights / weights.sum(2, keepdim=True)
+    weights = torch.where(pixel < last, weights, 0.0)
+    weights = weights / sum(weights) * 2 ** PRECISION
+    return first.long(), (weights + torch.where(weights < 0, -0.5, 0.5)).int()
+
+
+def resample(images: torch.Tensor, taps: Taps) -> torch.Tensor:
+    """Levels of images [B, length, n] resized along the second axis: int32 [B, size, n], from 0 to 255. All numbers are
+    whole, so that neither device nor precision changes a level."""
+    batch, length, others = images.shape
+    rows, line = images.flatten(0, 1).int(), torch.arange(0, batch * length, length, device=images.device)[:, None]
+    # Halves go up, as Pillow has it: half a level is added, and the rest cut off. round() takes them to even levels.
+    levels = rows.new_full((batch, taps.first.shape[1], others), 1 << PRECISION - 1)
+    for tap, weights in enumerate(taps.weights[..., None]):
+        # Beyond the image there is no pixel, and no weight.
+        used = rows.index_select(0, (line + (taps.first + tap).clamp(max=length - 1)).flatten())
+        levels.addcmul_(used.view_as(levels), weights)
+    return levels.bitwise_right_shift_(PRECISION).clamp_(0, 255)
 
 
 class DeviceBatches:
