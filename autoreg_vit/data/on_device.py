@@ -22,8 +22,8 @@ from .transforms import CROP_RATIO, ImageSpec
 #: Images that are loaded to be kept on a device where nobody asked for it.
 MOST_UNASKED = 200_000
 
-#: Bits of Pillow's weights after the point.
-PRECISION = 22
+#: Half of the bits after the point in Pillow's weights.
+HALF = 11
 
 
 class SeveralSizes(DataError):
@@ -91,15 +91,14 @@ class DeviceImages:
         """Crops of the images of these numbers, int64 [B], resized to the model's size, flipped and normalised: float32
         [B, C, height, width]."""
         top, left, rows, columns = crops.boxes.unbind(1)
-        across, down = self.across.of(left, columns), self.down.of(top, rows)
-        across = Taps(*(torch.where(crops.flips[:, None], t.flip(-1), t) for t in across))
-        images = self.images.index_select(0, indices)
-        channels, lines = images.shape[1:3]
-        # As Pillow resizes: along one axis and then the other, whole levels between the two. An axis that is resized
-        # goes before all others, so that what a weight is for lies together in memory.
-        wide = resample(images.permute(0, 3, 1, 2).flatten(2), across).unflatten(2, (channels, lines))
-        small = resample(wide.permute(0, 3, 2, 1).flatten(2), down).unflatten(2, (channels, -1))
-        return (small.transpose(1, 2).contiguous() / 255 - self.mean) / self.std
+        images = self.images[indices].float()
+        channels, height, width = images.shape[1:]
+        # As Pillow resizes: along one axis and then the other, whole levels between the two.
+        wide = levels(images.flatten(1, 2) @ self.across.of(left, columns, width).mT, -1)  # [B, C * H, new width]
+        wide = wide.unflatten(1, (channels, height))
+        small = levels(self.down.of(top, rows, height)[:, None] @ wide, -2)  # [B, C, new height, new width]
+        small = torch.where(crops.flips[:, None, None, None], small.flip(-1), small)
+        return (small / 255 - self.mean) / self.std
 
 
 def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device) -> bool:
@@ -155,26 +154,35 @@ def draw_crops(
 
 
 class Taps(NamedTuple):
-    """What each of `size` new pixels is a mean of, for each of some crops or of their sizes: the first old pixel, int64
-    [crops, size], and weights of it and of those after it, int32 [most old pixels, crops, size], of which 2 ** 22 are
-    the whole."""
+    """What each of `size` new pixels is a mean of, for crops of each count of pixels: the first old pixel, int64
+    [counts, size], and weights of it and of those after it, whole numbers in float32 [counts, 2, size, most old
+    pixels]. A weight is its first number times 2 ** 11, and its second, of 2 ** 22: so short are both that sums of
+    levels by them are exact in float32 and in TF32, for up to 32 old pixels."""
     first: torch.Tensor
     weights: torch.Tensor
 
-    def of(self, start: torch.Tensor, count: torch.Tensor) -> 'Taps':
-        """Those of crops of `count` pixels from `start` on, int64 [B] each, out of those of all sizes."""
-        return Taps(start[:, None] + self.first[count - 1], self.weights[:, count - 1])
+    def of(self, start: torch.Tensor, count: torch.Tensor, length: int) -> torch.Tensor:
+        """Weights for each of `length` old pixels, of crops of `count` pixels from `start` on, int64 [B] each: float32
+        [B, 2 * size, length]."""
+        weights = self.weights[count - 1]
+        place = (start[:, None] + self.first[count - 1])[:, None, :, None] + torch.arange(
+            weights.shape[3], device=start.device)
+        # Beyond the image there is no pixel, and no weight.
+        dense = weights.new_zeros(*weights.shape[:3], length + weights.shape[3])
+        return dense.scatter_(3, place.expand_as(weights), weights)[..., :length].flatten(1, 2)
 
 
 def pillow_taps(length: int, size: int) -> Taps:
     """Pillow's bicubic interpolation (a = -0.5), wider by as much as it shrinks, of crops of 1 to `length` pixels."""
     firsts, weights = zip(*(_taps_of(count, size) for count in range(1, length + 1)))
-    return Taps(torch.stack(firsts), pad_sequence(list(weights)))
+    whole = pad_sequence(list(weights)).permute(1, 2, 0)
+    high = whole.bitwise_right_shift(HALF)
+    return Taps(torch.stack(firsts), torch.stack([high, whole - (high << HALF)], 1).float())
 
 
 def _taps_of(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of crops of `count` pixels: first old pixels [size], and weights [most old pixels, size]. Each sum and product is
-    Pillow's, in its order and precision, so that weights are rounded alike."""
+    """Of crops of `count` pixels: first old pixels, int64 [size], and weights of 2 ** 22, int32 [most old pixels,
+    size]. Each sum and product is Pillow's, in its order and precision, so that weights are rounded alike."""
     step = count / size  # old pixels of a new one
     spread = max(step, 1.0)
     centre = (torch.arange(size, dtype=torch.float64) + 0.5) * step
@@ -186,22 +194,16 @@ def _taps_of(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
     weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
     weights = torch.where(pixel < last, weights, 0.0)
-    weights = weights / sum(weights) * 2 ** PRECISION
+    weights = weights / sum(weights) * 4 ** HALF
     return first.long(), (weights + torch.where(weights < 0, -0.5, 0.5)).int()
 
 
-def resample(images: torch.Tensor, taps: Taps) -> torch.Tensor:
-    """Levels of images [B, length, n] resized along the second axis: int32 [B, size, n], from 0 to 255. All numbers are
-    whole, so that neither device nor precision changes a level."""
-    batch, length, others = images.shape
-    rows, line = images.flatten(0, 1).int(), torch.arange(0, batch * length, length, device=images.device)[:, None]
+def levels(sums: torch.Tensor, axis: int) -> torch.Tensor:
+    """Whole levels, 0 to 255, of sums by both numbers of weights, one after the other along an axis; float32."""
+    high, low = sums.chunk(2, axis)
     # Halves go up, as Pillow has it: half a level is added, and the rest cut off. round() takes them to even levels.
-    levels = rows.new_full((batch, taps.first.shape[1], others), 1 << PRECISION - 1)
-    for tap, weights in enumerate(taps.weights[..., None]):
-        # Beyond the image there is no pixel, and no weight.
-        used = rows.index_select(0, (line + (taps.first + tap).clamp(max=length - 1)).flatten())
-        levels.addcmul_(used.view_as(levels), weights)
-    return levels.bitwise_right_shift_(PRECISION).clamp_(0, 255)
+    whole = (low * 2 ** -HALF).floor_().add_(high).add_(2 ** (HALF - 1))  # of 2 ** 11
+    return whole.mul_(2 ** -HALF).floor_().clamp_(0, 255)
 
 
 class DeviceBatches:
