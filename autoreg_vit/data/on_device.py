@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
 from ..engine.processes import Processes
@@ -21,6 +22,9 @@ from .transforms import CROP_RATIO, ImageSpec
 #: Images that are loaded to be kept on a device where nobody asked for it.
 MOST_UNASKED = 200_000
 
+#: Half of the bits after the point in Pillow's weights.
+HALF = 11
+
 
 class SeveralSizes(DataError):
     """Images that are not all of one size."""
@@ -30,7 +34,8 @@ class DeviceImages:
     """All images of a data set on the device, and training batches from them.
 
     Random resized crops and flips are as `transforms.training_transform` has them, but drawn from a generator on the
-    device: the same boxes are as likely, and pixels are Pillow's (bicubic, with its filter) but for the last level.
+    device: the same boxes are as likely, and pixels are Pillow's to the bit (bicubic, with its filter) where it changes
+    the width first, which it may not do of crops that are higher than the model's images.
 
     Args:
         dataset: Map-style, of PIL images that are all of one size: opened without a transform.
@@ -75,6 +80,8 @@ class DeviceImages:
         for index in set(range(len(dataset))) - set(readable):
             images[index] = images[readable[bisect.bisect(readable, index) % len(readable)]]
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)  # uint8 [N, C, H, W]
+        self.down, self.across = (Taps(*(t.to(device) for t in pillow_taps(length, size)))
+                                  for length, size in zip(self.images.shape[2:], spec.size))
         self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
 
     def __len__(self) -> int:
@@ -83,14 +90,15 @@ class DeviceImages:
     def augment(self, indices: torch.Tensor, crops: 'Crops') -> torch.Tensor:
         """Crops of the images of these numbers, int64 [B], resized to the model's size, flipped and normalised: float32
         [B, C, height, width]."""
-        images, (height, width) = self.images[indices].float(), self.spec.size
         top, left, rows, columns = crops.boxes.unbind(1)
+        images = self.images[indices].float()
+        channels, height, width = images.shape[1:]
         # As Pillow resizes: along one axis and then the other, whole levels between the two.
-        wide = images @ resampling(left, columns, images.shape[3], width).mT[:, None]  # [B, C, H, width]
-        wide = wide.round().clamp(0, 255)
-        small = resampling(top, rows, images.shape[2], height)[:, None] @ wide  # [B, C, height, width]
+        wide = levels(images.flatten(1, 2) @ self.across.of(left, columns, width).mT, -1)  # [B, C * H, new width]
+        wide = wide.unflatten(1, (channels, height))
+        small = levels(self.down.of(top, rows, height)[:, None] @ wide, -2)  # [B, C, new height, new width]
         small = torch.where(crops.flips[:, None, None, None], small.flip(-1), small)
-        return (small.round().clamp(0, 255) / 255 - self.mean) / self.std
+        return (small / 255 - self.mean) / self.std
 
 
 def suits_device(dataset: Samples | IterableDataset, spec: ImageSpec, device: torch.device) -> bool:
@@ -145,19 +153,57 @@ def draw_crops(
     return Crops(chosen.long(), draws[40] < hflip)
 
 
-def resampling(start: torch.Tensor, count: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """The weights by which each of `size` new pixels is a mean of `length` old ones: bicubic (a = -0.5), and wider by
-    as much as it shrinks them, as Pillow resizes; float32 [B, size, length], rows sum to 1. A crop has `count` pixels
-    from `start` on, int64 [B] each, and pixels outside of it have no weight."""
-    step = (count / size)[:, None, None]  # old pixels of a new one
-    centre = (torch.arange(size, device=start.device)[None, :, None] + 0.5) * step
-    pixel = torch.arange(length, device=start.device) - start[:, None, None]
-    distance = ((pixel + 0.5 - centre) / step.clamp(min=1)).abs()
-    near = (1.5 * distance - 2.5) * distance.square() + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+class Taps(NamedTuple):
+    """What each of `size` new pixels is a mean of, for crops of each count of pixels: the first old pixel, int64
+    [counts, size], and weights of it and of those after it, whole numbers in float32 [counts, 2, size, most old
+    pixels]. A weight is its first number times 2 ** 11, and its second, of 2 ** 22: so short are both that sums of
+    levels by them are exact in float32 and in TF32, for up to 32 old pixels."""
+    first: torch.Tensor
+    weights: torch.Tensor
+
+    def of(self, start: torch.Tensor, count: torch.Tensor, length: int) -> torch.Tensor:
+        """Weights for each of `length` old pixels, of crops of `count` pixels from `start` on, int64 [B] each: float32
+        [B, 2 * size, length]."""
+        weights = self.weights[count - 1]
+        place = (start[:, None] + self.first[count - 1])[:, None, :, None] + torch.arange(
+            weights.shape[3], device=start.device)
+        # Beyond the image there is no pixel, and no weight.
+        dense = weights.new_zeros(*weights.shape[:3], length + weights.shape[3])
+        return dense.scatter_(3, place.expand_as(weights), weights)[..., :length].flatten(1, 2)
+
+
+def pillow_taps(length: int, size: int) -> Taps:
+    """Pillow's bicubic interpolation (a = -0.5), wider by as much as it shrinks, of crops of 1 to `length` pixels."""
+    firsts, weights = zip(*(_taps_of(count, size) for count in range(1, length + 1)))
+    whole = pad_sequence(list(weights)).permute(1, 2, 0)
+    high = whole.bitwise_right_shift(HALF)
+    return Taps(torch.stack(firsts), torch.stack([high, whole - (high << HALF)], 1).float())
+
+
+def _taps_of(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of crops of `count` pixels: first old pixels, int64 [size], and weights of 2 ** 22, int32 [most old pixels,
+    size]. Each sum and product is Pillow's, in its order and precision, so that weights are rounded alike."""
+    step = count / size  # old pixels of a new one
+    spread = max(step, 1.0)
+    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * step
+    first = (centre - 2 * spread + 0.5).floor().clamp(min=0)
+    last = (centre + 2 * spread + 0.5).floor().clamp(max=count)  # the first without weight
+    pixel = first + torch.arange(int((last - first).max()))[:, None]
+    distance = ((pixel - centre + 0.5) * (1 / spread)).abs()
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
     weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    weights = torch.where((pixel >= 0) & (pixel < count[:, None, None]), weights, 0.0)
-    return weights / weights.sum(2, keepdim=True)
+    weights = torch.where(pixel < last, weights, 0.0)
+    weights = weights / sum(weights) * 4 ** HALF
+    return first.long(), (weights + torch.where(weights < 0, -0.5, 0.5)).int()
+
+
+def levels(sums: torch.Tensor, axis: int) -> torch.Tensor:
+    """Whole levels, 0 to 255, of sums by both numbers of weights, one after the other along an axis; float32."""
+    high, low = sums.chunk(2, axis)
+    # Halves go up, as Pillow has it: half a level is added, and the rest cut off. round() takes them to even levels.
+    whole = (low * 2 ** -HALF).floor_().add_(high).add_(2 ** (HALF - 1))  # of 2 ** 11
+    return whole.mul_(2 ** -HALF).floor_().clamp_(0, 255)
 
 
 class DeviceBatches:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -25,6 +25,7 @@ from tests.support.launching import SETTINGS, log_of, weights_of
 
 CPU = torch.device('cpu')
 SPEC = ImageSpec((16, 12), 3, (0.5,) * 3, (0.25,) * 3)
+LENGTHS, EDGES = st.integers(1, 40), st.integers(0, 12)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -58,18 +59,31 @@ def test_whole_image_and_its_mirror():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_pixels_are_pillows(data):
-    """Of any crop to any size, enlarged or shrunk, but for the last level: Pillow's weights are whole numbers. Which
-    axis comes first is Pillow's choice by size; here it is told."""
-    height, width, rows, columns = (data.draw(st.integers(1, 40)) for _ in range(4))
-    top, left = data.draw(st.integers(0, 12)), data.draw(st.integers(0, 12))
-    pictures = Pictures(1, (top + rows + data.draw(st.integers(0, 9)), left + columns + data.draw(st.integers(0, 9))))
-    spec = ImageSpec((height, width), 3, (0.0,) * 3, (1.0,) * 3)
-    out = DeviceImages(pictures, spec, CPU).augment(torch.tensor([0]), crops_of((top, left, rows, columns)))
+@given(size=st.tuples(LENGTHS, LENGTHS), shape=st.tuples(LENGTHS, LENGTHS), before=st.tuples(EDGES, EDGES),
+       after=st.tuples(EDGES, EDGES))
+@example(size=(7, 18), shape=(2, 12), before=(0, 6), after=(0, 0))  # sums of half a level in both passes
+def test_pixels_are_pillows(size, shape, before, after):
+    """Of any crop to any size, enlarged or shrunk, to the bit. Which axis comes first is Pillow's choice by size; here
+    it is told."""
+    (height, width), (rows, columns), (top, left) = size, shape, before
+    pictures = Pictures(1, (top + rows + after[0], left + columns + after[1]))
+    images = DeviceImages(pictures, ImageSpec(size, 3, (0.0,) * 3, (1.0,) * 3), CPU)
+    out = images.augment(torch.tensor([0, 0]), crops_of(*[(top, left, rows, columns)] * 2, flips=(False, True)))
     crop = Image.fromarray(pictures.pixels[0]).crop((left, top, left + columns, top + rows))
     expected = np.asarray(crop.resize((width, rows), Image.BICUBIC).resize((width, height), Image.BICUBIC))
-    assert np.abs(255 * out[0].permute(1, 2, 0).numpy() - expected.astype(int)).max() <= 1.01
+    found = out.permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(found, np.stack([expected, expected[:, ::-1]]).astype(np.float32) / 255)
+
+
+def test_pixels_are_pillows_whichever_axis_it_takes_first():
+    """Of crops that are not shrunk, as of most data sets of small images: Pillow is told nothing."""
+    pictures = Pictures(200, (16, 12))
+    crops = draw_crops(200, (16, 12), (0.2, 1.0), 0.0, generator())
+    out = DeviceImages(pictures, ImageSpec((16, 12), 3, (0.0,) * 3, (1.0,) * 3), CPU).augment(torch.arange(200), crops)
+    for pixels, (top, left, rows, columns), found in zip(pictures.pixels, crops.boxes.tolist(), out):
+        crop = Image.fromarray(pixels).crop((left, top, left + columns, top + rows))
+        expected = np.asarray(crop.resize((12, 16), Image.BICUBIC))
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), expected.astype(np.float32) / 255)
 
 
 @pytest.mark.parametrize('size, scale', [((32, 32), (0.2, 1.0)), ((24, 48), (0.05, 0.9)), ((8, 40), (0.5, 1.0))])
