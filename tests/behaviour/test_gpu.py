@@ -115,6 +115,15 @@ def share_a_gpu_calmly() -> None:
         config, optimized, capturable=True, eps=0.1, **options)
 
 
+def test_steps_are_captured_while_a_loader_pins_memory(tmp_path: Path):
+    """In a thread of its own, whose calls a capture must neither suffer from nor spoil."""
+    files = {**GRAPH, 'cache_on_device': False, 'epochs': 1, 'compile': False}
+    without, beside = (run(tmp_path / str(workers), [Launch(
+        {**files, 'workers': workers, 'output_dir': str(tmp_path / str(workers))})]) for workers in (0, 2))
+    assert weights_of(beside) == weights_of(without)
+    assert not [line for line in log_of(beside) if line['event'] == 'choices']
+
+
 def stop_after_ten_steps() -> None:
     """Send SIGTERM to this process at its tenth step."""
     exchange, calls = processes.Flags.exchange, iter(range(10 ** 9))

@@ -28,8 +28,10 @@ class Recorder:
         return mock.Mock(kept=kept, replay=lambda: [kernel() for kernel in kept])
 
     @contextlib.contextmanager
-    def capture(self, graph: mock.Mock):
+    def capture(self, graph: mock.Mock, capture_error_mode: str):
         assert self.current is None
+        # Loaders pin memory in a thread of their own meanwhile.
+        assert capture_error_mode == 'thread_local'
         self.current = graph.kept
         try:
             yield
