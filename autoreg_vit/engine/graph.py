@@ -94,6 +94,6 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        # Not 'global': then the thread in which a loader pins memory, or NCCL's, would spoil the capture and itself fail.
+        # Not 'global': a thread in which a loader pins memory, or NCCL's, would spoil the capture and itself fail.
         capture.enter_context(torch.cuda.graph(graph, capture_error_mode='thread_local'))
         self._parts.append(graph.replay)

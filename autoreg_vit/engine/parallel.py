@@ -57,16 +57,20 @@ class GradientMean:
 
     def __init__(self, model: nn.Module, group: Processes):
         self.world_size = group.world_size
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        sizes = [-(-parameter.numel() // 64) * 64 for parameter in parameters]  # so that kernels can read vectors
-        self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-        for parameter, part in zip(parameters, self.flat.split(sizes)):
-            parameter.grad = part[:parameter.numel()].view_as(parameter)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sizes = [-(-parameter.numel() // 64) * 64 for parameter in self.parameters]  # so that kernels can read vectors
+        self.flat = torch.zeros(sum(sizes), dtype=self.parameters[0].dtype, device=group.device)
+        self.parts = [part[:parameter.numel()].view_as(parameter)
+                      for parameter, part in zip(self.parameters, self.flat.split(sizes))]
+        for parameter, part in zip(self.parameters, self.parts):
+            parameter.grad = part
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.detach(), src=0)
 
     def average(self) -> None:
         """Over the processes, in place; called on each."""
+        if any(parameter.grad is not part for parameter, part in zip(self.parameters, self.parts)):
+            raise RuntimeError('A gradient no longer lies in the tensor that is averaged over the processes.')
         dist.all_reduce(self.flat)
         self.flat /= self.world_size
 
