@@ -140,7 +140,7 @@ def draw_crops(
     area, shape, down, right = draws[:40].view(4, 10, batch)
     area = (scale[0] + area * (scale[1] - scale[0])) * height * width
     shape = (math.log(ratio[0]) + shape * math.log(ratio[1] / ratio[0])).exp()
-    columns, rows = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    columns, rows = (squared.sqrt().round().clamp(min=1) for squared in (area * shape, area / shape))
     fits = (columns <= width) & (rows <= height)
     boxes = torch.stack([(down * (height - rows + 1)).floor(), (right * (width - columns + 1)).floor(), rows, columns])
     first = fits.float().argmax(0)  # [batch], 0 where none fits

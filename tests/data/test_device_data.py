@@ -105,6 +105,13 @@ def test_boxes_are_as_likely_as_timms(size: tuple[int, int], scale: tuple[float,
     assert ours[:, :2].min() == 0 and flips.float().mean().item() == pytest.approx(0.3, abs=0.02)
 
 
+def test_no_box_is_empty():
+    crops = draw_crops(100, (8, 8), (1e-4, 1e-3), 0.5, generator())
+    assert crops.boxes[:, 2:].unique().tolist() == [1]
+    out = DeviceImages(Pictures(100, (8, 8)), SPEC, CPU).augment(torch.arange(100), crops)
+    assert out.isfinite().all() and (out == out[..., :1, :1]).all()
+
+
 def test_batches_are_functions_of_their_place_and_are_shared_out():
     images = DeviceImages(Pictures(50), SPEC, CPU)
 
