@@ -3,7 +3,7 @@
     torch.hub.load('OWNER/autoreg-vit', 'vit_tiny_patch4_32_randsac', pretrained=True, trust_repo=True)
     torch.hub.load('path/to/clone', 'vit_tiny_patch4_32_randsac', pretrained=True, source='local')
 
-`torch.hub.list(...)` names all entrypoints, `torch.hub.help(...)` describes one.
+Of the repository on GitHub, `torch.hub.list` names all entrypoints and `torch.hub.help` describes one.
 """
 
 import inspect as _inspect

@@ -49,7 +49,7 @@ def choose(config: Training, group: Processes, work: Work, say: Callable[[str], 
     begun = begun_with(config.output_dir, type(config))
     refused = {'compile': cannot_compile(group.device), 'cuda_graph': cannot_capture(config, group)}
     # Of several processes no captured step was timed, whose gradients wait for the end of the backward pass.
-    pays = {'compile': not refused['compile'] and seconds_saved(work, group.device) >= COMPILING,
+    pays = {'compile': group.device.type == 'cuda' and seconds_saved(work, group.device) >= COMPILING,
             'cuda_graph': work.steps >= MANY_STEPS and group.world_size == 1}
     chosen = {}
     for name, reason in refused.items():
@@ -85,10 +85,8 @@ def begun_with(output_dir: str | Path | None, config_class: type) -> dict[str, A
 
 
 def cannot_compile(device: torch.device) -> str:
-    """Why compiling is not chosen on a device; '' where it is possible."""
-    if device.type != 'cuda':
-        return f'compiling is for GPUs, and this run is on {device.type}'
-    if torch.cuda.get_device_capability(device) < (7, 0):
+    """Why a network cannot be compiled for a device; '' where it can."""
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (7, 0):
         return 'compiling needs a GPU of compute capability 7.0 or later'
     return ''
 

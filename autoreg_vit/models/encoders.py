@@ -136,7 +136,9 @@ def check_sizes(
         raise ShapeError(
             f'An image of {image[0]} x {image[1]} pixels is not a whole number of patches of {patch[0]} x {patch[1]}: '
             f'use an image of {near} or another patch_size.')
-    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+    if embed_dim < 1:
+        raise ShapeError(f'embed_dim is the width of an encoder or a decoder, at least 1, got {embed_dim}.')
+    if num_heads < 1 or embed_dim % num_heads:
         fits = [h for h in range(1, embed_dim + 1) if embed_dim % h == 0 and embed_dim // h in (32, 64)]
         raise ShapeError(
             f'{num_heads} heads do not divide a width of {embed_dim}: use {" or ".join(map(str, fits)) or 1} heads.')

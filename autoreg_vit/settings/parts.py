@@ -22,6 +22,8 @@ class SeedAndFolder(Settings):
         super().check()
         if not 0 <= self.seed < 2 ** 32:  # what NumPy takes
             raise ConfigError(f'seed is a whole number from 0 to {2 ** 32 - 1}, got {self.seed}.')
+        if self.output_dir == '':
+            raise ConfigError("output_dir is '', perhaps of an unset variable: name a folder, or leave it out.")
 
 
 @dataclass
@@ -89,6 +91,11 @@ class ImageData(Settings):
         10000, 'images of a folder decoded before training, to find unreadable ones; 0, only file names', free=True,
         least=0)
     hflip: float = option(0.5, 'probability of a horizontal flip', least=0, most=1)
+
+    def check(self) -> None:
+        super().check()
+        if self.data_dir == '':
+            raise ConfigError("data_dir is '', perhaps of an unset variable: name a folder, or leave it out.")
 
     @property
     def data_name(self) -> str:

@@ -45,6 +45,7 @@ def pack(file: Path, data: Path | None, wheels: Path | None) -> str:
                if name and (ROOT / name).is_file() and not name.startswith(LEFT_BEHIND)]
     with tempfile.TemporaryDirectory() as scratch:
         found = _wheels(wheels, Path(scratch))
+        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(file.name + '.new')
         with tarfile.open(part, 'w:gz') as tar:
             for name in tracked:

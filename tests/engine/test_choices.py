@@ -182,8 +182,14 @@ class TestWhatItBeganWith:
 
     def test_where_it_is_not_possible(self, tmp_path: Path):
         folder, said = self.write(tmp_path / 'run', BOTH._asdict()), []
-        assert choose(PretrainConfig(output_dir=folder), Processes(CPU), LONG, said.append) == NOTHING
-        assert len(said) == 2 and 'began with cuda_graph, and goes on without it: a CUDA graph needs a' in said[1]
+        assert choose(PretrainConfig(output_dir=folder), Processes(CPU), LONG, said.append) == Choices(compile=True)
+        assert len(said) == 1 and 'began with cuda_graph, and goes on without it: a CUDA graph needs a' in said[0]
+
+    def test_wins_where_it_would_not_be_chosen(self, tmp_path: Path):
+        """Compiling works on a CPU where it is asked for, and a resume of such a run goes on with it."""
+        folder = self.write(tmp_path / 'run', Choices(compile=True)._asdict(), compile=True)
+        assert choose(PretrainConfig(output_dir=folder), Processes(CPU), SHORT, pytest.fail) == Choices(compile=True)
+        assert chosen(Processes(CPU)) == NOTHING
 
     def test_is_no_difference_of_settings(self, tmp_path: Path):
         folder = Path(self.write(tmp_path / 'run', NOTHING._asdict()))

@@ -263,6 +263,8 @@ def test_missing_weights_are_said_so(name):
 def test_bad_options_are_refused():
     with pytest.raises(ModelError, match=r"no option 'depht'.*'depth'"):
         timm.create_model('vit_tiny_randsac', depht=3)
+    with pytest.raises(ShapeError, match='embed_dim is the width of an encoder or a decoder, at least 1, got -48'):
+        timm.create_model('vit_tiny_randsac', embed_dim=-48)
     with pytest.raises(ShapeError, match='5 heads do not divide a width of 192'):
         timm.create_model('vit_tiny_randsac', num_heads=5)
     with pytest.raises(ShapeError, match='230 x 230'):
