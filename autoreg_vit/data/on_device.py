@@ -199,7 +199,8 @@ def _taps_of(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def levels(sums: torch.Tensor, axis: int) -> torch.Tensor:
-    """Whole levels, 0 to 255, of sums by both numbers of weights, one after the other along an axis; float32."""
+    """Whole levels from 0 to 255, float32, of sums by the first numbers of weights and then by the second ones, along
+    an axis, which is half as long afterwards."""
     high, low = sums.chunk(2, axis)
     # Halves go up, as Pillow has it: half a level is added, and the rest cut off. round() takes them to even levels.
     whole = (low * 2 ** -HALF).floor_().add_(high).add_(2 ** (HALF - 1))  # of 2 ** 11

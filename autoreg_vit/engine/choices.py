@@ -29,7 +29,7 @@ class Choices(NamedTuple):
 
     def describe(self) -> str:
         """In words, for a person."""
-        words = ('the network is compiled', 'each step is replayed as one CUDA graph', 'images are kept on the device')
+        words = ('the network is compiled', 'each step is replayed as a CUDA graph', 'images are kept on the device')
         return ', '.join(said for said, chosen in zip(words, self) if chosen) or 'steps are taken as they are'
 
 

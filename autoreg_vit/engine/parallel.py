@@ -68,7 +68,7 @@ class GradientMean:
             dist.broadcast(tensor.detach(), src=0)
 
     def average(self) -> None:
-        """Over the processes, in place; called on each."""
+        """Over the processes, in place; called on each. Raises RuntimeError where a gradient was replaced."""
         if any(parameter.grad is not part for parameter, part in zip(self.parameters, self.parts)):
             raise RuntimeError('A gradient no longer lies in the tensor that is averaged over the processes.')
         dist.all_reduce(self.flat)

@@ -114,6 +114,8 @@ def main() -> None:
     write(event='ready', seconds=round(time.monotonic() - start, 1))
     for line in sys.stdin:
         variant = line.strip()
+        if variant not in VARIANTS:
+            raise SystemExit(f'Unknown variant {variant!r}: expected {", ".join(VARIANTS)}, one a line.')
         try:
             row = worker.time(variant)
         # A variant that does not fit this card is a row that says so.

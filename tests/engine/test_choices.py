@@ -35,7 +35,7 @@ from tests.support.launching import SETTINGS, log_of, weights_of
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 LONG, SHORT = Work(100_000, 1e14), Work(50, 1e10)
 #: Compiling saves 40 seconds of it on an H100.
-SLOW_CARDS = Work(5000, 1e12)
+MEDIUM = Work(5000, 1e12)
 NOTHING, BOTH = Choices(), Choices(compile=True, cuda_graph=True)
 
 
@@ -60,14 +60,14 @@ class TestWhatPays:
     def test_on_a_gpu_by_the_length_of_the_run(self, card: Processes):
         assert chosen(card) == BOTH
         assert chosen(card, SHORT) == NOTHING
-        assert chosen(card, SLOW_CARDS) == Choices(cuda_graph=True)
+        assert chosen(card, MEDIUM) == Choices(cuda_graph=True)
 
     def test_by_how_fast_the_memory_is(self, card: Processes, monkeypatch):
         """A T4 has a tenth of an H100's, and one that does not tell is taken for an H100."""
         make_card(monkeypatch, (7, 5), memory_clock_rate=5_001_000, memory_bus_width=256)
-        assert chosen(card, SLOW_CARDS) == BOTH and chosen(card, SHORT) == NOTHING
+        assert chosen(card, MEDIUM) == BOTH and chosen(card, SHORT) == NOTHING
         make_card(monkeypatch, (7, 5), memory_clock_rate=0, memory_bus_width=0)
-        assert chosen(card, SLOW_CARDS) == Choices(cuda_graph=True) and chosen(card) == BOTH
+        assert chosen(card, MEDIUM) == Choices(cuda_graph=True) and chosen(card) == BOTH
 
     def test_work_is_what_norms_read(self, monkeypatch, tmp_path: Path):
         seen: list[tuple[Work, int]] = []
